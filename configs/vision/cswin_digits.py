@@ -1,0 +1,40 @@
+"""A small CSWin learns scikit-learn's handwritten digits.
+
+    python train.py configs/vision/cswin_digits.py
+
+1,437 images to learn from and 360 held out, 8x8 pixels, enlarged to 32x32: four stages of one
+block. 269 steps, a minute and a quarter on two busy CPU cores; expected accuracy on the held-out
+images 98 % (98.9 % measured).
+"""
+
+from zoo.data import Data, Digits
+from zoo.data.transforms import Normalize, Resize
+from zoo.tasks import Classification
+from zoo.training import Checkpointing, Model, Optimizer, TrainConfig
+
+EPOCHS, BATCH, SIZE = 12, 64, (32, 32)
+STEPS = EPOCHS * 1437 // BATCH
+
+
+def get_config() -> TrainConfig:
+    """The configuration."""
+    transforms = (Resize(SIZE, "bilinear"), Normalize((0.5,), (0.5,)))
+    return TrainConfig(
+        model=Model("cswin_test", {"in_channels": 1}),
+        task=Classification(),
+        data=Data(
+            train=Digits("train"),
+            eval=Digits("test"),
+            train_transforms=transforms,
+            eval_transforms=transforms,
+            batch_size=BATCH,
+            eval_batch_size=120,
+        ),
+        optimizer=Optimizer(
+            learning_rate=2e-3, schedule="one_cycle", initial_fraction=0.04, weight_decay=0.05
+        ),
+        checkpoint=Checkpointing(every=STEPS),
+        num_steps=STEPS,
+        eval_every=STEPS // 4,
+        log_every=50,
+    )

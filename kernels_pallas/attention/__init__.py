@@ -1,0 +1,1 @@
+"""Attention: `api` the door, `reference` the definition, `xla`, `tpu` and `gpu` the bodies."""

@@ -1,0 +1,42 @@
+"""Pallas by one name: imported when a kernel is traced, the same for JAX 0.10 and 0.12."""
+
+
+def pallas():
+    """`jax.experimental.pallas`."""
+    from jax.experimental import pallas
+
+    return pallas
+
+
+def tpu():
+    """`jax.experimental.pallas.tpu`."""
+    from jax.experimental.pallas import tpu
+
+    return tpu
+
+
+def triton():
+    """`jax.experimental.pallas.triton`."""
+    from jax.experimental.pallas import triton
+
+    return triton
+
+
+def strict_interpreter():
+    """The TPU interpreter, made to raise on races, stray reads and conflicts of two cores."""
+    options = dict(
+        detect_races=True,
+        uninitialized_memory="nan",
+        out_of_bounds_reads="raise",
+        num_cores_or_threads=2,
+        random_seed=3,
+    )
+    return tpu().InterpretParams(**options)
+
+
+def races_found() -> bool:
+    """Whether the last strict run saw a race (JAX 0.12 raises instead)."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    races = getattr(interpret_pallas_call, "races", None)
+    return bool(races is not None and races.races_found)

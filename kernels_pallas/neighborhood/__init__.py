@@ -1,0 +1,1 @@
+"""Neighbourhood attention: `api` the door, `reference` the definition, the rest bodies."""

@@ -1,0 +1,117 @@
+"""Neighbourhood attention in plain JAX: tiles of the grid, one after the other.
+
+The keys of a tile are cut out along each axis with static strided slices. They overlap, so keys
+and values exist `prod(keys / queries)` times over (3 times for a 7 x 7 kernel and 8 x 8 tiles);
+scores exist for one tile only, and are formed again for the backward pass.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax import lax
+
+from kernels_pallas.neighborhood.geometry import Axis, grid_kinds
+
+MASKED = -1e30
+
+
+def attend(axes: tuple[Axis, ...], query, key, value, bias, *, scale: float, precision):
+    """Heads-first neighbourhood attention.
+
+    Args:
+      axes: the grid.
+      query: `[batch, heads, *space, head_dim]`.
+      key: `[batch, heads, *space, head_dim]`.
+      value: `[batch, heads, *space, value_dim]`.
+      bias: `[heads, rows of the flat table]`, or None.
+      scale: of the scores.
+      precision: of the products.
+
+    Returns:
+      `[batch, heads, *space, value_dim]`.
+
+    On a CPU bfloat16 is computed in float32: its compiler lacks some products of bfloat16.
+    """
+    run = partial(_attend, axes, scale=scale, precision=precision)
+    if value.dtype != jnp.bfloat16:
+        return run(query, key, value, bias)
+
+    def on_cpu(query, key, value, bias):
+        wide = (t.astype(jnp.float32) for t in (query, key, value))
+        return run(*wide, bias).astype(value.dtype)
+
+    return lax.platform_dependent(query, key, value, bias, cpu=on_cpu, default=run)
+
+
+def _attend(axes, query, key, value, bias, *, scale, precision):
+    kind, visible, row = grid_kinds(axes)
+    kinds = jnp.asarray(visible)[:, None]
+    if bias is not None:
+        kinds = jnp.where(kinds, bias.astype(jnp.float32)[:, row].swapaxes(0, 1), MASKED)
+    product = partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def one(tile):
+        q, k, v, kind = tile
+        s = scale * product("bhqd,bhkd->bhqk", q, k)
+        seen = lax.dynamic_index_in_dim(kinds, kind, keepdims=False)
+        s = jnp.where(seen, s, MASKED) if bias is None else s + seen
+        w = jnp.exp(s - lax.stop_gradient(s.max(-1, keepdims=True)))
+        out = product("bhqk,bhkd->bhqd", w.astype(v.dtype), v) / w.sum(-1, keepdims=True)
+        return out.astype(v.dtype)
+
+    tiles = (query_tiles(axes, query), key_tiles(axes, key), key_tiles(axes, value))
+    if len(kind) == 1:
+        out = one((*(t[0] for t in tiles), 0))[None]
+    else:
+        out = lax.map(one, (*tiles, jnp.asarray(kind)))
+    return join_tiles(axes, out)
+
+
+def query_tiles(axes: tuple[Axis, ...], x):
+    """`[batch, heads, *space, d]` -> `[tiles, batch, heads, queries of a tile, d]`."""
+    widths = [(0, a.dilation * a.runs * a.queries - a.size) for a in axes]
+    x = jnp.pad(x, [(0, 0), (0, 0), *widths, (0, 0)])
+    parts = [n for a in axes for n in (a.runs, a.queries, a.dilation)]
+    x = x.reshape(*x.shape[:2], *parts, x.shape[-1])
+    runs, queries, residue = (range(2 + i, 2 + 3 * len(axes), 3) for i in range(3))
+    tiles = [axis for both in zip(residue, runs, strict=True) for axis in both]
+    x = x.transpose(*tiles, 0, 1, *queries, x.ndim - 1)
+    count = math.prod(len(a.starts) for a in axes)
+    return x.reshape(count, *x.shape[len(tiles) : len(tiles) + 2], -1, x.shape[-1])
+
+
+def join_tiles(axes: tuple[Axis, ...], x):
+    """The inverse of `query_tiles`."""
+    outer = [n for a in axes for n in (a.dilation, a.runs)]
+    x = x.reshape(*outer, *x.shape[1:3], *(a.queries for a in axes), x.shape[-1])
+    rank = len(axes)
+    order = [2 * rank, 2 * rank + 1]
+    for i in range(rank):
+        order += [2 * i + 1, 2 * rank + 2 + i, 2 * i]
+    x = x.transpose(*order, x.ndim - 1)
+    full = [a.dilation * a.runs * a.queries for a in axes]
+    x = x.reshape(*x.shape[:2], *full, x.shape[-1])
+    return x[(slice(None), slice(None), *(slice(a.size) for a in axes))]
+
+
+def key_tiles(axes: tuple[Axis, ...], x):
+    """`[batch, heads, *space, d]` -> `[tiles, batch, heads, keys of a tile, d]`."""
+    widths = [(0, a.dilation * a.members - a.size) for a in axes]
+    x = jnp.pad(x, [(0, 0), (0, 0), *widths, (0, 0)])[None]
+    for i, a in enumerate(axes):
+        slices = [
+            lax.slice_in_dim(
+                x,
+                residue + a.dilation * start,
+                residue + a.dilation * (start + a.keys - 1) + 1,
+                a.dilation,
+                axis=3 + i,
+            )
+            for residue, start in a.starts
+        ]
+        x = rearrange(jnp.stack(slices, axis=1), "tiles n ... -> (tiles n) ...")
+    return x.reshape(*x.shape[:3], -1, x.shape[-1])

@@ -1,0 +1,1 @@
+"""Linear recurrences: `api` the door, `reference` the definitions, `tile` the shared arithmetic."""

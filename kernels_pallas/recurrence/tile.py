@@ -1,0 +1,219 @@
+"""One chunk of a linear recurrence on plain two-dimensional values: shared by XLA, TPU and GPU.
+
+With b_t the sum of the log decays up to and including step t of the chunk, z_s their sum after s,
+and d_ts = b_t - b_s (t >= s):
+
+    u = v                                                     linear attention
+    u = (I + N)^-1 beta (v - e^b k S),  N_ts = beta_t k_t.k_s e^d_ts for s < t       delta rule
+    o = scale (e^b q S + A u),          A_ts = q_t.k_s e^d_ts for s <= t
+    S = e^(b_C) S + (k e^z)^T u
+
+Every exponent is a sum of log decays of consecutive steps, formed without subtraction: nothing
+overflows, and strong decays cost no digits. There is no slicing and no gather, only masks made of
+indices, products and reductions, so that the functions and their derivatives lower everywhere.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+# A decay of e^-10000 is zero; -inf would give 0 * inf in masked sums.
+LOWEST_LOG_DECAY = -1e4
+SOLVE_BLOCK = 16
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The static part of a recurrence; hashable.
+
+    Attributes:
+      chunk: steps that are done at once, a power of two, at least 16.
+      scale: of the output.
+      precision: of the large products; sums of decays and the solve always use the highest.
+    """
+
+    chunk: int = 64
+    scale: float = 1.0
+    precision: lax.PrecisionLike = None
+
+
+class Operands(NamedTuple):
+    """Arrays, heads first; the length is a multiple of the chunk, groups divides heads."""
+
+    query: Float[Array, "batch groups length key_dim"]
+    key: Float[Array, "batch groups length key_dim"]
+    value: Float[Array, "batch heads length value_dim"]
+    log_decay: Float[Array, "batch heads length #key_dim"] | None
+    beta: Float[Array, "batch heads length 1"] | None
+    state: Float[Array, "batch heads key_dim value_dim"]
+
+
+class Gradients(NamedTuple):
+    """Of the operands; None where one is absent."""
+
+    query: Array
+    key: Array
+    value: Array
+    log_decay: Array | None
+    beta: Array | None
+    state: Array
+
+
+def step(problem: Problem, q, k, v, g, beta, state):
+    """One chunk.
+
+    Args:
+      problem: static numbers.
+      q: `[C, K]`.
+      k: `[C, K]`.
+      v: `[C, V]`.
+      g: log decays, float32 `[C, 1]` or `[C, K]`, or None.
+      beta: float32 `[C, 1]` for the delta rule, else None.
+      state: float32 `[K, V]` before the chunk.
+
+    Returns:
+      `o` `[C, V]` in float32 and the state after the chunk.
+    """
+    product = partial(_product, v.dtype, problem.precision)
+    vector = g is not None and g.shape[1] > 1
+    if vector:
+        prefix, suffix, total = column_sums(g)
+        scores = vector_scores(product, q, k, g)
+        q_in, k_out = q * jnp.exp(prefix), k * jnp.exp(suffix)
+    else:
+        decay, prefix, suffix, total = scalar_decays(g, *q.shape)
+        scores = product(q, k, (1, 1)) * decay
+        q_in, k_out = q * jnp.exp(prefix), k * jnp.exp(suffix)
+    if beta is None:
+        u = v
+    else:
+        row, column = indices(q.shape[0])
+        n = jnp.where(row > column, beta * product(k, k, (1, 1)) * decay, 0.0)
+        u = beta * (v - product(k * jnp.exp(prefix), state, (1, 0)))
+        u = exact(inverse(n), u)
+    out = problem.scale * (product(q_in, state, (1, 0)) + product(scores, u, (1, 0)))
+    return out, jnp.exp(total) * state + product(k_out, u, (0, 0))
+
+
+def _product(dtype, precision, a, b, contract):
+    """`a b` over one axis each, operands in `dtype`, result in float32."""
+    dims = ((contract[:1], contract[1:]), ((), ()))
+    if dtype == jnp.bfloat16:
+        precision = None  # products of bfloat16 are exact in float32; Mosaic refuses other words
+    return lax.dot_general(
+        a.astype(dtype),
+        b.astype(dtype),
+        dims,
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def exact(a, b):
+    """`a b` in full float32."""
+    return _product(jnp.float32, lax.Precision.HIGHEST, a, b, (1, 0))
+
+
+def indices(size: int):
+    """Row and column index of a `[size, size]` tile."""
+    shape = (size, size)
+    return lax.broadcasted_iota(jnp.int32, shape, 0), lax.broadcasted_iota(jnp.int32, shape, 1)
+
+
+def as_column(row):
+    """`[1, n]` to `[n, 1]`."""
+    i, j = indices(row.shape[1])
+    return jnp.where(i == j, row, 0.0).sum(1, keepdims=True)
+
+
+def scalar_decays(g, size: int, keys: int):
+    """Decays e^d `[C, C]` (zero above the diagonal), b and z `[C, 1]`, b_C in a column `[K, 1]`.
+
+    (Not `[1, 1]`: its derivative is a sum over two axes, which Triton's lowering lacks.)
+    """
+    row, column = indices(size)
+    causal = row >= column
+    if g is None:
+        zero = jnp.zeros((size, 1), jnp.float32)
+        return causal.astype(jnp.float32), zero, zero, jnp.zeros((keys, 1), jnp.float32)
+    between = exact(causal.astype(jnp.float32), jnp.where(causal & (row != column), g, 0.0))
+    across = jnp.where(row == column, g, 0.0).sum(0, keepdims=True)
+    prefix = jnp.where(causal, across, 0.0).sum(1, keepdims=True)
+    suffix = jnp.where(causal, 0.0, across).sum(1, keepdims=True)
+    decay = jnp.where(causal, jnp.exp(jnp.where(causal, between, 0.0)), 0.0)
+    total = jnp.broadcast_to(across, (keys, size)).sum(1, keepdims=True)
+    return decay, prefix, suffix, total
+
+
+def column_sums(g):
+    """Sums b and z `[C, K]`, and b_C as a column `[K, 1]`, of log decays per key channel."""
+    row, column = indices(g.shape[0])
+    prefix = exact((row >= column).astype(jnp.float32), g)
+    suffix = exact((row < column).astype(jnp.float32), g)
+    return prefix, suffix, as_column(g.sum(0, keepdims=True))
+
+
+def vector_scores(product, q, k, g):
+    """A_ts = sum_c q_tc k_sc e^(d_tsc) for s <= t, by halving.
+
+    A pair t > s is told apart at exactly one of the scales 1, 2, 4 ... C/2: s in the first, t in
+    the second half of a block. There d_ts is what follows s in its half plus what leads to t in
+    its own, so that the sum over channels is a matrix product with both exponents <= 0.
+    """
+    size = q.shape[0]
+    row, column = indices(size)
+    scores = jnp.where(row == column, (q * k).astype(jnp.float32).sum(1, keepdims=True), 0.0)
+    half = 1
+    while half < size:
+        same = row // half == column // half
+        leading = exact((same & (row >= column)).astype(jnp.float32), g)
+        following = exact((same & (row < column)).astype(jnp.float32), g)
+        part = product(q * jnp.exp(leading), k * jnp.exp(following), (1, 1))
+        scores = scores + jnp.where(_halves(row, column, half), part, 0.0)
+        half *= 2
+    return scores
+
+
+def _halves(row, column, half):
+    """Whether row and column are in the second and the first half of one block of `2 half`."""
+    return (row // (2 * half) == column // (2 * half)) & (row // half == column // half + 1)
+
+
+@jax.custom_jvp
+def inverse(n):
+    """(I + n)^-1 of a strictly lower `[C, C]`, float32, accurate for any n.
+
+    Forward substitution inside diagonal blocks of 16, all blocks at once, then pairwise merges
+    T21 = -T22 N21 T11. (Products of powers of n lose all digits where keys are alike.)
+    """
+    size = n.shape[0]
+    row, column = indices(size)
+    block = min(SOLVE_BLOCK, size)
+    blocks = (size // block, block, size)
+    inside = jnp.where(row // block == column // block, n, 0.0)
+    x = (row == column).astype(jnp.float32).reshape(blocks)
+    at = lax.broadcasted_iota(jnp.int32, blocks, 1)
+
+    def substitute(s, x):
+        factor = jnp.where(column % block == s, inside, 0.0).sum(1, keepdims=True)
+        done = jnp.where(at == s, x, 0.0).sum(1, keepdims=True)
+        return x - factor.reshape(*blocks[:2], 1) * done
+
+    x = lax.fori_loop(0, block - 1, substitute, x)
+    x = x.reshape(size, size)
+    while block < size:
+        below = jnp.where(_halves(row, column, block), n, 0.0)
+        x = x - exact(x, exact(below, x))
+        block *= 2
+    return x
+
+
+@inverse.defjvp
+def _inverse_jvp(primals, tangents):
+    x = inverse(*primals)
+    return x, -exact(x, exact(tangents[0], x))

@@ -1,0 +1,1 @@
+"""Attention in many small windows: `api` the door, `reference` the definition."""

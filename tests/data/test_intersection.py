@@ -1,0 +1,88 @@
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from zoo.data.intersection import (
+    dilaton_equation,
+    exponents,
+    genus,
+    intersection_number,
+    large_genus_ratio,
+    logarithm,
+    string_equation,
+    virasoro,
+)
+
+TABLE = {
+    (2, 3): "29/5760",
+    (2, 2, 2): "7/240",
+    (2, 6): "77/414720",
+    (3, 5): "503/1451520",
+    (4, 4): "607/1451520",
+    (2, 3, 4): "1121/241920",
+    (2,) * 6: "1225/144",
+    (5, 6): "487/18579456",
+    (2,) * 9: "1816871/48",
+    (2,) * 12: "7723802625/8",
+}
+
+
+@pytest.mark.parametrize("d", TABLE)
+def test_published_numbers(d):
+    assert intersection_number(d) == Fraction(TABLE[d])
+
+
+@pytest.mark.parametrize("g", [1, 2, 3, 5, 12])
+def test_one_marked_point_has_a_closed_form(g):
+    assert intersection_number((3 * g - 2,)) == Fraction(1, 24**g * math.factorial(g))
+
+
+def test_genus_zero_is_multinomial():
+    for d in exponents(0, 7):
+        wanted = math.factorial(4) // math.prod(math.factorial(e) for e in d)
+        assert intersection_number(d) == wanted
+
+
+def test_every_recursion_gives_the_same_number():
+    seen = 0
+    for g, n in ((1, 3), (2, 3), (3, 4)):
+        for d in exponents(g, n):
+            wanted = intersection_number(d)
+            for i, e in enumerate(d):
+                rest = d[:i] + d[i + 1 :]
+                if e == 0:
+                    assert string_equation(rest) == wanted
+                else:
+                    assert virasoro(e, rest) == wanted
+                if e == 1:
+                    assert dilaton_equation(rest) == wanted
+                seen += 1
+    assert seen > 100
+
+
+def test_the_order_of_the_points_does_not_matter():
+    assert intersection_number((4, 2, 3)) == intersection_number((3, 4, 2))
+
+
+@pytest.mark.parametrize("d", [(2, 2), (0, 0), (), (-1, 5)])
+def test_the_wrong_dimension_gives_zero(d):
+    assert genus(d) is None and intersection_number(d) == 0
+
+
+def test_exponents_are_all_of_them_once():
+    found = list(exponents(3, 4))
+    assert len(found) == len(set(found)) == 23  # partitions of 10 into at most 4 parts
+    assert all(sum(d) == 9 + 1 and tuple(sorted(d, reverse=True)) == d for d in found)
+
+
+def test_high_genus_approaches_the_asymptotic_value():
+    ratios = [large_genus_ratio((3 * g - 2,)) for g in (5, 10, 20)]
+    np.testing.assert_allclose(ratios, [0.906, 0.953, 0.976], atol=1e-3)
+    with pytest.raises(ValueError, match=r"dimension of exponents \(2, 2\)"):
+        large_genus_ratio((2, 2))
+
+
+def test_logarithms_of_numbers_beyond_floats():
+    assert logarithm(Fraction(10**400, 3)) == pytest.approx(400 * math.log(10) - math.log(3))

@@ -1,0 +1,41 @@
+"""Official LMUFormer by the arguments of its constructor."""
+
+from collections.abc import Callable
+from typing import Any
+
+import golden
+
+from zoo.models.signal.lmuformer import LMUFormer, impulse_response, legendre, memory_size
+
+
+def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
+    """The classifier; `features` is the last block, channels first as everything there."""
+    config = case.config
+    name = config.take("model")
+    config.ignore("num_heads", "min_threshold_margin", "firing_rates")
+    config.expect(test_mode="normal", model=("lmu_rnn_conv1d", "slmu_rnn_ms_conv1d"))
+    fields = config.rename(context_length="seq_len", variates="in_channels", theta="theta",
+                           num_classes="num_classes", embed_dim="embed_dims", depth="depths",
+                           mlp_ratio="mlp_ratios")  # fmt: skip
+    model = LMUFormer(spiking=name == "slmu_rnn_ms_conv1d", **fields)
+    run = golden.features(model, case.input("x"))
+    order = memory_size(model.embed_dim, model.spiking)
+    A, B = legendre(order, model.theta)
+
+    def outputs(variables: dict) -> golden.Outputs:
+        out = run(variables)
+        first = {} if model.spiking else {"attn0": out["memory1"].swapaxes(1, 2)}
+        return first | {
+            "logits": out["logits"],
+            "features": out[f"block{model.depth}"].swapaxes(1, 2),
+            "A_head": A[:8, :8],
+            "B_head": B[:16],
+            "H_head": impulse_response(order, model.theta, model.context_length)[:8, :16],
+        }
+
+    return model, outputs
+
+
+def made_by(case: golden.Case) -> bool:
+    """Whether the header names the official repository."""
+    return case.source.startswith("zeyuliu1037/LMUFormer@")

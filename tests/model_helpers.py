@@ -1,0 +1,113 @@
+"""What the tests of models share: inputs, weights of unit scale, the table in a docstring."""
+
+import re
+from pathlib import Path
+
+import fill
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import zoo
+from zoo.checkpoints import rules
+
+
+def representatives(names):
+    """Parameters of a test: in the default run each system's small and smallest published one.
+
+    The others, alike but for their sizes, run with `-m variants`.
+    """
+    systems: dict[str, list[str]] = {}
+    for name in sorted(names, key=lambda name: zoo.info(name).params or 10**12):
+        systems.setdefault(zoo.registry.system(name).__name__, []).append(name)
+    quick = {found for group in systems.values() for found in group[:1]}
+    quick |= {name for name in names if name.endswith("_test")}
+    others = pytest.mark.variants
+    return [name if name in quick else pytest.param(name, marks=others) for name in names]
+
+
+def random_images(model, batch=2, key=0):
+    """Normal numbers of the shape that the model takes."""
+    return jax.random.normal(jax.random.key(key), model.example_inputs(batch)["images"].shape)
+
+
+def filled_state_dict(model, layout=None):
+    """A published state dict of unit-scale numbers, without tensors that can be recomputed."""
+    layouts = zoo.registry.system(model).CHECKPOINT
+    derived = layouts[layout or next(iter(layouts))].derived
+    return {
+        name: fill.weight(name, spec.shape)
+        for name, spec in rules.manifest(layouts, model, layout).items()
+        if not rules_match(derived, name)
+    }
+
+
+def rules_match(patterns, name):
+    """Whether a name is one of these patterns of `zoo.checkpoints.patterns`."""
+    from zoo.checkpoints.patterns import compile_pattern
+
+    return any(compile_pattern(p).match(name) is not None for p in patterns)
+
+
+def filled(model):
+    """Variables with unit-scale numbers: differences show, unlike at initialisation."""
+    return zoo.convert(model, filled_state_dict(model))
+
+
+def apply(model, variables, x, **kwargs):
+    """`model.apply`, compiled: op by op takes seconds."""
+    return jax.jit(lambda v, x: model.apply(v, x, **kwargs))(variables, x)
+
+
+def sin_loss(outputs):
+    """A scalar whose gradient depends on every output."""
+    return sum(jnp.sum(jnp.sin(x.astype(jnp.float32))) for x in jax.tree.leaves(outputs))
+
+
+def gradient(model, variables, x, **kwargs):
+    """Of `sin_loss` in the variables."""
+    return jax.jit(jax.grad(lambda v: sin_loss(model.apply(v, x, **kwargs))))(variables)
+
+
+def assert_trees_close(got, wanted, tolerance):
+    """Leaves equal to `tolerance` of each leaf's largest number."""
+    wanted_leaves = jax.tree.leaves_with_path(wanted)
+    for (path, w), g in zip(wanted_leaves, jax.tree.leaves(got), strict=True):
+        limit = tolerance * max(np.abs(w).max(), 1e-30)
+        message = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(g, w, rtol=0, atol=limit, err_msg=message)
+
+
+def documented_shapes(doc):
+    """The variant that a docstring's table is about, and `{feature: shape without the batch}`.
+
+    A row is a name, sizes with up to three blanks between them, and a remark after at least four.
+    """
+    head = re.search(r"^ {4}features +(\S+)$", doc, re.MULTILINE)
+    assert head, "the docstring has no table that starts with 'features <variant>'"
+    table = {}
+    for row in doc[head.end() :].strip("\n").split("\n\n")[0].rstrip().split("\n"):
+        name, sizes = re.match(r" {4}(\w+) +((?:\d+ {1,3})*\d+)(?= {4}|$)", row).groups()
+        table[name] = tuple(map(int, sizes.split()))
+    return head[1], table
+
+
+def feature_shapes(model):
+    """`{feature: shape without the batch}`, from shapes alone."""
+
+    def run(*inputs):
+        return model.init_with_output(jax.random.key(0), *inputs, method="features")[0]
+
+    return {
+        k: v.shape[1:] for k, v in jax.eval_shape(run, *model.example_inputs().values()).items()
+    }
+
+
+def held_out_accuracy(config, run):
+    """What a config file of `configs/` reaches on its held-out images, trained in `run`."""
+    from zoo.training import train
+    from zoo.training.command_line import parse
+
+    path = Path(__file__).parents[1] / "configs" / config
+    return train(parse([str(path)])[1].config, run).metrics["accuracy"]

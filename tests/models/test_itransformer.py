@@ -1,0 +1,118 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from model_helpers import documented_shapes, feature_shapes, filled
+
+import zoo
+from zoo.models.timeseries import itransformer
+
+
+def small(**fields):
+    return zoo.create("itransformer_test", marks=0, **fields)
+
+
+def series(*shape, key=0):
+    return jax.random.normal(jax.random.key(key), shape)
+
+
+def apply(model, variables, *inputs):
+    return jax.jit(model.apply)(variables, *inputs)
+
+
+def test_shapes_are_those_of_the_docstring():
+    name, table = documented_shapes(itransformer.__doc__)
+    assert feature_shapes(zoo.create(name)) == table
+
+
+def test_variates_have_no_order():
+    model, order = small(), np.array([3, 0, 4, 2, 1])
+    variables, x = filled(model), series(2, 24, 5)
+    forecast = apply(model, variables, x)
+    got = apply(model, variables, x[:, :, order])
+    np.testing.assert_allclose(got, forecast[:, :, order], atol=1e-5)
+    assert np.abs(forecast - forecast[:, :, order]).max() > 0.1
+
+
+def test_the_forecast_follows_scale_and_shift_of_each_series():
+    model = small()
+    variables, x = filled(model), series(2, 24, 5)
+    scale, shift = jnp.array([0.5, 3, 10, 1, 2]), jnp.array([1.0, -5, 0, 100, 3])
+    got = apply(model, variables, scale * x + shift)
+    wanted = scale * apply(model, variables, x) + shift
+    np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_the_same_weights_forecast_another_number_of_variates():
+    model = small(variates=4)
+    variables, x = filled(model), series(2, 24, 9)
+    assert apply(model, variables, x).shape == (2, 12, 9)
+    with pytest.raises(ValueError, match=r"takes series of shape \(batch, 24, variates\), not"):
+        model.apply(variables, series(2, 25, 9))
+
+
+def test_variates_see_each_other_and_marks():
+    model = zoo.create("itransformer_test")
+    variables, x, marks = filled(model), series(1, 24, 5), series(1, 24, 4, key=1)
+    forecast = apply(model, variables, x, marks)
+    assert forecast.shape == (1, 12, 5)
+    other = apply(model, variables, x.at[:, :, 4].set(series(1, 24)), marks)
+    assert np.abs(other - forecast)[:, :, :4].max() > 1e-3
+    assert np.abs(apply(model, variables, x, 2 * marks) - forecast).max() > 1e-3
+
+
+def test_marks_that_do_not_fit_are_refused():
+    model = zoo.create("itransformer_test")
+    variables, x = filled(model), series(1, 24, 5)
+    with pytest.raises(ValueError, match=r"takes marks of shape \(batch, 24, 4\), not None; give"):
+        model.apply(variables, x)
+    with pytest.raises(ValueError, match="takes no marks; create it with marks=4"):
+        small().apply(variables, x, series(1, 24, 4))
+
+
+def test_a_classifier_flattens_all_variates():
+    model = small(num_classes=3)
+    variables, x = filled(model), series(2, 24, 5)
+    assert apply(model, variables, x).shape == (2, 3)
+    kernel = variables["params"]["head"]["kernel"]
+    assert kernel.shape == (5 * 32, 3)
+    order = np.array([1, 0, 2, 3, 4])
+    swapped = apply(model, variables, x[:, :, order])
+    assert np.abs(swapped - apply(model, variables, x)).max() > 1e-3
+
+
+def learn(model, x, y, steps=200):
+    variables = jax.jit(model.init)(jax.random.key(0), x[:1])
+    optimizer = optax.adam(3e-3)
+
+    def error(variables, x, y):
+        return jnp.mean((model.apply(variables, x) - y) ** 2)
+
+    @jax.jit
+    def run(variables):
+        def step(carry, index):
+            variables, state = carry
+            rows = jax.random.choice(jax.random.key(index), len(x), (32,))
+            grads = jax.grad(error)(variables, x[rows], y[rows])
+            updates, state = optimizer.update(grads, state)
+            return (optax.apply_updates(variables, updates), state), None
+
+        start = (variables, optimizer.init(variables))
+        return jax.lax.scan(step, start, jnp.arange(steps))[0][0]
+
+    return run(variables)
+
+
+def test_it_learns_one_series_from_another():
+    """The second is the first, 12 steps later: its future is in the past of the first alone."""
+    noise = np.random.default_rng(0).standard_normal(1000).astype("f")
+    both = np.stack([noise[12:], noise[:-12]], 1)
+    windows = np.moveaxis(np.lib.stride_tricks.sliding_window_view(both, 36, axis=0), 1, 2)
+    x, y = jnp.asarray(windows[:, :24]), jnp.asarray(windows[:, 24:])
+    model = small(variates=2, standardise=False, depth=1, dropout=0.0)
+    variables = learn(model, x[:800], y[:800, :, :])
+    error = ((apply(model, variables, x[830:]) - y[830:]) ** 2).mean((0, 1))
+    assert error[1] < 0.3 < 0.8 < error[0]
+    alone = x[830:].at[:, :, 0].set(0)
+    assert ((apply(model, variables, alone) - y[830:]) ** 2).mean((0, 1))[1] > 0.8

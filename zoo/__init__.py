@@ -1,0 +1,124 @@
+"""Flax Zoo: published transformer systems as pure functions.
+
+    import zoo
+
+    zoo.list_models("swin*")
+    model = zoo.create("swin_tiny_patch4_window7_224", num_classes=10)
+    model, variables = zoo.load("swin_tiny_patch4_window7_224", "swin_tiny_patch4_window7_224.pth")
+    logits = model.apply(variables, images)
+    state_dict = zoo.export(model, variables)
+
+Nothing here imports an architecture, Flax or a checkpoint reader before it is needed.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from zoo.registry import File, Preprocessing, Variant, create, info, list_models, system
+
+if TYPE_CHECKING:
+    import flax.linen as nn
+    import numpy as np
+
+__version__ = "0.1.0"
+__all__ = [
+    "File",
+    "Preprocessing",
+    "Variant",
+    "convert",
+    "create",
+    "export",
+    "info",
+    "list_models",
+    "load",
+]
+
+
+def load(
+    name: str,
+    source: str | os.PathLike,
+    *,
+    adapt: bool = False,
+    sharding: Any = None,
+    rng: Any = None,
+    **overrides: Any,
+) -> tuple["nn.Module", dict]:
+    """Create a model and fill it from a published file or a run of the trainer.
+
+    Args:
+      name: a variant's name (`list_models()` shows them).
+      source: an official file (`.pth`, `.pt`, `.bin`, `.safetensors`, `.npz`), a Hugging Face
+        directory or sharded index, an Orbax directory that the trainer wrote, or a hub id
+        (`org/name`) where a network and `huggingface_hub` are present.
+      adapt: allow what differs in shape to be adapted as the official code does it: position
+        tables are interpolated, a head for another number of classes starts fresh.
+      sharding: None, a `jax.sharding.Sharding`, or `f(path, shape) -> Sharding`.
+      rng: key for fresh heads (`adapt=True`); default `jax.random.key(0)`.
+      **overrides: fields of the module that replace the variant's.
+
+    Returns:
+      `(model, variables)`, ready for `model.apply(variables, inputs)`.
+
+    Raises:
+      ValueError: for an unknown name or field, a file that is unsafe or broken, or tensors
+        that do not fit (`CheckpointMismatch` lists all of them at once).
+      FileNotFoundError: if there is no such file.
+    """
+    from zoo.checkpoints import files, rules
+
+    model = create(name, **overrides)
+    if files.is_orbax(source):
+        from zoo.checkpoints import runs
+
+        return model, runs.load_variables(source, model, sharding=sharding)
+    state = files.open_checkpoint(files.resolve(source))
+    variables = rules.convert(
+        system(model).CHECKPOINT, state, model, adapt=adapt, sharding=sharding, rng=rng
+    )
+    return model, variables
+
+
+def convert(
+    model: "str | nn.Module",
+    state_dict: Mapping[str, Any],
+    *,
+    adapt: bool = False,
+    sharding: Any = None,
+    rng: Any = None,
+) -> dict:
+    """Turn an official state dict (names to arrays) into the model's variables.
+
+    Args:
+      model: a variant's name or a module made by `create`.
+      state_dict: NumPy arrays (or lazy tensors of `zoo.checkpoints`) by official name.
+      adapt: as in `load`.
+      sharding: as in `load`.
+      rng: as in `load`.
+
+    Raises:
+      CheckpointMismatch: naming all missing, unexpected and misshapen tensors.
+    """
+    from zoo.checkpoints import rules
+
+    module = create(model) if isinstance(model, str) else model
+    return rules.convert(
+        system(module).CHECKPOINT, state_dict, module, adapt=adapt, sharding=sharding, rng=rng
+    )
+
+
+def export(
+    model: "str | nn.Module", variables: Mapping[str, Any], layout: str | None = None
+) -> "dict[str, np.ndarray]":
+    """The official state dict of these variables: `convert` backwards, bit for bit.
+
+    Args:
+      model: a variant's name or a module made by `create`.
+      variables: what `load`, `convert` or `model.init` gave.
+      layout: which published naming (a key of the system's `CHECKPOINT`); default the official
+        one.
+    """
+    from zoo.checkpoints import rules
+
+    module = create(model) if isinstance(model, str) else model
+    return rules.export(system(module).CHECKPOINT, variables, module, layout=layout)

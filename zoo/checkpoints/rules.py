@@ -1,0 +1,348 @@
+"""Declarative, invertible rules from published tensor names to ours.
+
+A system's file ends in `CHECKPOINT`, a table from the name of a layout (the official repository's,
+timm's, ...) to its `Rules`:
+
+    CHECKPOINT = {
+        "official": Rules(
+            (
+                Rule("patch_embed.proj.weight", "embed/kernel", conv),
+                Rule("blocks.{i}.attn.qkv.weight", "layers_{i}/attention/qkv/kernel", linear),
+                ...
+            ),
+            derived={"blocks.{i}.attn.relative_position_index": position_index},
+            fresh=("head/*",),
+            resize={"position": resize_positions},
+        ),
+    }
+
+`convert` runs them forwards, one leaf in memory at a time; `export` runs them backwards and gives
+the published state dict bit for bit. Both are strict: every tensor of the file is used once, every
+leaf of the model is filled once, and `CheckpointMismatch` names all that is wrong at once.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zoo.checkpoints.leaves import Leaves, Slot, flat_leaves, initialise, model_leaves, nested
+from zoo.checkpoints.mismatch import CheckpointMismatch, Misfit
+from zoo.checkpoints.patterns import compile_pattern
+from zoo.checkpoints.plan import choose_layout, make_plan
+from zoo.checkpoints.ruleset import (
+    LazyTensor,
+    Rule,
+    Rules,
+    Step,
+    dense_rules,
+    norm_rules,
+    steps_for,
+)
+from zoo.checkpoints.tensor import aligned_empty
+from zoo.checkpoints.transforms import (
+    Transform,
+    chain,
+    concat,
+    conv,
+    elementwise,
+    identity,
+    linear,
+    reshape,
+    split,
+    squeeze,
+    stack,
+    tied,
+    transpose,
+    unsqueeze,
+)
+
+__all__ = [
+    "CheckpointMismatch",
+    "Rule",
+    "Rules",
+    "Transform",
+    "chain",
+    "concat",
+    "conv",
+    "convert",
+    "dense_rules",
+    "elementwise",
+    "export",
+    "identity",
+    "linear",
+    "manifest",
+    "norm_rules",
+    "reshape",
+    "split",
+    "squeeze",
+    "stack",
+    "tied",
+    "transpose",
+    "unsqueeze",
+]
+
+Placement = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None
+
+
+def convert(
+    layouts: Mapping[str, Rules],
+    source: Mapping[str, LazyTensor | np.ndarray],
+    model: nn.Module,
+    *,
+    adapt: bool = False,
+    sharding: Placement = None,
+    rng: jax.Array | None = None,
+) -> dict[str, Any]:
+    """A published state dict as the model's variables, streamed one leaf at a time.
+
+    Types are kept as in the file, so that `export` gives the bits back (float64 becomes float32
+    unless JAX's x64 mode is on).
+
+    Args:
+      layouts: layout name -> rules; the one that knows most of the file's names is used.
+      source: name -> array or lazy tensor.
+      model: the module to fill, in either form (`scan_layers`).
+      adapt: resize what differs in shape where the rules say how, start heads afresh.
+      sharding: where leaves go: None, a `Sharding`, or `f(path, shape) -> Sharding`, with paths as
+        rules name them.
+      rng: for leaves started afresh; default `jax.random.key(0)`.
+
+    Returns:
+      Variables for `model.apply`: `{"params": ..., maybe "batch_stats": ...}`.
+
+    Raises:
+      CheckpointMismatch: naming all missing, unexpected and misshapen tensors.
+    """
+    tensors = {name: _tensor(value) for name, value in source.items()}
+    leaves = model_leaves(model)
+    layout = choose_layout(layouts, tensors, leaves)
+    steps, fresh = make_plan(layouts, layout, tensors, leaves, model, adapt)
+    rules = layouts[layout]
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+    store = _Store(leaves, sharding)
+    for step in sorted(steps, key=lambda s: leaves.slots[s.targets[0]].path):
+        arrays = [tensors[name].read() for name in step.sources]
+        try:
+            values = step.transform.forward(arrays)
+        except ValueError as error:
+            raise ValueError(f"{' and '.join(step.sources)}: {error}.") from None
+        del arrays
+        for path, value in zip(step.targets, values, strict=True):
+            wanted = leaves.unrolled[path].shape
+            if value.shape != wanted:
+                resizer = rules.resizer(path)
+                assert resizer is not None, path  # the plan has refused it otherwise
+                value = np.asarray(resizer(value, wanted, leaves.model, shapes), value.dtype)
+                if value.shape != wanted:
+                    raise ValueError(f"{path} was resized to {value.shape}, not to {wanted}.")
+            store.put(path, value)
+        del values, value
+    rng = jax.random.key(0) if rng is None else rng
+    for path, leaf in initialise(leaves.model, fresh, rng).items():
+        store.put(path, np.asarray(leaf))
+    return store.variables()
+
+
+def export(
+    layouts: Mapping[str, Rules],
+    variables: Mapping[str, Any],
+    model: nn.Module,
+    layout: str | None = None,
+) -> dict[str, np.ndarray]:
+    """Variables as the published state dict: the rules backwards, derived tensors included.
+
+    Arrays are views of the variables where NumPy can make them (on CPU, nothing is copied).
+
+    Args:
+      layouts: layout name -> rules.
+      variables: of `model`, in its own form (`scan_layers` or not).
+      model: the module.
+      layout: which layout to write; None: the first that has a place for every leaf.
+
+    Raises:
+      ValueError: for an unknown layout.
+      CheckpointMismatch: if the variables are not this model's.
+    """
+    leaves = model_leaves(model)
+    values = flat_leaves(variables)
+    _check_variables(values, leaves, model)
+    return dict(_export(layouts, lambda slot: _row(values[slot.path], slot), leaves, layout))
+
+
+def manifest(
+    layouts: Mapping[str, Rules], model: nn.Module, layout: str | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Names, shapes and types of the published state dict, from shapes alone."""
+    leaves = model_leaves(model)
+
+    def zeros(slot: Slot) -> np.ndarray:
+        leaf = leaves.stored[slot.path]
+        return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape[len(slot.index) :])
+
+    return {
+        name: jax.ShapeDtypeStruct(value.shape, value.dtype)
+        for name, value in _export(layouts, zeros, leaves, layout)
+    }
+
+
+def _export(
+    layouts: Mapping[str, Rules],
+    value: Callable[[Slot], np.ndarray],
+    leaves: Leaves,
+    layout: str | None,
+) -> Iterator[tuple[str, np.ndarray]]:
+    rules, steps = _writing_layout(layouts, leaves, layout)
+    for step in steps:
+        arrays = step.transform.inverse([value(leaves.slots[path]) for path in step.targets])
+        yield from zip(step.sources, arrays, strict=True)
+    yield from _derived(rules, steps, leaves.model)
+
+
+def _writing_layout(
+    layouts: Mapping[str, Rules], leaves: Leaves, layout: str | None
+) -> tuple[Rules, list[Step]]:
+    """The layout asked for, or the first that has a place for every leaf, and its steps."""
+    if layout is not None and layout not in layouts:
+        raise ValueError(f"There is no layout {layout!r}; known are {', '.join(layouts)}.")
+    reasons = []
+    for name in layouts if layout is None else [layout]:
+        steps, lost = _export_steps(layouts[name], leaves)
+        if lost is None:
+            return layouts[name], steps
+        reasons.append(f"Layout {name!r} has no rule that writes {lost!r}.")
+    raise ValueError(reasons[0])
+
+
+def _export_steps(rules: Rules, leaves: Leaves) -> tuple[list[Step], str | None]:
+    """The steps that write every leaf, and the path of a leaf that none writes."""
+    steps: list[Step] = []
+    written: set[str] = set()
+    for path in leaves.unrolled:
+        if path in written:
+            continue
+        fitting = (
+            s
+            for s in steps_for(path, rules, leaves.model)
+            if all(t in leaves.unrolled and t not in written for t in s.targets)
+        )
+        step = next(fitting, None)
+        if step is None:
+            return [], path
+        steps.append(step)
+        written.update(step.targets)
+    return steps, None
+
+
+def _derived(
+    rules: Rules, steps: Sequence[Step], model: nn.Module
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Recomputed tensors, for the indices under which their neighbours exist."""
+    for text, function in rules.derived.items():
+        if function is None:
+            continue
+        pattern = compile_pattern(text)
+        near = [
+            rule
+            for rule in rules.rules
+            if pattern.names and any(p.text.startswith(pattern.prefix) for p in rule.sources)
+        ]
+        places = {
+            tuple(sorted((n, s.indices[n]) for n in pattern.names))
+            for s in steps
+            if pattern.names <= s.indices.keys() and (s.rule in near or not near)
+        }
+        for items in sorted(places):
+            value = function(model, **dict(items))
+            if value is not None:
+                yield pattern.format(dict(items)), np.asarray(value)
+
+
+class _Store:
+    """Collects leaves on their devices; rows of a stacked leaf wait until it is complete."""
+
+    def __init__(self, leaves: Leaves, sharding: Placement) -> None:
+        self._leaves, self._sharding = leaves, sharding
+        self._done: dict[str, jax.Array] = {}
+        self._open: dict[str, tuple[np.ndarray, int]] = {}
+
+    def put(self, path: str, value: np.ndarray) -> None:
+        slot = self._leaves.slots[path]
+        if not slot.index:
+            self._done[slot.path] = self._place(slot.path, value)
+            return
+        shape = self._leaves.stored[slot.path].shape
+        rows = int(np.prod(shape[: len(slot.index)]))
+        buffer, left = self._open.pop(slot.path, (None, rows))
+        if buffer is None:
+            buffer = aligned_empty(shape, value.dtype)
+        elif buffer.dtype != value.dtype:
+            buffer = buffer.astype(jnp.promote_types(buffer.dtype, value.dtype))
+        buffer[slot.index] = value
+        if left > 1:
+            self._open[slot.path] = (buffer, left - 1)
+        else:
+            self._done[slot.path] = self._place(slot.path, buffer)
+
+    def variables(self) -> dict[str, Any]:
+        return nested(self._done, self._leaves.collections)
+
+    def _place(self, path: str, value: np.ndarray) -> jax.Array:
+        dtype = jax.dtypes.canonicalize_dtype(value.dtype)
+        if value.dtype != dtype or not value.flags.c_contiguous:
+            value, source = aligned_empty(value.shape, dtype), value
+            value[...] = source
+            del source
+        sharding = self._sharding
+        if sharding is not None and not isinstance(sharding, jax.sharding.Sharding):
+            sharding = sharding(path, value.shape)
+        if sharding is not None and not sharding.is_fully_addressable:
+            return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+        return jax.block_until_ready(jax.device_put(value, sharding))
+
+
+@dataclass(frozen=True)
+class _InMemory:
+    """An array of the caller's, as a lazy tensor; `read` copies, for JAX may keep what it gets."""
+
+    array: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.array.dtype
+
+    def read(self) -> np.ndarray:
+        return np.array(self.array)
+
+
+def _tensor(value: Any) -> LazyTensor:
+    return value if hasattr(value, "read") else _InMemory(np.asarray(value))
+
+
+def _row(leaf: Any, slot: Slot) -> np.ndarray:
+    return np.asarray(leaf)[slot.index]
+
+
+def _check_variables(values: Mapping[str, Any], leaves: Leaves, model: nn.Module) -> None:
+    missing = [path for path in leaves.stored if path not in values]
+    unexpected = [path for path in values if path not in leaves.stored]
+    misshapen = [
+        Misfit(path, f"shape {np.shape(values[path])}", f"shape {leaf.shape}")
+        for path, leaf in leaves.stored.items()
+        if path in values and np.shape(values[path]) != leaf.shape
+    ]
+    if missing or unexpected or misshapen:
+        raise CheckpointMismatch(
+            f"These variables are not those of {type(model).__name__} as it is configured.",
+            missing,
+            unexpected,
+            misshapen,
+        )

@@ -1,0 +1,65 @@
+"""Made-up examples with known answers."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class PeriodicText:
+    """Sequences of tokens that repeat their first `period` tokens, which are random.
+
+    Attributes:
+      count: examples.
+      length: tokens of each.
+      period: after how many tokens it repeats.
+      vocab_size: tokens are below it, and not 0.
+      seed: other seeds give other sequences.
+    """
+
+    count: int
+    length: int = 32
+    period: int = 4
+    vocab_size: int = 32
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng((self.seed, index))
+        start = rng.integers(1, self.vocab_size, self.period)
+        return {"tokens": np.resize(start, self.length).astype(np.int32)}
+
+
+@dataclass(frozen=True)
+class MovingSquare:
+    """Clips of a square that moves up, down, left or right; the class is the direction.
+
+    It starts anywhere and comes back at the other side, over noise: one frame tells nothing.
+
+    Attributes:
+      count: examples.
+      frames: of each clip.
+      size: height and width in pixels.
+      seed: other seeds give other clips.
+    """
+
+    count: int
+    frames: int = 8
+    size: int = 32
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng((self.seed, index))
+        label = int(rng.integers(4))
+        start, side = rng.integers(0, self.size, 2), self.size // 4
+        step = np.array([(-1, 0), (1, 0), (0, -1), (0, 1)][label]) * int(rng.integers(2, 4))
+        clip = rng.integers(0, 64, (self.frames, self.size, self.size, 3), np.uint8)
+        for i in range(self.frames):
+            rows, columns = ((start + i * step)[:, None] + np.arange(side)) % self.size
+            clip[i][np.ix_(rows, columns)] += 160
+        return {"clip": clip, "label": label}

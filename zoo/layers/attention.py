@@ -1,0 +1,123 @@
+"""Multi-head self-attention: projections around `kernels_pallas.attention`."""
+
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+import kernels_pallas
+from zoo.layers.dense import Dense
+from zoo.layers.norm import LayerNorm
+from zoo.layers.partition import constrain
+
+
+def attention_weights(
+    query: Float[Array, "batch queries heads head_dim"],
+    key: Float[Array, "batch keys heads head_dim"],
+    *,
+    bias: Float[Array, "#batch #heads queries keys"] | None = None,
+    visible: Bool[Array, "batch keys"] | None = None,
+    scale: float | None = None,
+) -> Float[Array, "batch heads queries keys"]:
+    """The softmax probabilities themselves, dense and in float32: for looking at, not for speed."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = jnp.einsum("bqnd,bknd->bnqk", query.astype(jnp.float32), key.astype(jnp.float32))
+    scores = scores * scale
+    if bias is not None:
+        scores = scores + bias
+    if visible is not None:
+        scores = jnp.where(visible[:, None, None, :], scores, -1e30)
+    return jax.nn.softmax(scores, axis=-1)
+
+
+class Attention(nn.Module):
+    """Self-attention with fused (`qkv`) or separate (`query key value`) projections, then `out`.
+
+    The columns of a fused `qkv` are ordered q, k, v, each head-major. Sows its probabilities as
+    `attention` when the `intermediates` collection is mutable.
+
+    Attributes:
+      num_heads: must divide the channels.
+      fused: one `qkv` matrix, or three.
+      query_key_norm: LayerNorm of each head's query and key (`query_norm`, `key_norm`).
+      scale: factor on q k^T; None is 1 / sqrt(head width).
+      attention_dropout: rate on the probabilities.
+      dropout: rate after `out`.
+      blind: what a query that sees no key gets: "zeros", or the "mean" of all values, which
+        is what softmax gives where masked scores are large negative numbers.
+    """
+
+    num_heads: int
+    fused: bool = True
+    qkv_bias: bool = True
+    out_bias: bool = True
+    query_key_norm: bool = False
+    scale: float | None = None
+    attention_dropout: float = 0.0
+    dropout: float = 0.0
+    epsilon: float = 1e-6
+    blind: str = "zeros"
+    kernel_init: Callable = nn.initializers.normal(0.02)
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch length channels"],
+        visible: Bool[Array, "batch length"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "batch length channels"]:
+        """Attend. `visible` says which keys may be seen (padding is False)."""
+        batch, length, channels = x.shape
+        if channels % self.num_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} does not divide {channels} channels; choose a divisor."
+            )
+        dense = partial(
+            Dense,
+            kernel_init=self.kernel_init,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+        )
+        heads = (batch, length, self.num_heads, channels // self.num_heads)
+        if self.fused:
+            qkv = dense(3 * channels, use_bias=self.qkv_bias, name="qkv")(x)
+            query, key, value = (t.reshape(heads) for t in jnp.split(qkv, 3, axis=-1))
+        else:
+            query, key, value = (
+                dense(channels, use_bias=self.qkv_bias, name=name)(x).reshape(heads)
+                for name in ("query", "key", "value")
+            )
+        if self.query_key_norm:
+            norm = partial(
+                LayerNorm, epsilon=self.epsilon, dtype=self.dtype, param_dtype=self.param_dtype
+            )
+            query, key = norm(name="query_norm")(query), norm(name="key_norm")(key)
+        query, key, value = (
+            constrain(t, "batch", "length", "heads", "head_dim") for t in (query, key, value)
+        )
+        if self.is_mutable_collection("intermediates"):
+            weights = attention_weights(query, key, visible=visible, scale=self.scale)
+            self.sow("intermediates", "attention", weights)
+        dropping = train and self.attention_dropout > 0
+        segments = None if visible is None else visible.astype(jnp.int32)
+        x = kernels_pallas.attention(
+            query,
+            key,
+            value,
+            # every query, padding included, sees exactly the visible keys
+            query_segments=None if segments is None else jnp.ones_like(segments),
+            key_segments=segments,
+            scale=self.scale,
+            dropout=self.attention_dropout if dropping else 0.0,
+            rng=self.make_rng("dropout") if dropping else None,
+        )
+        if visible is not None and self.blind == "mean":
+            sees = visible.any(-1)[:, None, None, None]
+            x = jnp.where(sees, x, value.mean(1, keepdims=True))
+        x = dense(channels, use_bias=self.out_bias, name="out")(x.reshape(batch, length, channels))
+        return nn.Dropout(self.dropout)(x, deterministic=not train)

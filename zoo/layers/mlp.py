@@ -1,0 +1,59 @@
+"""The feed-forward block of transformers."""
+
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from zoo.layers.dense import Dense
+from zoo.layers.partition import constrain
+
+
+def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The exact GELU, `x / 2 * (1 + erf(x / sqrt 2))`, as PyTorch computes it.
+
+    `jax.nn.gelu(approximate=False)` goes through erfc, which XLA expands into far more arithmetic:
+    on a CPU the feed-forward block of ViT-S takes 8 to 14 % longer with it, forward and backward.
+    """
+    return 0.5 * x * (1.0 + jax.lax.erf(x * np.sqrt(0.5).astype(x.dtype)))
+
+
+class Mlp(nn.Module):
+    """`down(activation(up(x)))` with dropout after both; width `hidden`, then back.
+
+    Attributes:
+      hidden: width of the middle, in channels.
+      activation: the pointwise function; the default is the exact (erf) GELU.
+      dropout: rate of both dropouts.
+      kernel_init: initialiser of both matrices; biases start at zero.
+    """
+
+    hidden: int
+    activation: Callable = gelu
+    dropout: float = 0.0
+    use_bias: bool = True
+    kernel_init: Callable = nn.initializers.normal(0.02)
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "*batch channels"], train: bool = False
+    ) -> Float[Array, "*batch channels"]:
+        dense = partial(
+            Dense,
+            use_bias=self.use_bias,
+            kernel_init=self.kernel_init,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+        )
+        channels = x.shape[-1]
+        x = self.activation(dense(self.hidden, name="up")(x))
+        x = constrain(x, "batch", *["length"] * (x.ndim - 2), "mlp")
+        x = nn.Dropout(self.dropout)(x, deterministic=not train)
+        x = dense(channels, name="down")(x)
+        return nn.Dropout(self.dropout)(x, deterministic=not train)

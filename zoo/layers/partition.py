@@ -1,0 +1,69 @@
+"""Where activations live on a device mesh: models name the axes, the mesh decides.
+
+    x = constrain(x, "batch", "length", "channels")
+
+The mesh axes of the trainer are `data`, `fsdp`, `tensor` and `sequence`. In `jax.set_mesh(mesh)`
+a constraint becomes `lax.with_sharding_constraint`; without a mesh, on one device and inside
+`jax.pmap` or `shard_map` it is nothing at all.
+"""
+
+import math
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+from jaxtyping import Array
+
+ACTIVATION_AXES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "length": ("sequence",),
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+}
+"""Logical axis -> mesh axes. An axis that is not listed (channels, head_dim, height) is whole."""
+
+
+def activation_spec(shape: tuple[int, ...], names: tuple[str | None, ...]) -> PartitionSpec | None:
+    """The spec of an activation on the mesh in context; None if there is nothing to say.
+
+    Mesh axes of size one, axes under manual control and axes that do not divide the dimension are
+    left out: an activation, unlike a parameter, may always be whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return None
+    sizes = {
+        name: size
+        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+        if kind == AxisType.Auto and size > 1
+    }
+    if not sizes:
+        return None
+    taken: set[str] = set()
+    spec = []
+    for length, name in zip(shape, names, strict=True):
+        axes = [a for a in ACTIVATION_AXES.get(name, ()) if a in sizes and a not in taken]
+        while axes and length % math.prod(sizes[a] for a in axes):
+            axes.pop()
+        taken.update(axes)
+        spec.append(axes[0] if len(axes) == 1 else tuple(axes) or None)
+    return PartitionSpec(*spec)
+
+
+def constrain(x: Array, *names: str | None) -> Array:
+    """`x` with the sharding that its axis names imply on the mesh in context.
+
+    Args:
+      x: an activation.
+      names: one logical name an axis (see `ACTIVATION_AXES`), None for an axis that stays whole.
+
+    Raises:
+      ValueError: if there is not exactly one name an axis.
+    """
+    if len(names) != x.ndim:
+        raise ValueError(
+            f"constrain got {len(names)} names, {names}, for an array of shape {x.shape}; "
+            "give one name an axis."
+        )
+    spec = activation_spec(x.shape, names)
+    return x if spec is None else jax.lax.with_sharding_constraint(x, spec)

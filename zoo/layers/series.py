@@ -1,0 +1,238 @@
+"""What models of time series share. Series are `batch time variates`."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from zoo.checkpoints.rules import Rule, chain, dense_rules, linear, norm_rules, squeeze
+from zoo.layers.attention import Attention
+from zoo.layers.mlp import Mlp, gelu
+from zoo.layers.norm import LayerNorm
+from zoo.layers.partition import constrain
+from zoo.layers.patch import torch_default_init
+
+pointwise = chain(squeeze(-1), linear)
+"""`[out, in, 1]` of torch's Conv1d of width 1 <-> `[in, out]` of Flax's Dense kernel."""
+
+
+kaiming = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+"""How Informer and its descendants start the convolution of their embedding."""
+
+
+def bias_init(fan_in: int) -> Callable[..., Array]:
+    """Initialiser of a bias as PyTorch draws it: uniform within `1 / sqrt(fan_in)`."""
+    bound = fan_in**-0.5
+
+    def init(key: Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def sinusoids(length: int, channels: int) -> Float[Array, "length channels"]:
+    """Fixed positions: sines in the even channels, cosines in the odd ones, to base 10000."""
+    rates = np.exp(np.arange(0, channels, 2, dtype=np.float32) * -(np.log(10000.0) / channels))
+    angles = np.arange(length, dtype=np.float32)[:, None] * rates.astype(np.float32)
+    table = np.stack([np.sin(angles), np.cos(angles)], -1).reshape(length, -1)
+    return jnp.asarray(table[:, :channels], jnp.float32)
+
+
+def sinusoids_of(model: nn.Module) -> np.ndarray:
+    """The table of 5,000 positions that official checkpoints hold."""
+    return np.asarray(sinusoids(5000, model.embed_dim))[None]
+
+
+def moving_average(
+    x: Float[Array, "batch time variates"], width: int
+) -> Float[Array, "batch time variates"]:
+    """The mean over `width` steps around each step; both ends are repeated outwards.
+
+    Raises:
+      ValueError: if `width` is even, so that no step is its middle.
+    """
+    if width % 2 == 0:
+        raise ValueError(f"A moving average of width {width} has no middle; choose an odd width.")
+    half = width // 2
+    padded = jnp.pad(x, ((0, 0), (half, half), (0, 0)), mode="edge")
+    total = jax.lax.reduce_window(
+        padded, jnp.zeros((), x.dtype), jax.lax.add, (1, width, 1), (1, 1, 1), "valid"
+    )
+    return total / width
+
+
+def decompose(
+    x: Float[Array, "batch time variates"], width: int
+) -> tuple[Float[Array, "batch time variates"], Float[Array, "batch time variates"]]:
+    """Season and trend: the trend is the moving average, the season what is left."""
+    trend = moving_average(x, width)
+    return x - trend, trend
+
+
+def standardise(
+    x: Float[Array, "batch time variates"], mask: Bool[Array, "batch time variates"] | None = None
+) -> tuple[Float[Array, "batch time variates"], Array, Array]:
+    """Each series by its own mean and deviation; gives the series, the means, the deviations.
+
+    With a mask only what it is True for counts, and the rest becomes zero, as
+    Time-Series-Library's PatchTST does for imputation.
+    """
+    x = x.astype(jnp.float32)
+    if mask is None:
+        mean = jax.lax.stop_gradient(x.mean(1, keepdims=True))
+        x = x - mean
+        deviation = jnp.sqrt((x**2).mean(1, keepdims=True) + 1e-5)
+    else:
+        seen = jnp.maximum(mask.sum(1, keepdims=True), 1)
+        mean = jax.lax.stop_gradient(jnp.where(mask, x, 0).sum(1, keepdims=True) / seen)
+        x = jnp.where(mask, x - mean, 0)
+        deviation = jnp.sqrt((x**2).sum(1, keepdims=True) / seen + 1e-5)
+    return x / deviation, mean, deviation
+
+
+class PostNormBlock(nn.Module):
+    """Self-attention and MLP, each followed by the residual connection and then LayerNorm.
+
+    The encoder layer of Informer and of the models that grew out of its code; `mlp` is a pair of
+    convolutions of width 1 there.
+    """
+
+    num_heads: int
+    mlp_dim: int
+    activation: Callable = gelu
+    dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch length channels"], train: bool = False
+    ) -> Float[Array, "batch length channels"]:
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        y = Attention(
+            self.num_heads,
+            fused=False,
+            attention_dropout=self.dropout,
+            dropout=self.dropout,
+            kernel_init=torch_default_init,
+            name="attention",
+            **types,
+        )(x, train=train)
+        x = LayerNorm(epsilon=1e-5, name="norm1", **types)(x + y)
+        y = Mlp(
+            self.mlp_dim,
+            self.activation,
+            self.dropout,
+            kernel_init=torch_default_init,
+            name="mlp",
+            **types,
+        )(x, train)
+        x = LayerNorm(epsilon=1e-5, name="norm2", **types)(x + y)
+        return constrain(x, "batch", "length", "channels")
+
+
+class ProjectedAttention(nn.Module):
+    """The projections around an attention that the caller gives: `(query, key, value) -> output`.
+
+    Attributes:
+      num_heads: of the attention.
+      mix: read the output out as if its heads came before its steps (Informer's decoder).
+    """
+
+    num_heads: int
+    mix: bool = False
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch length channels"],
+        memory: Float[Array, "batch keys channels"],
+        attend: Callable[[Array, Array, Array], Array],
+    ) -> Float[Array, "batch length channels"]:
+        channels = x.shape[-1]
+
+        def dense(name: str, x: Array) -> Array:
+            start = {"kernel_init": torch_default_init, "bias_init": bias_init(channels)}
+            types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+            return nn.Dense(channels, name=name, **start, **types)(x)
+
+        def heads(x: Array) -> Array:
+            x = x.reshape(*x.shape[:2], self.num_heads, -1)
+            return constrain(x, "batch", "length", "heads", "head_dim")
+
+        query, key, value = dense("query", x), dense("key", memory), dense("value", memory)
+        y = attend(heads(query), heads(key), heads(value))
+        y = y.swapaxes(1, 2) if self.mix else y
+        return dense("out", y.reshape(x.shape))
+
+
+def post_norm_rules(theirs: str, ours: str) -> list[Rule]:
+    """Checkpoint rules of a `PostNormBlock`, as Informer and its descendants name it."""
+    rules = [*norm_rules(f"{theirs}.norm1", f"{ours}/norm1")]
+    rules += norm_rules(f"{theirs}.norm2", f"{ours}/norm2")
+    rules += attention_rules(f"{theirs}.attention", f"{ours}/attention")
+    return rules + mlp_rules(theirs, ours)
+
+
+def attention_rules(theirs: str, ours: str) -> list[Rule]:
+    """Those of its four projections."""
+    return [
+        rule
+        for name in ("query", "key", "value", "out")
+        for rule in dense_rules(f"{theirs}.{name}_projection", f"{ours}/{name}")
+    ]
+
+
+def mlp_rules(theirs: str, ours: str) -> list[Rule]:
+    """Those of its MLP: two convolutions of width 1, with biases or without."""
+    return [
+        rule
+        for name, place in (("conv1", "up"), ("conv2", "down"))
+        for rule in (
+            Rule(f"{theirs}.{name}.weight", f"{ours}/mlp/{place}/kernel", pointwise),
+            Rule(f"{theirs}.{name}.bias", f"{ours}/mlp/{place}/bias"),
+        )
+    ]
+
+
+def check_series(
+    model: object,
+    series: Float[Array, "batch time variates"],
+    context_length: int,
+    variates: int | None = None,
+) -> None:
+    """Refuse a series of another shape than the model takes; None: any number of variates.
+
+    Raises:
+      ValueError: naming the shape and what to change.
+    """
+    wanted = (context_length, series.shape[-1] if variates is None else variates)
+    if series.ndim != 3 or series.shape[1:] != wanted:
+        raise ValueError(
+            f"This {type(model).__name__} takes series of shape (batch, {context_length}, "
+            f"{variates or 'variates'}), not {series.shape}; cut other windows, or create the "
+            "model with another context_length or variates."
+        )
+
+
+def check_marks(
+    model: object, name: str, marks: Array | None, batch: int, length: int, count: int
+) -> None:
+    """Refuse marks of another shape than the model takes; without `count`, None is right.
+
+    Raises:
+      ValueError: naming the shape and what to change.
+    """
+    shape = None if marks is None else marks.shape
+    if shape != ((batch, length, count) if count else None):
+        raise ValueError(
+            f"This {type(model).__name__} takes {name} of shape (batch, {length}, {count}), not "
+            f"{shape}; give windows with such marks, or create the model with another marks."
+            if count
+            else f"This {type(model).__name__} takes no {name}; create it with marks={shape[-1]}."
+        )

@@ -1,0 +1,135 @@
+"""Windows of maps and clips: cutting, the mask of shifted ones, and attention inside (Swin)."""
+
+import math
+from functools import partial
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jaxtyping import Array, Float
+
+import kernels_pallas
+from zoo.layers.attention import attention_weights
+from zoo.layers.dense import Dense
+from zoo.layers.position import relative_position_index
+
+
+def fit_window(size: tuple[int, int], window_size: int, shifted: bool) -> tuple[int, int]:
+    """Window and shift that a block really uses on a map of `size` (height, width)."""
+    if min(size) <= window_size:
+        return min(size), 0
+    return window_size, window_size // 2 if shifted else 0
+
+
+def pad_map(
+    x: Float[Array, "batch height width channels"], height: int, width: int
+) -> Float[Array, "batch height_out width_out channels"]:
+    """A map with zeros below and on the right, up to at least this size."""
+    below, right = max(0, height - x.shape[1]), max(0, width - x.shape[2])
+    return jnp.pad(x, ((0, 0), (0, below), (0, right), (0, 0))) if below or right else x
+
+
+def pad_to_multiple(
+    x: Float[Array, "batch height width channels"], rows: int, columns: int
+) -> Float[Array, "batch height_out width_out channels"]:
+    """A map with zeros below and on the right, up to the next multiples of rows and columns."""
+    return pad_map(x, -(-x.shape[1] // rows) * rows, -(-x.shape[2] // columns) * columns)
+
+
+def window_partition(
+    x: Float[Array, "batch *size channels"], window: tuple[int, ...]
+) -> Float[Array, "windows tokens channels"]:
+    """Cut maps (or clips) into windows; those of one map are row-major and stand together."""
+    batch, *size, channels = x.shape
+    n = len(window)
+    cells = [part for length, w in zip(size, window, strict=True) for part in (length // w, w)]
+    x = x.reshape(batch, *cells, channels)
+    order = (0, *range(1, 2 * n, 2), *range(2, 2 * n + 1, 2), 2 * n + 1)
+    return x.transpose(order).reshape(-1, math.prod(window), channels)
+
+
+def window_merge(
+    windows: Float[Array, "windows tokens channels"], size: tuple[int, ...], window: tuple[int, ...]
+) -> Float[Array, "batch *size channels"]:
+    """The inverse of `window_partition` for maps of `size`."""
+    n = len(window)
+    counts = [length // w for length, w in zip(size, window, strict=True)]
+    x = windows.reshape(-1, *counts, *window, windows.shape[-1])
+    order = (0, *(axis for i in range(1, n + 1) for axis in (i, i + n)), 2 * n + 1)
+    return x.transpose(order).reshape(-1, *size, windows.shape[-1])
+
+
+def shifted_window_mask(
+    size: tuple[int, ...], window: tuple[int, ...], shift: tuple[int, ...]
+) -> np.ndarray:
+    """Additive mask `[windows of a map, tokens, tokens]`, float32: 0, or -100 across a seam."""
+    label = np.zeros((), int)
+    for length, w, s in zip(size, window, shift, strict=True):
+        at = np.arange(length)
+        region = (at >= length - w).astype(int) + (at >= length - s) if s else np.zeros_like(at)
+        label = 3 * label[..., None] + region
+    label = np.asarray(window_partition(label[None, ..., None], window))[..., 0]
+    return np.where(label[:, :, None] == label[:, None, :], 0.0, -100.0).astype(np.float32)
+
+
+class WindowAttention(nn.Module):
+    """Multi-head attention inside each window, with a bias learned per relative position.
+
+    Attributes:
+      window: of the bias table. Windows of fewer tokens use the upper left of its index, as
+        official Video Swin does.
+    """
+
+    num_heads: int
+    window: tuple[int, ...]
+    qkv_bias: bool = True
+    scale: float | None = None
+    attention_dropout: float = 0.0
+    dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "windows tokens channels"],
+        mask: Float[Array, "masks tokens tokens"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "windows tokens channels"]:
+        windows, tokens, channels = x.shape
+        init = nn.initializers.normal(0.02)
+        dense = partial(Dense, kernel_init=init, dtype=self.dtype, param_dtype=self.param_dtype)
+        qkv = dense(3 * channels, use_bias=self.qkv_bias, name="qkv")(x)
+        rows = math.prod(2 * w - 1 for w in self.window)
+        table = self.param("relative_position_bias", init, (rows, self.num_heads), self.param_dtype)
+        bias = table[relative_position_index(self.window)[:tokens, :tokens].reshape(-1)]
+        bias = rearrange(bias, "(q k) n -> n q k", q=tokens)
+        dropping = train and self.attention_dropout > 0
+        looking = self.is_mutable_collection("intermediates")
+        if dropping or looking:  # the general path, with one bias a window
+            heads = (windows, tokens, 3, self.num_heads, channels // self.num_heads)
+            query, key, value = jnp.unstack(qkv.reshape(heads), axis=2)
+            every = bias[None]
+            if mask is not None:
+                every = jnp.tile(every + mask[:, None], (windows // len(mask), 1, 1, 1))
+        if looking:
+            weights = attention_weights(query, key, bias=every, scale=self.scale)
+            self.sow("intermediates", "attention", weights)
+        if dropping:
+            rng = self.make_rng("dropout")
+            x = kernels_pallas.attention(
+                query,
+                key,
+                value,
+                bias=every,
+                scale=self.scale,
+                dropout=self.attention_dropout,
+                rng=rng,
+            )
+        else:
+            x = kernels_pallas.window_attention(
+                qkv, num_heads=self.num_heads, bias=bias, mask=mask, scale=self.scale
+            )
+        x = dense(channels, name="out")(x.reshape(windows, tokens, channels))
+        return nn.Dropout(self.dropout)(x, deterministic=not train)

@@ -1,0 +1,1 @@
+"""Architectures: one file a system, grouped by field."""

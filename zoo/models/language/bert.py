@@ -1,0 +1,604 @@
+"""BERT: a transformer encoder that reads in both directions; MiniLM and sentence encoders.
+
+Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding",
+NAACL 2019, arXiv 1810.04805; official code github.com/google-research/bert (Apache-2.0). Smaller
+ones: Turc et al., arXiv 1908.08962; Wang et al., "MiniLM", arXiv 2002.10957. Sentence encoders:
+Reimers and Gurevych, "Sentence-BERT", arXiv 1908.10084. Weights are published in the names of
+Hugging Face's transformers, which we follow; unlike later encoders every LayerNorm stands behind
+the residual sum (post-norm), and there is none at the end.
+
+    x = LN(E_word[token] + E_position[t] + E_type[type])
+    x = LN(x + attention(x));   x = LN(x + W2 gelu(W1 x + b1) + b2)          `depth` times
+    pooled = tanh(W x[first] + b)
+
+`mask` hides padding as a key from all queries; what stands at padded positions themselves means
+nothing. `head` says what is read off:
+
+    None             logits = last_hidden_state
+    masked_lm        logits = E_word LN(gelu(W x + b)) + c         the matrix is the embedding's
+    pretraining      logits = (those of masked_lm, next sentence = W pooled + b)
+    classification   logits = W pooled + b
+    sentence         logits = mean of x over the mask, scaled to length one
+
+    features             bert_base_uncased
+    embeddings           128  768    for 128 tokens
+    layer0               128  768    up to layer11
+    last_hidden_state    128  768    the last of them
+    pooled                    768
+    logits               128  768
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from zoo.checkpoints.rules import Rule, Rules, Transform, dense_rules, tied
+from zoo.layers.attention import Attention
+from zoo.layers.dense import Dense
+from zoo.layers.mlp import Mlp, gelu
+from zoo.layers.norm import LayerNorm
+from zoo.layers.partition import constrain
+from zoo.layers.stack import remat_block
+from zoo.registry import File, Variant
+
+init = nn.initializers.truncated_normal(0.02)
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    **dict.fromkeys(("gelu", "gelu_python"), gelu),
+    **dict.fromkeys(
+        ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate"),
+        partial(jax.nn.gelu, approximate=True),
+    ),
+    "gelu_10": lambda x: jnp.clip(gelu(x), -10.0, 10.0),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "relu6": jax.nn.relu6,
+    "leaky_relu": jax.nn.leaky_relu,
+    **dict.fromkeys(("silu", "swish"), jax.nn.silu),
+    "mish": jax.nn.mish,
+    "tanh": jnp.tanh,
+    "sigmoid": jax.nn.sigmoid,
+    "linear": lambda x: x,
+}
+"""The `hidden_act` of published configurations."""
+
+
+class BertLayer(nn.Module):
+    """Self-attention and MLP, each with a LayerNorm behind its residual sum."""
+
+    num_heads: int
+    mlp_dim: int
+    activation: Callable[[Array], Array] = gelu
+    epsilon: float = 1e-12
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch length channels"],
+        visible: Bool[Array, "batch length"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "batch length channels"]:
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        norm = partial(LayerNorm, epsilon=self.epsilon, **types)
+        y = Attention(
+            self.num_heads,
+            fused=False,
+            blind="mean",
+            attention_dropout=self.attention_dropout,
+            dropout=self.dropout,
+            kernel_init=init,
+            name="attention",
+            **types,
+        )(x, visible, train)
+        x = norm(name="norm1")(x + y)
+        y = Mlp(self.mlp_dim, self.activation, kernel_init=init, name="mlp", **types)(x)
+        y = nn.Dropout(self.dropout)(y, deterministic=not train)  # behind `down` only
+        x = norm(name="norm2")(x + y)
+        return constrain(x, "batch", "length", "channels")
+
+
+class MaskedLMHead(nn.Module):
+    """Scores of all words at each position; `decode` multiplies by the embedding, transposed."""
+
+    vocab_size: int
+    activation: Callable[[Array], Array] = gelu
+    epsilon: float = 1e-12
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch length channels"], decode: Callable[[Array], Array]
+    ) -> Float[Array, "batch length vocab_size"]:
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        x = Dense(x.shape[-1], kernel_init=init, name="transform", **types)(x)
+        x = LayerNorm(epsilon=self.epsilon, name="norm", **types)(self.activation(x))
+        bias = self.param("bias", nn.initializers.zeros, (self.vocab_size,), self.param_dtype)
+        return constrain(decode(x) + bias.astype(self.dtype), "batch", "length", "vocab")
+
+
+def mean_pool(
+    x: Float[Array, "batch length channels"], mask: Int[Array, "batch length"] | None = None
+) -> Float[Array, "batch channels"]:
+    """The mean over the tokens that `mask` keeps (all without a mask; zeros if it keeps none)."""
+    if mask is None:
+        return x.mean(1)
+    keep = (mask != 0).astype(x.dtype)
+    return jnp.einsum("blc,bl->bc", x, keep) / jnp.maximum(keep.sum(1, keepdims=True), 1e-9)
+
+
+def unit_length(x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
+    """`x / |x|`; zeros, and their gradient, stay zeros."""
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))
+
+
+class Bert(nn.Module):
+    """BERT encoder, with or without a head.
+
+    Attributes:
+      vocab_size: words.
+      embed_dim: channels of the whole encoder.
+      mlp_dim: channels in the middle of the MLP.
+      max_positions: longest sequence.
+      num_token_types: segments that can be told apart.
+      activation: of MLP and masked-word head, a key of `ACTIVATIONS`.
+      pooler: the tanh layer on the first token; `pretraining` and `classification` read it.
+      head: None or a key of `HEADS` (see the table above).
+      num_classes: of the classification head.
+      scan_layers: one stacked `layers` instead of `layers_0 ...`, compiled once
+        (`zoo.layers.stack` converts the parameters).
+      remat: recompute layers in the backward pass instead of keeping their activations; True, or
+        what is kept nevertheless, by `zoo.layers.stack.REMAT`.
+    """
+
+    vocab_size: int = 30522
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_dim: int = 3072
+    max_positions: int = 512
+    num_token_types: int = 2
+    activation: str = "gelu"
+    epsilon: float = 1e-12
+    pooler: bool = True
+    head: str | None = None
+    num_classes: int = 2
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    scan_layers: bool = False
+    remat: bool | str = False
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    def example_inputs(
+        self, batch_size: int = 1, length: int = 128
+    ) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of the arguments of `__call__` for sequences of `length` tokens."""
+        shape = jax.ShapeDtypeStruct((batch_size, min(length, self.max_positions)), jnp.int32)
+        return {"tokens": shape, "token_types": shape, "mask": shape}
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch length"],
+        token_types: Int[Array, "batch length"] | None = None,
+        mask: Int[Array, "batch length"] | Bool[Array, "batch length"] | None = None,
+        train: bool = False,
+    ) -> Array | tuple[Array, Array]:
+        """What the head gives (see the table above); without one, the last hidden states.
+
+        Args:
+          tokens: numbers of words.
+          token_types: segment of each token; None is 0 everywhere.
+          mask: 1 or True for tokens, 0 for padding; None is no padding.
+          train: whether to drop out.
+
+        Raises:
+          ValueError: if shapes do not fit the model or each other.
+        """
+        return self.features(tokens, token_types, mask, train)["logits"]
+
+    @nn.compact
+    def features(
+        self,
+        tokens: Int[Array, "batch length"],
+        token_types: Int[Array, "batch length"] | None = None,
+        mask: Int[Array, "batch length"] | Bool[Array, "batch length"] | None = None,
+        train: bool = False,
+    ) -> dict[str, Array]:
+        """Every named intermediate (see the table above); arguments as those of `__call__`."""
+        self._check(tokens, token_types, mask)
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        embed = nn.Embed(
+            self.vocab_size, self.embed_dim, embedding_init=init, name="embed", **types
+        )
+        x = embed(tokens) + self._positions(tokens.shape[1]) + self._types(token_types)
+        x = LayerNorm(epsilon=self.epsilon, name="embed_norm", **types)(x)
+        x = nn.Dropout(self.dropout)(x, deterministic=not train)
+        x = constrain(x, "batch", "length", "channels")
+        out = {"embeddings": x}
+
+        every = self._layers(x, None if mask is None else mask != 0, train)
+        out |= {f"layer{i}": x for i, x in enumerate(every)}
+        x = out["last_hidden_state"] = every[-1] if every else x
+        if self.pooler:
+            dense = nn.Dense(self.embed_dim, kernel_init=init, name="pooler", **types)
+            out["pooled"] = jnp.tanh(dense(x[:, 0]))
+        out["logits"] = x
+        return out if self.head is None else out | HEADS[self.head](self, out, embed, mask, train)
+
+    def _positions(self, length: int) -> Float[Array, "length channels"]:
+        shape = (self.max_positions, self.embed_dim)
+        table = self.param("position_embedding", init, shape, self.param_dtype)
+        return table[:length].astype(self.dtype)
+
+    def _types(self, token_types: Array | None) -> Float[Array, "... channels"]:
+        shape = (self.num_token_types, self.embed_dim)
+        table = self.param("token_type_embedding", init, shape, self.param_dtype)
+        table = table.astype(self.dtype)
+        return table[0] if token_types is None else jnp.take(table, token_types, axis=0)
+
+    def _layers(
+        self,
+        x: Float[Array, "batch length channels"],
+        visible: Bool[Array, "batch length"] | None,
+        train: bool,
+    ) -> list[Array]:
+        """What each layer gives."""
+        layer = partial(
+            remat_block(BertLayer, self.remat, static_argnums=(3,), scanned=self.scan_layers),
+            self.num_heads,
+            self.mlp_dim,
+            ACTIVATIONS[self.activation],
+            self.epsilon,
+            self.dropout,
+            self.attention_dropout,
+            self.dtype,
+            self.param_dtype,
+        )
+        if not self.scan_layers:
+            every = []
+            for i in range(self.depth):
+                x = layer(name=f"layers_{i}")(x, visible, train)
+                every.append(x)
+            return every
+
+        def body(layer: nn.Module, x: Array, visible: Array | None) -> tuple[Array, Array]:
+            x = layer(x, visible, train)
+            return x, x
+
+        scan = nn.scan(
+            body,
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=nn.broadcast,
+            length=self.depth,
+        )
+        last, stacked = scan(layer(name="layers"), x, visible)
+        return [*list(stacked)[:-1], last]  # training reads, and so keeps, the last alone
+
+    def _check(self, tokens: Array, token_types: Array | None, mask: Array | None) -> None:
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(
+                f"BERT takes tokens as integers of shape (batch, length), not {tokens.dtype} of "
+                f"shape {tokens.shape}; a tokenizer makes them from text."
+            )
+        if tokens.shape[1] > self.max_positions:
+            raise ValueError(
+                f"This BERT reads at most {self.max_positions} tokens, not {tokens.shape[1]}; cut "
+                "the text, or create the model with more max_positions."
+            )
+        for name, value in (("token_types", token_types), ("mask", mask)):
+            if value is not None and value.shape != tokens.shape:
+                raise ValueError(
+                    f"{name} has shape {value.shape}; it should be that of tokens, {tokens.shape}."
+                )
+        for name, value, known in (
+            ("activation", self.activation, tuple(ACTIVATIONS)),
+            ("head", self.head, (None, *HEADS)),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}={value!r} is none of {', '.join(map(repr, known))}.")
+        if self.head in ("pretraining", "classification") and not self.pooler:
+            raise ValueError(f"head={self.head!r} reads the pooler; it needs pooler=True.")
+
+
+# ---------------------------------------------------------------------------------- heads
+# Each is called in the model's compact method and gives what it adds to the features.
+
+
+def _types(model: Bert) -> dict:
+    return {"dtype": model.dtype, "param_dtype": model.param_dtype}
+
+
+def _masked_lm(model: Bert, out: dict, embed: nn.Embed, mask: Array | None, train: bool) -> dict:
+    head = MaskedLMHead(
+        model.vocab_size,
+        ACTIVATIONS[model.activation],
+        model.epsilon,
+        name="predictions",
+        **_types(model),
+    )
+    return {"logits": head(out["last_hidden_state"], embed.attend)}
+
+
+def _pretraining(model: Bert, out: dict, embed: nn.Embed, mask: Array | None, train: bool) -> dict:
+    words = _masked_lm(model, out, embed, mask, train)["logits"]
+    dense = nn.Dense(2, kernel_init=init, name="next_sentence", **_types(model))
+    return {"logits": (words, dense(out["pooled"]))}
+
+
+def _classification(
+    model: Bert, out: dict, embed: nn.Embed, mask: Array | None, train: bool
+) -> dict:
+    x = nn.Dropout(model.dropout)(out["pooled"], deterministic=not train)
+    dense = nn.Dense(model.num_classes, kernel_init=init, name="head", **_types(model))
+    return {"logits": dense(x)}
+
+
+def _sentence(model: Bert, out: dict, embed: nn.Embed, mask: Array | None, train: bool) -> dict:
+    hidden = out["last_hidden_state"].astype(jnp.float32)
+    return {"logits": unit_length(mean_pool(hidden, mask))}
+
+
+HEADS: dict[str, Callable[..., dict]] = {
+    "masked_lm": _masked_lm,
+    "pretraining": _pretraining,
+    "classification": _classification,
+    "sentence": _sentence,
+}
+"""What can be read off the encoder (see the table above)."""
+
+# ---------------------------------------------------------------------------- checkpoints
+
+
+def _position_ids(model: Bert) -> np.ndarray:
+    return np.arange(model.max_positions)[None]
+
+
+def _repeated(names: tuple[str, ...]) -> Transform:
+    """Embedding and bias, then those of the decoder's copies that `names` says: they are equal."""
+    places = [("weight", "bias").index(name) for name in names]
+
+    def forward(xs: list[np.ndarray]) -> list[np.ndarray]:
+        for place, copy in zip(places, xs[2:], strict=True):
+            tied.forward([xs[place], copy])
+        return xs[:2]
+
+    return Transform(forward, lambda xs: [*xs, *(xs[place] for place in places)])
+
+
+def _layout(
+    prefix: str = "",
+    *,
+    repeated: tuple[str, ...] = (),
+    norm: tuple[str, str] = ("weight", "bias"),
+    position_ids: bool = False,
+) -> Rules:
+    """Rules of one published naming.
+
+    Args:
+      prefix: of the encoder's names: empty in a file of the encoder alone, `bert.` beside a head.
+      repeated: what the file holds a second time, as the decoder's: `weight`, `bias`.
+      norm: names of LayerNorm's scale and bias.
+      position_ids: whether export writes the numbers of the positions.
+    """
+
+    def norms(theirs: str, ours: str) -> list[Rule]:
+        return [
+            Rule(f"{theirs}.{norm[0]}", f"{ours}/scale"),
+            Rule(f"{theirs}.{norm[1]}", f"{ours}/bias"),
+        ]
+
+    theirs, ours = f"{prefix}encoder.layer.{{i}}", "layers_{i}"
+    words, scores = f"{prefix}embeddings.word_embeddings.weight", "cls.predictions.bias"
+    decoder = tuple(f"cls.predictions.decoder.{name}" for name in repeated)
+    encoder = [
+        Rule(words, "embed/embedding"),
+        Rule(f"{prefix}embeddings.position_embeddings.weight", "position_embedding"),
+        Rule(f"{prefix}embeddings.token_type_embeddings.weight", "token_type_embedding"),
+        *norms(f"{prefix}embeddings.LayerNorm", "embed_norm"),
+        *dense_rules(f"{theirs}.attention.self.query", f"{ours}/attention/query"),
+        *dense_rules(f"{theirs}.attention.self.key", f"{ours}/attention/key"),
+        *dense_rules(f"{theirs}.attention.self.value", f"{ours}/attention/value"),
+        *dense_rules(f"{theirs}.attention.output.dense", f"{ours}/attention/out"),
+        *norms(f"{theirs}.attention.output.LayerNorm", f"{ours}/norm1"),
+        *dense_rules(f"{theirs}.intermediate.dense", f"{ours}/mlp/up"),
+        *dense_rules(f"{theirs}.output.dense", f"{ours}/mlp/down"),
+        *norms(f"{theirs}.output.LayerNorm", f"{ours}/norm2"),
+        *dense_rules(f"{prefix}pooler.dense", "pooler"),
+    ]
+    heads = [
+        # Both in one rule, so that export repeats the embedding only beside a decoder.
+        Rule(
+            (words, scores, *decoder), ("embed/embedding", "predictions/bias"), _repeated(repeated)
+        ),
+        Rule(scores, "predictions/bias"),
+        *dense_rules("cls.predictions.transform.dense", "predictions/transform"),
+        *norms("cls.predictions.transform.LayerNorm", "predictions/norm"),
+        *dense_rules("cls.seq_relationship", "next_sentence"),
+        *dense_rules("classifier", "head"),
+    ]
+    return Rules(
+        (*heads, *encoder) if prefix else encoder,
+        derived={f"{prefix}embeddings.position_ids": _position_ids if position_ids else None},
+        unused=(f"{prefix}pooler.dense.*", *(_OTHER_HEADS if prefix else ())),
+        fresh=("head/*", "predictions/*", "next_sentence/*", "pooler/*"),
+    )
+
+
+_OTHER_HEADS = ("cls.*", "classifier.*", "qa_outputs.*")
+_OLD_NORM = ("gamma", "beta")
+
+CHECKPOINT = {
+    # What transformers writes today: the encoder alone, models with a head, their torch files.
+    "huggingface": _layout(),
+    "huggingface_heads": _layout("bert."),
+    "huggingface_heads_torch": _layout("bert.", repeated=("weight", "bias")),
+    # Its versions 3 to 4.30.
+    "huggingface_v3": _layout(position_ids=True),
+    "huggingface_v3_heads": _layout("bert.", repeated=("weight", "bias"), position_ids=True),
+    # The first years.
+    "huggingface_v0": _layout(norm=_OLD_NORM),
+    "huggingface_v0_heads": _layout("bert.", repeated=("weight",), norm=_OLD_NORM),
+}
+
+# ------------------------------------------------------------------------------- variants
+
+
+def _fields(depth: int, embed_dim: int, vocab_size: int = 30522, **more) -> dict:
+    head_dim = 32 if embed_dim == 384 else 64
+    return {
+        "vocab_size": vocab_size,
+        "embed_dim": embed_dim,
+        "depth": depth,
+        "num_heads": embed_dim // head_dim,
+        "mlp_dim": 4 * embed_dim,
+        **more,
+    }
+
+
+def _flops(fields: dict, length: int = 128) -> float:
+    """Multiply-adds of one sequence: matrices of the layers and the two attention products."""
+    width = fields["embed_dim"]
+    return float(fields["depth"] * (12 * length * width**2 + 2 * length**2 * width))
+
+
+_TASKS = {
+    None: "text_encoding",
+    "masked_lm": "masked_language_modelling",
+    "pretraining": "text_pretraining",
+    "classification": "text_classification",
+    "sentence": "sentence_embedding",
+}
+
+
+def _variant(
+    depth: int,
+    embed_dim: int,
+    params: int | None = None,
+    *,
+    paper: str = "BERT, arXiv 1810.04805",
+    code: str = "github.com/google-research/bert",
+    licence: str = "Apache-2.0",
+    metric: str = "",
+    sha256: str | None = None,
+    **more,
+) -> Variant:
+    fields = _fields(depth, embed_dim, **more)
+    return Variant(
+        module=Bert,
+        fields=fields,
+        task=_TASKS[fields.get("head")],
+        params=params,
+        flops=_flops(fields),
+        metric=metric,
+        paper=paper,
+        code=code,
+        licence=licence,
+        files=(
+            File("model.safetensors", sha256),
+            *(() if sha256 else (File("pytorch_model.bin"),)),
+        ),
+    )
+
+
+def _with_heads(
+    name: str, depth: int, embed_dim: int, params: tuple[int, int, int], **more
+) -> dict:
+    """The encoder and the same file with heads; `params`: encoder, pretraining, masked_lm."""
+    return {
+        name: _variant(depth, embed_dim, params[0], **more),
+        f"{name}_pretraining": _variant(depth, embed_dim, params[1], head="pretraining", **more),
+        f"{name}_mlm": _variant(
+            depth, embed_dim, params[2], head="masked_lm", pooler=False, **more
+        ),
+        f"{name}_classification": _variant(depth, embed_dim, head="classification", **more),
+    }
+
+
+_small = partial(_variant, paper="Well-Read Students Learn Better, arXiv 1908.08962")
+_minilm = partial(
+    _variant,
+    paper="MiniLM, arXiv 2002.10957",
+    code="github.com/microsoft/unilm/tree/master/minilm",
+    licence="MIT",
+)
+_sentence = partial(
+    _variant,
+    head="sentence",
+    paper="Sentence-BERT, arXiv 1908.10084; MiniLM, arXiv 2002.10957",
+    code="github.com/UKPLab/sentence-transformers",
+)
+
+_MINILM_SHA = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+VARIANTS = {
+    **_with_heads(
+        "bert_base_uncased",
+        12,
+        768,
+        (109_482_240, 110_106_428, 109_514_298),
+        metric="84.6 % MNLI-m, fine-tuned",
+    ),
+    **_with_heads(
+        "bert_large_uncased",
+        24,
+        1024,
+        (335_141_888, 336_226_108, 335_174_458),
+        metric="86.7 % MNLI-m, fine-tuned",
+    ),
+    **_with_heads(
+        "bert_base_cased",
+        12,
+        768,
+        (108_310_272, 108_932_934, 108_340_804),
+        vocab_size=28996,
+    ),
+    **_with_heads(
+        "bert_large_cased",
+        24,
+        1024,
+        (333_579_264, 334_661_958, 333_610_308),
+        vocab_size=28996,
+    ),
+    **_with_heads(
+        "bert_base_multilingual_cased",
+        12,
+        768,
+        (177_853_440, 178_566_653, 177_974_523),
+        vocab_size=119547,
+    ),
+    "bert_tiny_uncased": _small(2, 128, 4_385_920),
+    "bert_mini_uncased": _small(4, 256, 11_170_560),
+    "bert_small_uncased": _small(4, 512, 28_763_648),
+    "bert_medium_uncased": _small(8, 512, 41_373_184),
+    "minilm_l6_h384_uncased": _minilm(6, 384, 22_713_216),
+    "minilm_l12_h384_uncased": _minilm(12, 384, 33_360_000),
+    "minilm_l6_v2": _sentence(6, 384, 22_713_216, sha256=_MINILM_SHA),
+    "minilm_l12_v2": _sentence(12, 384, 33_360_000),
+    "bert_test": Variant(
+        module=Bert,
+        fields={
+            "vocab_size": 97,
+            "embed_dim": 32,
+            "depth": 2,
+            "num_heads": 4,
+            "mlp_dim": 64,
+            "max_positions": 64,
+        },
+        task="text_encoding",
+        paper="BERT, arXiv 1810.04805",
+        code="github.com/google-research/bert",
+        licence="none: no published weights",
+    ),
+}

@@ -1,0 +1,1 @@
+"""Systems of audio-like signals, of motion, and of mathematics."""

@@ -1,0 +1,1 @@
+"""Forecasters and other models of time series."""

@@ -1,0 +1,410 @@
+"""Informer: attention for the few queries that need it, and a forecast in one shot.
+
+Zhou et al., "Informer: Beyond Efficient Transformer for Long Sequence Time-Series Forecasting",
+AAAI 2021, arXiv 2012.07436. Official code: github.com/zhouhaoyi/Informer2020 (Apache-2.0), which we
+follow; no weights are published. c is `factor`, L_q and L_k the numbers of queries and keys.
+
+    ProbSparse   M_i = max_j q_i.k_j - sum_j q_i.k_j / L_k    over c ceil(ln L_k) keys, drawn with
+                                                              replacement, the same for all heads
+                 the c ceil(ln L_q) queries of the largest M attend to all keys; the others get the
+                 mean of all values (encoder), or the sum of those up to them (decoder, causal)
+    encoder      blocks of attention and MLP, LN after each; between blocks, distilling:
+                 MaxPool_3/2(ELU(BN(Conv_3 x))), which halves the length
+    decoder      of the last `label_length` steps and zeros for the horizon, all at once
+
+Where paper and code differ: the sum of M is over the sampled keys but divided by L_k; the decoder
+reads its self-attention's heads out in another order than it wrote them (`mix`), so that steps and
+heads mix. The measure of a causal query sees keys after it. Keys are drawn in evaluation too: with
+the rng stream `sample`, and without one always the same. InformerStack is not here.
+
+    features      informer_etth1_96_24
+    encoder       48  512    after distilling
+    decoder       72  512    48 known steps and the horizon
+    forecast      24   7
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+import kernels_pallas
+from zoo.checkpoints.rules import Rule, Rules, conv, dense_rules, norm_rules
+from zoo.layers.mlp import Mlp, gelu
+from zoo.layers.norm import LayerNorm
+from zoo.layers.partition import constrain
+from zoo.layers.patch import torch_default_init
+from zoo.layers.series import (
+    ProjectedAttention,
+    attention_rules,
+    bias_init,
+    check_marks,
+    check_series,
+    kaiming,
+    mlp_rules,
+    sinusoids,
+    sinusoids_of,
+)
+from zoo.registry import Variant
+
+FROZEN = ("_table",)
+"""The tables of `time_embedding="fixed"`, which the official checkpoints hold as parameters."""
+
+TABLES = (("month", 13), ("day", 32), ("weekday", 7), ("hour", 24), ("minute", 4))
+
+
+def kept(length: int, factor: int) -> int:
+    """How many of so many keys are sampled, or queries kept."""
+    return min(factor * math.ceil(math.log(length)), length)
+
+
+def sparsity(
+    query: Float[Array, "batch queries heads head_dim"],
+    key: Float[Array, "batch keys heads head_dim"],
+    samples: Int[Array, "queries sampled"],
+) -> Float[Array, "batch heads queries"]:
+    """M: how far the attention of each query is from an even one, estimated from sampled keys."""
+    scores = jnp.einsum(
+        "bqnd,bqsnd->bnqs", query, key[:, samples], preferred_element_type=jnp.float32
+    )
+    return scores.max(-1) - scores.sum(-1) / key.shape[1]
+
+
+def prob_sparse_attention(
+    query: Float[Array, "batch queries heads head_dim"],
+    key: Float[Array, "batch keys heads head_dim"],
+    value: Float[Array, "batch keys heads head_dim"],
+    samples: Int[Array, "queries sampled"],
+    count: int,
+    causal: bool = False,
+) -> Float[Array, "batch queries heads head_dim"]:
+    """Softmax attention of the `count` queries of the largest `sparsity`; averages elsewhere."""
+    top = jax.lax.top_k(sparsity(query, key, samples), count)[1].swapaxes(1, 2)
+    chosen = jnp.take_along_axis(query, top[..., None], axis=1)
+    later = jnp.arange(key.shape[1]) > top.swapaxes(1, 2)[..., None]
+    bias = jnp.where(later, -1e30, 0.0) if causal else None
+    rows = kernels_pallas.attention(chosen, key, value, bias=bias)
+    base = value.cumsum(1) if causal else jnp.broadcast_to(value.mean(1)[:, None], query.shape)
+    batch, heads = (jnp.arange(query.shape[i]) for i in (0, 2))
+    place = batch[:, None, None], top, heads
+    return base.at[place].set(rows.astype(base.dtype))
+
+
+class Embedding(nn.Module):
+    """The sum of a convolution over three steps (the ends meet), positions and time."""
+
+    channels: int
+    time_embedding: str
+    marks: int
+    dropout: float
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self,
+        series: Float[Array, "batch time variates"],
+        marks: Array,
+        train: bool,
+    ) -> Float[Array, "batch time channels"]:
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        width = series.shape[-1]
+        bias = bias_init(3 * width)
+        settings = dict(padding="CIRCULAR", kernel_init=kaiming, bias_init=bias, **types)
+        x = nn.Conv(self.channels, (3,), name="conv", **settings)(series)
+        x = x + sinusoids(series.shape[1], self.channels).astype(self.dtype)
+        if self.time_embedding == "features":
+            start = dict(kernel_init=torch_default_init, bias_init=bias_init(self.marks))
+            x = x + nn.Dense(self.channels, name="time", **start, **types)(marks)
+        else:
+            for i, (name, size) in enumerate(TABLES[: self.marks]):
+                x = x + self._table(name, size)[marks[..., i]].astype(self.dtype)
+        x = nn.Dropout(self.dropout)(x, deterministic=not train)
+        return constrain(x, "batch", "length", "channels")
+
+    def _table(self, name: str, size: int) -> Float[Array, "size channels"]:
+        shape = (size, self.channels)
+        if self.time_embedding == "learned":
+            return self.param(name, nn.initializers.normal(1.0), shape, self.param_dtype)
+        fixed = lambda key, shape, dtype: sinusoids(*shape).astype(dtype)  # noqa: E731
+        return jax.lax.stop_gradient(self.param(f"{name}_table", fixed, shape, self.param_dtype))
+
+
+class Block(nn.Module):
+    """Self-attention, attention to a memory where there is one, and MLP; LayerNorm after each."""
+
+    num_heads: int
+    mlp_dim: int
+    activation: Callable
+    dropout: float
+    mix: bool
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch length channels"],
+        attend: Callable,
+        train: bool,
+        memory: Float[Array, "batch keys channels"] | None = None,
+        attend_memory: Callable | None = None,
+    ) -> Float[Array, "batch length channels"]:
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        norm = partial(LayerNorm, epsilon=1e-5, **types)
+        attention = partial(ProjectedAttention, self.num_heads, **types)
+        dropout = partial(nn.Dropout(self.dropout), deterministic=not train)
+        y = attention(mix=self.mix, name="attention")(x, x, attend)
+        x = norm(name="norm1")(x + dropout(y))
+        if memory is not None:
+            y = attention(name="cross_attention")(x, memory, attend_memory)
+            x = norm(name="norm2")(x + dropout(y))
+        sizes = (self.mlp_dim, self.activation, self.dropout)
+        y = Mlp(*sizes, kernel_init=torch_default_init, name="mlp", **types)(x, train)
+        x = norm(name="norm2" if memory is None else "norm3")(x + y)
+        return constrain(x, "batch", "length", "channels")
+
+
+class Distil(nn.Module):
+    """A convolution over three steps, BatchNorm, ELU, and the largest of three at every other."""
+
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch length channels"], train: bool
+    ) -> Float[Array, "batch half channels"]:
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        channels = x.shape[-1]
+        start = dict(kernel_init=torch_default_init, bias_init=bias_init(3 * channels))
+        x = nn.Conv(channels, (3,), padding="CIRCULAR", name="conv", **start, **types)(x)
+        norm = nn.BatchNorm(momentum=0.9, epsilon=1e-5, name="norm", **types)
+        x = jax.nn.elu(norm(x, use_running_average=not train))
+        return nn.max_pool(x, (3,), (2,), ((1, 1),))
+
+
+class Informer(nn.Module):
+    """Informer.
+
+    Attributes:
+      context_length: steps of the past that the encoder sees.
+      label_length: how many of them the decoder sees too.
+      horizon: steps that it forecasts.
+      marks: time features, or parts of the calendar, of a step.
+      time_embedding: `features`: a linear map of them; `fixed`, `learned`: tables indexed by month,
+        day, weekday, hour and quarter of an hour (`Windows(marks="calendar")`).
+      sparse: ProbSparse self-attention; else softmax.
+      factor: c of ProbSparse.
+      distil: halve the length between the encoder's layers.
+      mix: the decoder's self-attention mixes heads and steps.
+    """
+
+    context_length: int = 96
+    label_length: int = 48
+    horizon: int = 24
+    variates: int = 7
+    marks: int = 4
+    embed_dim: int = 512
+    depth: int = 2
+    decoder_depth: int = 1
+    num_heads: int = 8
+    mlp_dim: int = 2048
+    time_embedding: Literal["features", "fixed", "learned"] = "features"
+    sparse: bool = True
+    factor: int = 5
+    distil: bool = True
+    mix: bool = True
+    activation: Callable = gelu
+    dropout: float = 0.05
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    def example_inputs(self, batch_size: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of the arguments of `__call__`."""
+        marks = jnp.float32 if self.time_embedding == "features" else jnp.int32
+        past, future = (batch_size, self.context_length), (batch_size, self.horizon)
+        return {
+            "series": jax.ShapeDtypeStruct((*past, self.variates), jnp.float32),
+            "marks": jax.ShapeDtypeStruct((*past, self.marks), marks),
+            "future_marks": jax.ShapeDtypeStruct((*future, self.marks), marks),
+        }
+
+    def __call__(
+        self,
+        series: Float[Array, "batch context variates"],
+        marks: Array,
+        future_marks: Array,
+        train: bool = False,
+    ) -> Float[Array, "batch horizon variates"]:
+        """The forecast."""
+        return self.features(series, marks, future_marks, train)["forecast"]
+
+    def features(
+        self,
+        series: Float[Array, "batch context variates"],
+        marks: Array,
+        future_marks: Array,
+        train: bool = False,
+    ) -> dict[str, Array]:
+        """Every named intermediate (see the table above)."""
+        check_series(self, series, self.context_length, self.variates)
+        check_marks(self, "marks", marks, len(series), self.context_length, self.marks)
+        check_marks(self, "future_marks", future_marks, len(series), self.horizon, self.marks)
+        label = self.context_length - self.label_length
+        start = jnp.pad(series[:, label:], ((0, 0), (0, self.horizon), (0, 0)))
+        start_marks = jnp.concatenate([marks[:, label:], future_marks], axis=1)
+        return self.transform(series, marks, start, start_marks, train)
+
+    @nn.compact
+    def transform(
+        self,
+        series: Float[Array, "batch context variates"],
+        marks: Array,
+        start: Float[Array, "batch decoded variates"],
+        start_marks: Array,
+        train: bool = False,
+        samples: Sequence[Int[Array, "queries sampled"]] | None = None,
+    ) -> dict[str, Array]:
+        """The same with the decoder's input given, and perhaps each layer's sampled keys."""
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        embedding = partial(
+            Embedding, self.embed_dim, self.time_embedding, self.marks, self.dropout, **types
+        )
+        block = partial(Block, self.num_heads, self.mlp_dim, self.activation, self.dropout, **types)
+        attend = partial(self._attend, samples, train)
+        softmax = self._softmax(False, train)
+        x = embedding(name="embed")(series, marks, train)
+        for i in range(self.depth):
+            x = block(mix=False, name=f"layers_{i}")(x, attend(i, False), train)
+            if self.distil and i < self.depth - 1:
+                x = Distil(name=f"distil_{i}", **types)(x, train)
+        norm = partial(LayerNorm, epsilon=1e-5, **types)
+        memory = norm(name="norm")(x)
+        y = embedding(name="decoder_embed")(start, start_marks, train)
+        for i in range(self.decoder_depth):
+            layer = block(mix=self.mix, name=f"decoder_{i}")
+            y = layer(y, attend(self.depth + i, True), train, memory, softmax)
+        y = norm(name="decoder_norm")(y)
+        head = dict(kernel_init=torch_default_init, bias_init=bias_init(self.embed_dim))
+        forecast = nn.Dense(self.variates, name="head", **head, **types)(y)[:, -self.horizon :]
+        return {"encoder": memory, "decoder": y, "forecast": forecast}
+
+    def _softmax(self, causal: bool, train: bool) -> Callable:
+        """Attention with dropout."""
+        dropping = train and self.dropout > 0
+        rng = self.make_rng("dropout") if dropping else None
+        rate = self.dropout if dropping else 0.0
+        mask = kernels_pallas.Causal() if causal else None
+        return partial(kernels_pallas.attention, mask=mask, dropout=rate, rng=rng)
+
+    def _attend(
+        self, samples: Sequence[Array] | None, train: bool, index: int, causal: bool
+    ) -> Callable:
+        """The self-attention of layer `index`."""
+        if not self.sparse:
+            return self._softmax(causal, train)
+        sampling = self.make_rng("sample") if self.has_rng("sample") else jax.random.key(0)
+
+        def attend(query: Array, key: Array, value: Array) -> Array:
+            queries, keys = query.shape[1], key.shape[1]
+            if samples is None:
+                shape = (queries, kept(keys, self.factor))
+                chosen = jax.random.randint(jax.random.fold_in(sampling, index), shape, 0, keys)
+            else:
+                chosen = samples[index]
+            count = kept(queries, self.factor)
+            return prob_sparse_attention(query, key, value, chosen, count, causal)
+
+        return attend
+
+
+# ---------------------------------------------------------------------------- checkpoints
+
+
+def _embedding_rules(theirs: str, ours: str) -> list[Rule]:
+    table = f"{theirs}.temporal_embedding.{{}}_embed.emb.weight"
+    return [
+        Rule(f"{theirs}.value_embedding.tokenConv.weight", f"{ours}/conv/kernel", conv),
+        Rule(f"{theirs}.value_embedding.tokenConv.bias", f"{ours}/conv/bias"),
+        *dense_rules(f"{theirs}.temporal_embedding.embed", f"{ours}/time"),
+        *(Rule(table.format(name), f"{ours}/{name}_table") for name, _ in TABLES),
+        *(Rule(table.format(name).replace(".emb.", "."), f"{ours}/{name}") for name, _ in TABLES),
+    ]
+
+
+def _block_rules(theirs: str, ours: str) -> list[Rule]:
+    norms = [r for i in (1, 2, 3) for r in norm_rules(f"{theirs}.norm{i}", f"{ours}/norm{i}")]
+    return norms + mlp_rules(theirs, ours)
+
+
+_DISTIL = "encoder.conv_layers.{i}"
+
+
+def _no_batches(model: Informer, i: int) -> np.ndarray | None:
+    """BatchNorm's counter, which nothing uses."""
+    return np.zeros((), np.int64) if model.distil and i < model.depth - 1 else None
+
+
+CHECKPOINT = {
+    "official": Rules(
+        [
+            *_embedding_rules("enc_embedding", "embed"),
+            *_embedding_rules("dec_embedding", "decoder_embed"),
+            *_block_rules("encoder.attn_layers.{i}", "layers_{i}"),
+            *attention_rules("encoder.attn_layers.{i}.attention", "layers_{i}/attention"),
+            Rule(f"{_DISTIL}.downConv.weight", "distil_{i}/conv/kernel", conv),
+            Rule(f"{_DISTIL}.downConv.bias", "distil_{i}/conv/bias"),
+            *norm_rules(f"{_DISTIL}.norm", "distil_{i}/norm"),
+            Rule(f"{_DISTIL}.norm.running_mean", "batch_stats/distil_{i}/norm/mean"),
+            Rule(f"{_DISTIL}.norm.running_var", "batch_stats/distil_{i}/norm/var"),
+            *norm_rules("encoder.norm", "norm"),
+            *_block_rules("decoder.layers.{i}", "decoder_{i}"),
+            *attention_rules("decoder.layers.{i}.self_attention", "decoder_{i}/attention"),
+            *attention_rules("decoder.layers.{i}.cross_attention", "decoder_{i}/cross_attention"),
+            *norm_rules("decoder.norm", "decoder_norm"),
+            *dense_rules("projection", "head"),
+        ],
+        derived={
+            "enc_embedding.position_embedding.pe": sinusoids_of,
+            "dec_embedding.position_embedding.pe": sinusoids_of,
+            f"{_DISTIL}.norm.num_batches_tracked": _no_batches,
+        },
+        fresh=("head/kernel", "head/bias"),
+    )
+}
+
+_COMMON = dict(
+    module=Informer,
+    task="forecasting",
+    paper="Informer: Beyond Efficient Transformer for Long Sequence Time-Series Forecasting, "
+    "arXiv 2012.07436",
+    code="github.com/zhouhaoyi/Informer2020",
+    licence="Apache-2.0",
+)
+
+# MSE/MAE of ETTh1 at a context of 96, as LTSF-Benchmark.md of cure-lab/LTSF-Linear has them.
+_PUBLISHED = {96: "0.865/0.713", 192: "1.008/0.792", 336: "1.107/0.809", 720: "1.181/0.865"}
+
+VARIANTS: dict[str, Variant] = {
+    f"informer_etth1_96_{horizon}": Variant(
+        fields=dict(horizon=horizon),
+        params=11_330_055,
+        metric=f"MSE/MAE: {_PUBLISHED[horizon]}" if horizon in _PUBLISHED else "",
+        **_COMMON,
+    )
+    for horizon in (24, *_PUBLISHED)
+} | {
+    "informer_test": Variant(
+        # A factor that keeps every query: rounding to bfloat16 may not choose others.
+        fields=dict(context_length=24, label_length=8, horizon=8, variates=3, embed_dim=32,
+                    num_heads=4, mlp_dim=64, factor=8),
+        **_COMMON,
+    )
+}  # fmt: skip

@@ -1,0 +1,200 @@
+"""iTransformer: a whole series is one token, and attention is between variates.
+
+Liu et al., "iTransformer: Inverted Transformers Are Effective for Time Series Forecasting", ICLR
+2024, arXiv 2310.06625. Official code: github.com/thuml/iTransformer (MIT), which we follow; no
+weights are published. Its tasks beside forecasting are those of Time-Series-Library (MIT).
+
+    x_v    = (x_v - mean x_v) / sqrt(var x_v + 1e-5)         each series of each window by itself
+    h_v    = W_e x_v + b                                     L steps -> one token; no positions
+    h      = LN(h + MHA(h));   h = LN(h + MLP(h))            over tokens, `depth` times; then LN
+    y_v    = (W_h h_v + b) * sqrt(var x_v + 1e-5) + mean x_v
+
+Time features (`marks`) are tokens like variates, and are dropped before the forecast; the paper has
+none, the code has them wherever a table has dates. Every weight is used on every token alike, so
+the number of variates may differ between training and use.
+
+With `num_classes` it classifies: no standardising, W flatten(GELU(h)). With `horizon` equal to the
+context it reconstructs (imputation, anomaly detection).
+
+    features    itransformer_etth2_96_96
+    embed       11  128    7 variates and 4 marks
+    layer0      11  128
+    layer1      11  128
+    norm        11  128
+    forecast    96   7
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from zoo.checkpoints.rules import Rules, dense_rules, norm_rules
+from zoo.layers.dense import Dense
+from zoo.layers.mlp import gelu
+from zoo.layers.norm import LayerNorm
+from zoo.layers.partition import constrain
+from zoo.layers.patch import torch_default_init
+from zoo.layers.series import (
+    PostNormBlock,
+    bias_init,
+    check_marks,
+    check_series,
+    post_norm_rules,
+    standardise,
+)
+from zoo.registry import Variant
+
+
+class ITransformer(nn.Module):
+    """iTransformer.
+
+    Attributes:
+      context_length: steps of the past that it sees, L.
+      horizon: steps that it forecasts.
+      variates: of `example_inputs`; a forecaster takes any number, a classifier this one.
+      marks: time features of a step, each of which becomes a token; 0: none.
+      embed_dim: width of a token.
+      depth: layers.
+      mlp_dim: width of the middle of an MLP.
+      standardise: each series of a window by its own mean and deviation, and back.
+      num_classes: logits of so many classes in place of a forecast; 0: a forecast.
+    """
+
+    context_length: int = 96
+    horizon: int = 96
+    variates: int = 7
+    marks: int = 4
+    embed_dim: int = 512
+    depth: int = 2
+    num_heads: int = 8
+    mlp_dim: int = 512
+    activation: Callable = gelu
+    standardise: bool = True
+    num_classes: int = 0
+    dropout: float = 0.1
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    def example_inputs(self, batch_size: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of the arguments of `__call__`."""
+        sizes = {"series": self.variates} | ({"marks": self.marks} if self.marks else {})
+        return {
+            name: jax.ShapeDtypeStruct((batch_size, self.context_length, size), jnp.float32)
+            for name, size in sizes.items()
+        }
+
+    def __call__(
+        self,
+        series: Float[Array, "batch context variates"],
+        marks: Float[Array, "batch context marks"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "batch horizon variates"] | Float[Array, "batch classes"]:
+        """The forecast, or logits."""
+        return self.features(series, marks, train)["logits" if self.num_classes else "forecast"]
+
+    @nn.compact
+    def features(
+        self,
+        series: Float[Array, "batch context variates"],
+        marks: Float[Array, "batch context marks"] | None = None,
+        train: bool = False,
+    ) -> dict[str, Array]:
+        """Every named intermediate (see the table above)."""
+        variates = self.variates if self.num_classes else None
+        check_series(self, series, self.context_length, variates)
+        check_marks(self, "marks", marks, len(series), self.context_length, self.marks)
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        dense = partial(Dense, kernel_init=torch_default_init, **types)
+        dropout = partial(nn.Dropout(self.dropout), deterministic=not train)
+        out = {}
+        x = series
+        if self.standardise and not self.num_classes:
+            x, mean, deviation = standardise(series)
+        if marks is not None:
+            x = jnp.concatenate([x, marks.astype(x.dtype)], axis=-1)
+        bias = bias_init(self.context_length)
+        x = dense(self.embed_dim, bias_init=bias, name="embed")(x.swapaxes(1, 2))
+        x = out["embed"] = constrain(dropout(x), "batch", "length", "channels")
+        sizes = (self.num_heads, self.mlp_dim, self.activation, self.dropout)
+        for i in range(self.depth):
+            x = out[f"layer{i}"] = PostNormBlock(*sizes, name=f"layers_{i}", **types)(x, train)
+        x = out["norm"] = LayerNorm(epsilon=1e-5, name="norm", **types)(x)
+        if self.num_classes:
+            x = dropout(gelu(x)).reshape(len(x), -1)
+            bias = bias_init(x.shape[-1])
+            out["logits"] = dense(self.num_classes, bias_init=bias, name="head")(x)
+            return out
+        y = dense(self.horizon, bias_init=bias_init(self.embed_dim), name="head")(x)
+        y = y.swapaxes(1, 2)[..., : series.shape[-1]]
+        if self.standardise:
+            y = y.astype(jnp.float32) * deviation + mean
+        out["forecast"] = y.astype(self.dtype)
+        return out
+
+
+# ---------------------------------------------------------------------------- checkpoints
+
+
+def _naming(head: str) -> Rules:
+    """Rules of one published naming."""
+    return Rules(
+        [
+            *dense_rules("enc_embedding.value_embedding", "embed"),
+            *post_norm_rules("encoder.attn_layers.{i}", "layers_{i}"),
+            *norm_rules("encoder.norm", "norm"),
+            *dense_rules(head, "head"),
+        ],
+        fresh=("head/kernel", "head/bias"),
+    )
+
+
+CHECKPOINT = {"official": _naming("projector"), "tslib": _naming("projection")}
+
+_COMMON = dict(
+    module=ITransformer,
+    task="forecasting",
+    paper="iTransformer: Inverted Transformers Are Effective for Time Series Forecasting, "
+    "arXiv 2310.06625",
+    code="github.com/thuml/iTransformer",
+    licence="MIT",
+)
+
+# Table -> variates, depth, {horizon: width} and what else its official script sets.
+_SCRIPTS: dict[str, tuple[int, int, dict[int, int], dict]] = {
+    "etth1": (7, 2, {96: 256, 192: 256, 336: 512, 720: 512}, {}),
+    "etth2": (7, 2, dict.fromkeys((96, 192, 336, 720), 128), {}),
+    "ettm1": (7, 2, dict.fromkeys((96, 192, 336, 720), 128), {}),
+    "ettm2": (7, 2, dict.fromkeys((96, 192, 336, 720), 128), {}),
+    "exchange": (8, 2, dict.fromkeys((96, 192, 336, 720), 128), {}),
+    "ecl": (321, 3, dict.fromkeys((96, 192, 336, 720), 512), {}),
+    "pems03": (358, 4, dict.fromkeys((12, 24, 48, 96), 512), {"marks": 0}),
+    "pems04": (307, 4, dict.fromkeys((12, 24, 48, 96), 1024), {"marks": 0, "standardise": False}),
+}
+
+
+def _params(length: int, horizon: int, width: int, depth: int) -> int:
+    """Parameters of a model whose MLP is as wide as a token."""
+    block = 4 * width * (width + 1) + 2 * width * (width + 1) + 4 * width
+    return (length + 1) * width + depth * block + 2 * width + (width + 1) * horizon
+
+
+VARIANTS: dict[str, Variant] = {
+    f"itransformer_{table}_96_{horizon}": Variant(
+        fields=dict(horizon=horizon, variates=variates, embed_dim=width, mlp_dim=width,
+                    depth=depth, **more),
+        params=_params(96, horizon, width, depth),
+        **_COMMON,
+    )
+    for table, (variates, depth, widths, more) in _SCRIPTS.items()
+    for horizon, width in widths.items()
+} | {
+    "itransformer_test": Variant(
+        fields=dict(context_length=24, horizon=12, variates=5, embed_dim=32, mlp_dim=64,
+                    num_heads=4),
+        **_COMMON,
+    )
+}  # fmt: skip

@@ -1,0 +1,184 @@
+"""ACTIVATOR: gated linear units in place of attention, and no other mixing of tokens.
+
+Abdullah and Aydin, "Activator: GLU Activations as The Core Functions of a Vision Transformer",
+2024, arXiv 2405.15953. Official code: github.com/Abdullah-88/Activator (BSD-3-Clause), which we
+follow; it publishes no weights.
+
+    gated_mlp(x) = W3 (LN(GELU(W1 x + b1)) * LN(W2 x + b2)) + b3     one LayerNorm for both factors
+    x = x + gated_mlp(LN(x));   x = x + MLP(LN(x))                   one LayerNorm for both lines
+    logits = W mean(x) + b                                           no norm in front
+
+`activator_only_geglu_*` have the first line alone. There is neither attention, nor a position, nor
+a class token: each patch is worked on by itself, and patches meet only in the mean, so that their
+order does not change the logits. The paper speaks of replacing what mixes tokens; the code, which
+decides, has nothing in its place.
+
+    features         activator_cifar10
+    patch_embed       8   8  256    4x4 patches, linear; stride 4
+    block0            8   8  256    up to block3, all of stride 4
+    pooled                   256    mean over the map
+    logits                    10
+
+Any image of whole patches works, and its size changes no parameter.
+"""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from zoo.checkpoints.rules import Rule, Rules, conv, dense_rules, norm_rules
+from zoo.layers.mlp import Mlp, gelu
+from zoo.layers.norm import LayerNorm as _LayerNorm
+from zoo.layers.partition import constrain
+from zoo.layers.patch import PatchEmbed, torch_default_init
+from zoo.layers.stack import remat_block
+from zoo.registry import Preprocessing, Variant
+
+LayerNorm = partial(_LayerNorm, epsilon=1e-5)
+
+
+class GatedMlp(nn.Module):
+    """`down(norm(gelu(gate(x))) * norm(up(x)))` of width `hidden`, with the same norm twice."""
+
+    hidden: int
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        dense = partial(nn.Dense, kernel_init=torch_default_init, **types)
+        norm = LayerNorm(name="norm", **types)
+        gate = norm(gelu(dense(self.hidden, name="gate")(x)))
+        y = gate * norm(dense(self.hidden, name="up")(x))
+        y = constrain(y, "batch", *["length"] * (y.ndim - 2), "mlp")
+        return dense(x.shape[-1], name="down")(y)
+
+
+class Block(nn.Module):
+    """The gated unit and, unless it stands alone, an MLP, with residuals and one LayerNorm."""
+
+    hidden: int
+    has_mlp: bool = True
+    dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch height width channels"], train: bool = False
+    ) -> Float[Array, "batch height width channels"]:
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        norm = LayerNorm(name="norm", **types)
+        x = x + GatedMlp(self.hidden, name="gated_mlp", **types)(norm(x))
+        if self.has_mlp:
+            init = torch_default_init
+            mlp = Mlp(self.hidden, dropout=self.dropout, kernel_init=init, name="mlp", **types)
+            x = x + mlp(norm(x), train)
+        return constrain(x, "batch", "height", "width", "channels")
+
+
+class Activator(nn.Module):
+    """ACTIVATOR classifier.
+
+    Attributes:
+      image_size: height and width in pixels that `example_inputs` states; others work as well.
+      num_classes: 0 leaves out the head (logits are then the pooled features).
+      hidden: width of the gated units and of the MLPs.
+      has_mlp: an MLP after each gated unit.
+      dropout: in the MLPs; the gated units have none.
+      remat: recompute blocks in the backward pass instead of keeping their activations; True, or
+        what is kept nevertheless, by `zoo.layers.stack.REMAT`.
+    """
+
+    image_size: tuple[int, int] = (32, 32)
+    patch_size: int = 4
+    in_channels: int = 3
+    num_classes: int = 10
+    embed_dim: int = 256
+    hidden: int = 512
+    depth: int = 4
+    has_mlp: bool = True
+    dropout: float = 0.5
+    remat: bool | str = False
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    def example_inputs(self, batch_size: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of the arguments of `__call__`."""
+        shape = (batch_size, *self.image_size, self.in_channels)
+        return {"images": jax.ShapeDtypeStruct(shape, jnp.float32)}
+
+    def __call__(
+        self, images: Float[Array, "batch height width in_channels"], train: bool = False
+    ) -> Float[Array, "batch classes"]:
+        """Logits."""
+        return self.features(images, train)["logits"]
+
+    @nn.compact
+    def features(
+        self, images: Float[Array, "batch height width in_channels"], train: bool = False
+    ) -> dict[str, Array]:
+        """Every named intermediate (see the table above)."""
+        if images.ndim != 4 or images.shape[3] != self.in_channels:
+            raise ValueError(
+                f"This Activator takes images of shape (batch, height, width, {self.in_channels}), "
+                f"not {images.shape}."
+            )
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        out = {}
+        x = PatchEmbed(self.embed_dim, self.patch_size, name="embed", **types)(images)
+        out["patch_embed"] = x
+        block = remat_block(Block, self.remat, static_argnums=(2,))
+        for i in range(self.depth):
+            layer = block(self.hidden, self.has_mlp, self.dropout, name=f"layers_{i}", **types)
+            x = out[f"block{i}"] = layer(x, train)
+        x = out["pooled"] = x.mean((1, 2))
+        if self.num_classes:
+            head = nn.Dense(self.num_classes, kernel_init=torch_default_init, name="head", **types)
+            x = head(x)
+        out["logits"] = x
+        return out
+
+
+CHECKPOINT = {
+    "official": Rules(
+        (
+            Rule("patcher.weight", "embed/kernel", conv),
+            Rule("patcher.bias", "embed/bias"),
+            *norm_rules("model.{i}.norm", "layers_{i}/norm"),
+            *dense_rules("model.{i}.actgu.proj_1", "layers_{i}/gated_mlp/gate"),
+            *dense_rules("model.{i}.actgu.proj_2", "layers_{i}/gated_mlp/up"),
+            *dense_rules("model.{i}.actgu.proj_3", "layers_{i}/gated_mlp/down"),
+            *norm_rules("model.{i}.actgu.norm", "layers_{i}/gated_mlp/norm"),
+            *dense_rules("model.{i}.ffn.net.0", "layers_{i}/mlp/up"),
+            *dense_rules("model.{i}.ffn.net.3", "layers_{i}/mlp/down"),
+            *dense_rules("classifier", "head"),
+        ),
+        fresh=("head/kernel", "head/bias"),
+    )
+}
+
+
+def _variant(params: int | None, **fields) -> Variant:
+    return Variant(
+        module=Activator,
+        fields=fields,
+        task="image_classification",
+        params=params,
+        paper="Activator: GLU Activations as The Core Functions of a Vision Transformer, "
+        "arXiv 2405.15953",
+        code="github.com/Abdullah-88/Activator",
+        licence="none: no published weights",
+        preprocessing=Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3, crop=1.0),
+    )
+
+
+VARIANTS = {
+    "activator_cifar10": _variant(2_650_890),
+    "activator_only_geglu_cifar10": _variant(1_599_242, has_mlp=False),
+    "activator_test": _variant(None, embed_dim=64, hidden=128, depth=2, dropout=0.0),
+}

@@ -1,0 +1,480 @@
+"""Gaussian-mixture masks: a learned kernel of distance multiplies the scores of attention.
+
+"Toward a Deeper Understanding: RetNet Viewed through Convolution", 2023, arXiv 2309.05375. Official
+code: github.com/CatworldLee/Gaussian-Mixture-Mask-Attention (no licence file), which we follow; it
+publishes no weights.
+
+    attention = softmax(A * (q k^T / sqrt(d)) + B) v
+    A[h, i, j] = sum over k of alpha[k, h] exp(-|i - j|^2 / (2 (sigma[k, h]^2 + 1e-5)))
+
+|i - j| is the distance of two patches in their grid: RetNet's decay of the distance in a sequence,
+made two-dimensional, symmetric and learned, with 2 numbers for each head and Gaussian. A multiplies
+logits: a key that it fades is not hidden, but gets the logit 0, and a negative alpha turns
+likeness into its opposite. `mask="elementwise"` (ELM in the paper) has a free matrix A instead, one
+for all heads, which starts at zero: uniform attention.
+
+This file has the masks and a ViT without class token; `gmm_hosts` the other hosts.
+
+The authors take powers of a table exp(-|i - j|^2)^(1/2) in float32, which is zero from a squared
+distance of 104 on: on their grid of 16 x 16 far patches have A = 0. `underflow=True` has that; on
+8 x 8 there is no difference.
+
+    features         gmm_vit
+    patch_embed       8   8  192    4x4 patches, linear; stride 4
+    block0            8   8  192    up to block8, all of stride 4
+    pooled                   192    mean over the map
+    norm                     192
+    logits                    10
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+import kernels_pallas
+from zoo.checkpoints.rules import (
+    Rule,
+    Rules,
+    Transform,
+    chain,
+    dense_rules,
+    linear,
+    norm_rules,
+    reshape,
+    squeeze,
+)
+from zoo.layers.dense import Dense
+from zoo.layers.mlp import Mlp
+from zoo.layers.norm import LayerNorm as _LayerNorm
+from zoo.layers.partition import constrain
+from zoo.layers.patch import PatchEmbed
+from zoo.layers.stack import remat_block
+from zoo.layers.stochastic import DropPath
+from zoo.registry import Preprocessing, Variant
+
+LayerNorm = partial(_LayerNorm, epsilon=1e-5)
+init = nn.initializers.xavier_normal()
+table_init = nn.initializers.normal(0.02)
+unit_init = nn.initializers.normal(1.0)
+
+
+# ---------------------------------------------------------------------------------- masks
+
+
+def grid_distances(grid: tuple[int, int]) -> Int[np.ndarray, "tokens tokens"]:
+    """Squared distances between the row-major positions of a grid."""
+    at = np.stack(np.unravel_index(np.arange(grid[0] * grid[1]), grid), -1)
+    return np.square(at[:, None] - at).sum(-1)
+
+
+def gaussian_mixture(
+    sigma: Float[Array, "kernels heads"],
+    alpha: Float[Array, "kernels heads"],
+    distances: Int[np.ndarray, "queries keys"],
+) -> Float[Array, "heads queries keys"]:
+    """A, in float32, from squared distances: each different one is worked out once."""
+    different, index = np.unique(distances, return_inverse=True)
+    sigma, alpha = sigma.astype(jnp.float32), alpha.astype(jnp.float32)
+    width = 2 * (jnp.square(sigma) + 1e-5)
+    values = jnp.einsum("kh,khu->hu", alpha, jnp.exp(-different / width[..., None]))
+    return values[:, index.reshape(distances.shape)]
+
+
+class GaussianMask(nn.Module):
+    """A mixture of Gaussians of the distance, `kernels` for each head."""
+
+    kernels: int
+    underflow: bool = False
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, distances: Int[np.ndarray, "queries keys"], num_heads: int
+    ) -> Float[Array, "heads queries keys"]:
+        shape = (self.kernels, num_heads)
+        sigma = self.param("sigma", lambda *a: 10 + 10 * unit_init(*a), shape, self.param_dtype)
+        alpha = self.param("alpha", nn.initializers.normal(2.0), shape, self.param_dtype)
+        mask = gaussian_mixture(sigma, alpha, distances)
+        return jnp.where(distances < 104, mask, 0.0) if self.underflow else mask
+
+
+class ElementwiseMask(nn.Module):
+    """A free number for each pair of positions, the same for all heads."""
+
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, distances: Int[np.ndarray, "queries keys"], num_heads: int
+    ) -> Float[Array, "1 queries keys"]:
+        weight = self.param("weight", nn.initializers.zeros, distances.shape, self.param_dtype)
+        return weight.astype(jnp.float32)[None]
+
+
+MASKS = ("gaussian", "elementwise", None)
+
+
+def masked_attention(
+    query: Float[Array, "batch queries heads head_dim"],
+    key: Float[Array, "batch keys heads head_dim"],
+    value: Float[Array, "batch keys heads head_dim"],
+    multiplier: Float[Array, "#heads queries keys"] | None = None,
+    bias: Float[Array, "biases #heads queries keys"] | None = None,
+    mix: tuple[Float[Array, "heads heads"], Float[Array, "heads heads"]] | None = None,
+) -> tuple[Float[Array, "batch queries heads head_dim"], Float[Array, "batch heads queries keys"]]:
+    """Attention with a multiplier of the scores, for which the kernels have no place, in float32.
+
+    Args:
+      query: as in `kernels_pallas.attention`.
+      key: the same.
+      value: the same.
+      multiplier: of the scaled scores.
+      bias: added behind it; example b uses `bias[b % biases]`.
+      mix: matrices over heads before and after the softmax (talking heads).
+
+    Returns:
+      The output, and the multiplied scores.
+    """
+    query, key = query.astype(jnp.float32), key.astype(jnp.float32)
+    scores = jnp.einsum("bqnd,bknd->bnqk", query, key) * query.shape[-1] ** -0.5
+    scores = mixed = scores if multiplier is None else scores * multiplier
+    if mix is not None:
+        mixed = jnp.einsum("bnqk,nm->bmqk", mixed, mix[0].astype(jnp.float32))
+    if bias is not None:
+        mixed = mixed + jnp.tile(bias, (len(mixed) // len(bias), 1, 1, 1))
+    weights = jax.nn.softmax(mixed, -1)
+    if mix is not None:
+        weights = jnp.einsum("bnqk,nm->bmqk", weights, mix[1].astype(jnp.float32))
+    out = jnp.einsum("bnqk,bknd->bqnd", weights.astype(value.dtype), value)
+    return out, scores
+
+
+class MaskedAttention(nn.Module):
+    """Self-attention of tokens with known distances. Sows its multiplied scores as `scores`.
+
+    Attributes:
+      head_dim: any; `out` is left out where one head has the width of the input, as the authors do.
+      mask: one of `MASKS`; None: attention as it is.
+      kernels: Gaussians for each head.
+      talking: heads are mixed by a matrix before and after the softmax.
+    """
+
+    num_heads: int
+    head_dim: int
+    mask: str | None = "gaussian"
+    kernels: int = 5
+    underflow: bool = False
+    qkv_bias: bool = False
+    talking: bool = False
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch tokens channels"],
+        distances: Int[np.ndarray, "tokens tokens"],
+        bias: Float[Array, "biases #heads tokens tokens"] | None = None,
+    ) -> Float[Array, "batch tokens channels"]:
+        batch, tokens, channels = x.shape
+        if self.mask not in MASKS:
+            raise ValueError(f"mask={self.mask!r} is none of {', '.join(map(repr, MASKS))}.")
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        dense = partial(Dense, kernel_init=init, **types)
+        inner = self.num_heads * self.head_dim
+        qkv = dense(3 * inner, use_bias=self.qkv_bias, name="qkv")(x)
+        heads = (batch, tokens, 3, self.num_heads, self.head_dim)
+        query, key, value = (
+            constrain(t, "batch", "length", "heads", "head_dim")
+            for t in jnp.unstack(qkv.reshape(heads), axis=2)
+        )
+        if self.mask is None and not self.talking and bias is None:
+            y = kernels_pallas.attention(query, key, value)
+        else:
+            multiplier = None
+            if self.mask is not None:
+                maker = {
+                    "gaussian": partial(GaussianMask, self.kernels, self.underflow),
+                    "elementwise": ElementwiseMask,
+                }[self.mask]
+                mask = maker(param_dtype=self.param_dtype, name="mask")
+                multiplier = mask(distances, self.num_heads)
+            mix = self._mix() if self.talking else None
+            y, scores = masked_attention(query, key, value, multiplier, bias, mix)
+            self.sow("intermediates", "scores", scores)
+        y = y.reshape(batch, tokens, inner)
+        if self.num_heads == 1 and self.head_dim == channels:
+            return y
+        return dense(channels, name="out")(y)
+
+    def _mix(self) -> tuple[Array, Array]:
+        shape = (self.num_heads,) * 2
+        names = ("mix_before", "mix_after")
+        return tuple(self.param(name, unit_init, shape, self.param_dtype) for name in names)
+
+
+# --------------------------------------------------------------------------------- blocks
+
+
+class GridAttention(nn.Module):
+    """Attention over the whole map."""
+
+    attention: Callable[..., MaskedAttention]
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch height width channels"]
+    ) -> Float[Array, "batch height width channels"]:
+        tokens = x.reshape(len(x), -1, x.shape[-1])
+        distances = grid_distances(x.shape[1:3])
+        return self.attention(name="attention")(tokens, distances).reshape(x.shape)
+
+
+class Block(nn.Module):
+    """What attends and an MLP, each behind a LayerNorm, an optional scale and a residual.
+
+    Attributes:
+      mixer: makes what attends.
+      layer_scale: initial value of a learned scale per channel on both branches; None: no scales.
+    """
+
+    mixer: Callable[..., nn.Module]
+    mlp_ratio: float
+    layer_scale: float | None = None
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch height width channels"], train: bool = False
+    ) -> Float[Array, "batch height width channels"]:
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        y = self.mixer(name="mixer")(LayerNorm(name="norm1", **types)(x))
+        y = nn.Dropout(self.dropout)(y, deterministic=not train)
+        x = x + DropPath(self.drop_path)(self._scaled(y, "layer_scale1"), train)
+        hidden = int(x.shape[-1] * self.mlp_ratio)
+        mlp = Mlp(hidden, dropout=self.dropout, kernel_init=init, name="mlp", **types)
+        y = mlp(LayerNorm(name="norm2", **types)(x), train)
+        x = x + DropPath(self.drop_path)(self._scaled(y, "layer_scale2"), train)
+        return constrain(x, "batch", "height", "width", "channels")
+
+    def _scaled(self, y: Array, name: str) -> Array:
+        if self.layer_scale is None:
+            return y
+        start = nn.initializers.constant(self.layer_scale)
+        return y * self.param(name, start, y.shape[-1:], self.param_dtype).astype(self.dtype)
+
+
+# --------------------------------------------------------------------------------- models
+
+
+class GmmViT(nn.Module):
+    """ViT with masked attention: no class token, the mean over patches is read.
+
+    Attributes:
+      image_size: height and width in pixels, multiples of `patch_size`.
+      num_classes: 0 leaves out the head (logits are then the pooled features).
+      mask: "gaussian", "elementwise" or None.
+      kernels: Gaussians for each head.
+      underflow: far patches as in the authors' table (see above).
+      drop_path: stochastic depth, the same for all blocks.
+      remat: recompute blocks in the backward pass instead of keeping their activations; True, or
+        what is kept nevertheless, by `zoo.layers.stack.REMAT`.
+    """
+
+    image_size: tuple[int, int] = (32, 32)
+    patch_size: int = 4
+    in_channels: int = 3
+    num_classes: int = 10
+    embed_dim: int = 192
+    depth: int = 9
+    num_heads: int = 12
+    head_dim: int = 16
+    mlp_ratio: float = 2.0
+    mask: str | None = "gaussian"
+    kernels: int = 5
+    underflow: bool = False
+    dropout: float = 0.0
+    drop_path: float = 0.1
+    remat: bool | str = False
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    def example_inputs(self, batch_size: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of the arguments of `__call__`."""
+        shape = (batch_size, *self.image_size, self.in_channels)
+        return {"images": jax.ShapeDtypeStruct(shape, jnp.float32)}
+
+    def __call__(
+        self, images: Float[Array, "batch height width in_channels"], train: bool = False
+    ) -> Float[Array, "batch classes"]:
+        """Logits."""
+        return self.features(images, train)["logits"]
+
+    @nn.compact
+    def features(
+        self, images: Float[Array, "batch height width in_channels"], train: bool = False
+    ) -> dict[str, Array]:
+        """Every named intermediate (see the table above)."""
+        check_size(self, images.shape)
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        out = {}
+        x = PatchEmbed(self.embed_dim, self.patch_size, name="embed", **types)(images)
+        out["patch_embed"] = x
+        shape = (1, x.shape[1] * x.shape[2], self.embed_dim)
+        table = self.param("position_embedding", unit_init, shape, self.param_dtype)
+        x = x + table.astype(self.dtype).reshape(1, *x.shape[1:])
+        x = nn.Dropout(self.dropout)(x, deterministic=not train)
+        attention = partial(
+            MaskedAttention,
+            self.num_heads,
+            self.head_dim,
+            self.mask,
+            self.kernels,
+            self.underflow,
+            **types,
+        )
+        block = remat_block(Block, self.remat, static_argnums=(2,))
+        for i in range(self.depth):
+            x = out[f"block{i}"] = block(
+                partial(GridAttention, attention),
+                self.mlp_ratio,
+                dropout=self.dropout,
+                drop_path=self.drop_path,
+                name=f"layers_{i}",
+                **types,
+            )(x, train)
+        x = out["pooled"] = x.mean((1, 2))
+        x = out["norm"] = LayerNorm(name="norm", **types)(x)
+        if self.num_classes:
+            x = nn.Dense(self.num_classes, kernel_init=init, name="head", **types)(x)
+        out["logits"] = x
+        return out
+
+
+def check_size(model: nn.Module, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless images of this shape are what the model was made for."""
+    if shape[1:] != (*model.image_size, model.in_channels):
+        raise ValueError(
+            f"This {type(model).__name__} takes images of shape (batch, {model.image_size[0]}, "
+            f"{model.image_size[1]}, {model.in_channels}), not {shape}; resize them, or create "
+            "the model with another image_size."
+        )
+
+
+# ---------------------------------------------------------------------------- checkpoints
+
+
+def grid_side(model: nn.Module) -> int:
+    """Patches along a side of the image."""
+    return model.image_size[0] // model.patch_size
+
+
+def _linear_patches(model: nn.Module) -> Transform:
+    """A matrix over flattened patches (row, column, channel)."""
+    patch, channels = model.patch_size, model.in_channels
+    return chain(
+        linear, reshape((patch, patch, channels, -1), (patch * patch * channels, model.embed_dim))
+    )
+
+
+def mask_rules(theirs: str, ours: str) -> list[Rule]:
+    """Of either mask; the authors' `mask` of a Gaussian one is an alias of their table."""
+    return [
+        Rule(f"{theirs}.sigma", f"{ours}/sigma", squeeze((2, 3))),
+        Rule(f"{theirs}.alpha", f"{ours}/alpha", squeeze((2, 3))),
+        Rule(f"{theirs}.mask", f"{ours}/weight"),
+    ]
+
+
+def layout(*rules: Rule, side: Callable[[nn.Module], int], aliases: str, **derived) -> Rules:
+    """Rules with the authors' table for a grid of `side(model)`, and its names in the blocks."""
+
+    def table(model: nn.Module) -> np.ndarray:
+        """As float32 gives it."""
+        length = side(model)
+        squared = grid_distances((length, length)).astype(np.float32)
+        return (np.exp(-squared) ** np.float32(0.5))[None, None]
+
+    def alias(model: nn.Module, **_) -> np.ndarray | None:
+        return table(model) if model.mask == "gaussian" else None
+
+    return Rules(
+        rules,
+        derived={"mask": table, aliases: alias, **derived},
+        fresh=("head/kernel", "head/bias"),
+    )
+
+
+def end_rules(norm: str, head: str) -> list[Rule]:
+    """The last norm and the head."""
+    return [*norm_rules(norm, "norm"), *dense_rules(head, "head")]
+
+
+def patch_rules() -> list[Rule]:
+    """Patches by a linear map, and positions."""
+    return [
+        Rule("to_patch_embedding.1.weight", "embed/kernel", _linear_patches),
+        Rule("to_patch_embedding.1.bias", "embed/bias"),
+        Rule("pos_embedding", "position_embedding"),
+    ]
+
+
+def mlp_rules(theirs: str, ours: str, names: tuple[str, str]) -> list[Rule]:
+    """An MLP, of two linear maps by these names."""
+    up, down = (f"{theirs}.{name}" for name in names)
+    return [*dense_rules(up, f"{ours}/mlp/up"), *dense_rules(down, f"{ours}/mlp/down")]
+
+
+def _vit() -> Rules:
+    theirs, ours = "transformer.layers.{i}", "layers_{i}"
+    attention = f"{ours}/mixer/attention"
+    return layout(
+        *patch_rules(),
+        *norm_rules(f"{theirs}.0.norm", f"{ours}/norm1"),
+        *dense_rules(f"{theirs}.0.fn.to_qkv", f"{attention}/qkv"),
+        *mask_rules(f"{theirs}.0.fn.mask", f"{attention}/mask"),
+        *dense_rules(f"{theirs}.0.fn.to_out.0", f"{attention}/out"),
+        *norm_rules(f"{theirs}.1.norm", f"{ours}/norm2"),
+        *mlp_rules(f"{theirs}.1.fn", ours, ("net.0", "net.3")),
+        *end_rules("mlp_head.0", "mlp_head.1"),
+        side=grid_side,
+        aliases=f"{theirs}.0.fn.mask.mask",
+    )
+
+
+CHECKPOINT = {"official": _vit()}
+
+# ------------------------------------------------------------------------------- variants
+
+
+def gmm_variant(
+    module: type[nn.Module], metric: str = "", params: int | None = None, **fields
+) -> Variant:
+    """A model of the paper."""
+    return Variant(
+        module=module,
+        fields=fields,
+        task="image_classification",
+        params=params,
+        metric=metric,
+        paper="Toward a Deeper Understanding: RetNet Viewed through Convolution, arXiv 2309.05375",
+        code="github.com/CatworldLee/Gaussian-Mixture-Mask-Attention",
+        licence="none: no published weights",
+        preprocessing=Preprocessing(crop=1.0),
+    )
+
+
+VARIANTS = {
+    "gmm_vit": gmm_variant(GmmViT, "CIFAR-10 top-1 95.06 %", 2_693_122),
+    "gmm_vit_test": gmm_variant(
+        GmmViT, embed_dim=48, depth=3, num_heads=4, head_dim=12, drop_path=0.0
+    ),
+}

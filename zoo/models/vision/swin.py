@@ -1,0 +1,405 @@
+"""Swin Transformer (V1): windows of attention, shifted in every second block, in a pyramid.
+
+Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows", ICCV 2021,
+arXiv 2103.14030. Official code: github.com/microsoft/Swin-Transformer (MIT), which we follow.
+
+A block works on a map `x [B, H, W, C]` in windows of M x M tokens:
+
+    x = x + DropPath(window_attention(LN(x)));   x = x + DropPath(MLP(LN(x)))
+    window_attention = softmax(q k^T / sqrt(32) + B[h] + mask) v          B learned per offset
+
+Odd blocks roll the map by (-s, -s), s = M // 2, before cutting windows and back after; the mask
+(-100, as in the code) parts tokens that were not neighbours before the roll. A stage whose map is
+not larger than a window has one window of the map's size and no shift, so the shape of its bias
+table depends on `image_size`.
+
+    features         swin_tiny_patch4_window7_224
+    patch_embed      56  56   96    4x4 patches, linear, LayerNorm
+    stage1           56  56   96    2 blocks
+    merge1           28  28  192    2x2 neighbours concatenated, LayerNorm, linear
+    stage2           28  28  192    2 blocks
+    merge2           14  14  384
+    stage3           14  14  384    6 blocks
+    merge3            7   7  768
+    stage4            7   7  768    2 blocks
+    norm              7   7  768
+    pooled                   768    mean over the map
+    logits                  1000
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from zoo.checkpoints.rules import Rule, Rules, conv, dense_rules, linear, norm_rules
+from zoo.layers.hierarchy import PatchMerging, Stage
+from zoo.layers.mlp import Mlp
+from zoo.layers.norm import LayerNorm as _LayerNorm
+from zoo.layers.partition import constrain
+from zoo.layers.patch import PatchEmbed
+from zoo.layers.position import relative_position_index, resize_grid, resize_table
+from zoo.layers.stack import remat_block
+from zoo.layers.stochastic import DropPath
+from zoo.layers.window import (
+    WindowAttention,
+    fit_window,
+    shifted_window_mask,
+    window_merge,
+    window_partition,
+)
+from zoo.registry import File, Preprocessing, Variant
+
+LayerNorm = partial(_LayerNorm, epsilon=1e-5)
+init = nn.initializers.normal(0.02)  # the official truncation, at 100 deviations, never acts
+
+
+class SwinBlock(nn.Module):
+    """Window attention and MLP, each behind a LayerNorm and a residual connection."""
+
+    num_heads: int
+    window_size: int
+    shifted: bool
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    scale: float | None = None
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    drop_path: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch height width channels"], train: bool = False
+    ) -> Float[Array, "batch height width channels"]:
+        size, channels = x.shape[1:3], x.shape[3]
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        window, shift = fit_window(size, self.window_size, self.shifted)
+        if size[0] % window or size[1] % window:
+            raise ValueError(
+                f"A map of {size[0]}x{size[1]} tokens cannot be cut into {window}x{window} "
+                "windows; choose an image size or window size that fits every stage."
+            )
+        y = LayerNorm(name="norm1", **types)(x)
+        y = jnp.roll(y, (-shift, -shift), (1, 2)) if shift else y
+        y = WindowAttention(
+            self.num_heads,
+            (window, window),
+            self.qkv_bias,
+            self.scale,
+            self.attention_dropout,
+            self.dropout,
+            name="attention",
+            **types,
+        )(
+            window_partition(y, (window, window)),
+            shifted_window_mask(size, (window, window), (shift, shift)) if shift else None,
+            train,
+        )
+        y = window_merge(y, size, (window, window))
+        y = jnp.roll(y, (shift, shift), (1, 2)) if shift else y
+        x = x + DropPath(self.drop_path)(y, train)
+        y = LayerNorm(name="norm2", **types)(x)
+        y = Mlp(int(channels * self.mlp_ratio), dropout=self.dropout, name="mlp", **types)(y, train)
+        x = x + DropPath(self.drop_path)(y, train)
+        return constrain(x, "batch", "height", "width", "channels")
+
+
+class Swin(nn.Module):
+    """Swin Transformer classifier.
+
+    Attributes:
+      image_size: height and width in pixels; windows must tile every stage's map.
+      num_classes: 0 leaves out the head (logits are then the pooled features).
+      window_size: M, in tokens, of all stages.
+      scale: factor on q k^T; None is 1 / sqrt(head width).
+      absolute_position: add a learned table after the patch embedding (`ape` in the code).
+      patch_norm: LayerNorm in the patch embedding.
+      drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
+      remat: recompute blocks in the backward pass instead of keeping their activations; True, or
+        what is kept nevertheless, by `zoo.layers.stack.REMAT`.
+    """
+
+    image_size: tuple[int, int] = (224, 224)
+    patch_size: int = 4
+    in_channels: int = 3
+    num_classes: int = 1000
+    embed_dim: int = 96
+    depths: tuple[int, ...] = (2, 2, 6, 2)
+    num_heads: tuple[int, ...] = (3, 6, 12, 24)
+    window_size: int = 7
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    scale: float | None = None
+    absolute_position: bool = False
+    patch_norm: bool = True
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    drop_path: float = 0.1
+    remat: bool | str = False
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    def example_inputs(self, batch_size: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of the arguments of `__call__`."""
+        shape = (batch_size, *self.image_size, self.in_channels)
+        return {"images": jax.ShapeDtypeStruct(shape, jnp.float32)}
+
+    def __call__(
+        self, images: Float[Array, "batch height width in_channels"], train: bool = False
+    ) -> Float[Array, "batch classes"]:
+        """Logits."""
+        return self.features(images, train)["logits"]
+
+    @nn.compact
+    def features(
+        self, images: Float[Array, "batch height width in_channels"], train: bool = False
+    ) -> dict[str, Array]:
+        """Every named map (see the table above): `stage1 ...` is the pyramid, before merging."""
+        if images.shape[1:] != (*self.image_size, self.in_channels):
+            raise ValueError(
+                f"This Swin takes images of shape (batch, {self.image_size[0]}, "
+                f"{self.image_size[1]}, {self.in_channels}), not {images.shape}; resize them, or "
+                "create the model with another image_size."
+            )
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        out = {}
+        x = PatchEmbed(self.embed_dim, self.patch_size, name="embed", **types)(images)
+        if self.patch_norm:
+            x = LayerNorm(name="embed_norm", **types)(x)
+        out["patch_embed"] = x
+        if self.absolute_position:
+            shape = (1, x.shape[1] * x.shape[2], self.embed_dim)
+            table = self.param("position_embedding", init, shape, self.param_dtype)
+            x = x + table.astype(self.dtype).reshape(1, *x.shape[1:])
+        x = nn.Dropout(self.dropout)(x, deterministic=not train)
+
+        rates = iter(np.linspace(0.0, self.drop_path, sum(self.depths)).tolist())
+        block = remat_block(SwinBlock, self.remat, static_argnums=(2,))
+        for i, (depth, num_heads) in enumerate(zip(self.depths, self.num_heads, strict=True)):
+            last = i == len(self.depths) - 1
+            stage_block = partial(
+                block,
+                num_heads,
+                self.window_size,
+                mlp_ratio=self.mlp_ratio,
+                qkv_bias=self.qkv_bias,
+                scale=self.scale,
+                dropout=self.dropout,
+                attention_dropout=self.attention_dropout,
+                **types,
+            )
+            stage = Stage(
+                tuple(
+                    partial(stage_block, shifted=b % 2 == 1, drop_path=next(rates))
+                    for b in range(depth)
+                ),
+                None if last else partial(PatchMerging, **types),
+                name=f"stages_{i}",
+            )
+            out[f"stage{i + 1}"], merged = stage(x, train)
+            if not last:
+                x = out[f"merge{i + 1}"] = merged
+        x = out["norm"] = LayerNorm(name="norm", **types)(out[f"stage{len(self.depths)}"])
+        x = out["pooled"] = x.mean((1, 2))
+        if self.num_classes:
+            x = nn.Dense(self.num_classes, kernel_init=init, name="head", **types)(x)
+        out["logits"] = x
+        return out
+
+
+# ---------------------------------------------------------------------------- checkpoints
+
+
+def _block(model: Swin, stage: int, layer: int) -> tuple[tuple[int, int], int, int]:
+    """Map size, window and shift of a block."""
+    size = tuple(s // (model.patch_size * 2**stage) for s in model.image_size)
+    return size, *fit_window(size, model.window_size, layer % 2 == 1)
+
+
+def _index(model: Swin, b: int, *, s: int) -> np.ndarray:
+    window = _block(model, s, b)[1]
+    return relative_position_index((window, window))
+
+
+def _mask(model: Swin, b: int, *, s: int) -> np.ndarray | None:
+    size, window, shift = _block(model, s, b)
+    return shifted_window_mask(size, (window, window), (shift, shift)) if shift else None
+
+
+def _resize_bias(table: np.ndarray, shape: tuple[int, ...], *_) -> np.ndarray:
+    old, new = (round(rows**0.5) for rows in (table.shape[0], shape[0]))
+    return resize_grid(table, (old, old), (new, new))
+
+
+def _resize_position(table: np.ndarray, shape: tuple[int, ...], model: Swin, *_) -> np.ndarray:
+    return resize_table(table, tuple(s // model.patch_size for s in model.image_size))
+
+
+def _naming(
+    embed: str,
+    embed_norm: str,
+    stage: Callable[[int], str],
+    merge: Callable[[int], str],
+    mlp: tuple[str, str],
+    head: str,
+    **derived: Callable[..., np.ndarray | None],
+) -> Rules:
+    """Rules of one published naming: `stage(s)` has a `{b}`, `merge(s)` ends stage s."""
+    rules = [
+        Rule(f"{embed}.weight", "embed/kernel", conv),
+        Rule(f"{embed}.bias", "embed/bias"),
+        *norm_rules(embed_norm, "embed_norm"),
+        Rule("absolute_pos_embed", "position_embedding"),
+        *norm_rules("norm", "norm"),
+        *dense_rules(head, "head"),
+    ]
+    recomputed = {}
+    for s in range(8):  # more stages than any model has: a rule without a match is not used
+        theirs, ours = stage(s), f"stages_{s}/layers_{{b}}"
+        table = f"{theirs}.attn.relative_position_bias_table"
+        rules += [
+            Rule(table, f"{ours}/attention/relative_position_bias"),
+            *dense_rules(f"{theirs}.attn.qkv", f"{ours}/attention/qkv"),
+            *dense_rules(f"{theirs}.attn.proj", f"{ours}/attention/out"),
+            *dense_rules(f"{theirs}.{mlp[0]}", f"{ours}/mlp/up"),
+            *dense_rules(f"{theirs}.{mlp[1]}", f"{ours}/mlp/down"),
+            *norm_rules(f"{theirs}.norm1", f"{ours}/norm1"),
+            *norm_rules(f"{theirs}.norm2", f"{ours}/norm2"),
+            *norm_rules(f"{merge(s)}.norm", f"stages_{s}/merge/norm"),
+            Rule(f"{merge(s)}.reduction.weight", f"stages_{s}/merge/reduction/kernel", linear),
+        ]
+        for name, make in derived.items():
+            where = f"{theirs}.attn_mask" if name == "attn_mask" else f"{theirs}.attn.{name}"
+            recomputed[where] = partial(make, s=s)
+    return Rules(
+        tuple(rules),
+        derived=recomputed,
+        fresh=("head/kernel", "head/bias"),
+        resize={
+            "stages_{s}/layers_{b}/attention/relative_position_bias": _resize_bias,
+            "position_embedding": _resize_position,
+        },
+    )
+
+
+CHECKPOINT = {
+    "official": _naming(
+        "patch_embed.proj",
+        "patch_embed.norm",
+        lambda s: f"layers.{s}.blocks.{{b}}",
+        lambda s: f"layers.{s}.downsample",
+        ("mlp.fc1", "mlp.fc2"),
+        "head",
+        relative_position_index=_index,
+        attn_mask=_mask,
+    ),
+    "timm": _naming(
+        "patch_embed.proj",
+        "patch_embed.norm",
+        lambda s: f"layers.{s}.blocks.{{b}}",
+        lambda s: f"layers.{s + 1}.downsample",
+        ("mlp.fc1", "mlp.fc2"),
+        "head.fc",
+    ),
+    "torchvision": _naming(
+        "features.0.0",
+        "features.0.2",
+        lambda s: f"features.{2 * s + 1}.{{b}}",
+        lambda s: f"features.{2 * s + 2}",
+        ("mlp.0", "mlp.3"),
+        "head",
+        relative_position_index=lambda model, b, *, s: _index(model, b, s=s).reshape(-1),
+    ),
+}
+
+# ------------------------------------------------------------------------------- variants
+
+
+def _variant(
+    size: str,
+    resolution: int = 224,
+    pretrain: str = "",
+    top1: float | None = None,
+    params: int | None = None,
+    flops: float | None = None,
+) -> tuple[str, Variant]:
+    """`pretrain`: "" (ImageNet-1K), "22k" (its 21,841 classes) or "22kto1k" (fine-tuned)."""
+    dim, depths, heads, drop_path = {
+        "tiny": (96, (2, 2, 6, 2), (3, 6, 12, 24), 0.2),
+        "tiny_c24": (96, (2, 2, 6, 2), (4, 8, 16, 32), 0.2),  # heads of 24 channels
+        "small": (96, (2, 2, 18, 2), (3, 6, 12, 24), 0.3),
+        "base": (128, (2, 2, 18, 2), (4, 8, 16, 32), 0.5),
+        "large": (192, (2, 2, 18, 2), (6, 12, 24, 48), 0.2),
+    }[size]
+    window = {224: 7, 256: 8, 384: 12}[resolution]
+    finetune = pretrain == "22kto1k" and size in ("tiny", "small")  # a suffix of later files
+    name = "_".join(filter(None, ("swin", size, f"patch4_window{window}_{resolution}", pretrain)))
+    return name, Variant(
+        module=Swin,
+        fields={
+            "image_size": (resolution, resolution),
+            "num_classes": 21841 if pretrain == "22k" else 1000,
+            "embed_dim": dim,
+            "depths": depths,
+            "num_heads": heads,
+            "window_size": window,
+            "drop_path": drop_path,
+        },
+        task="image_classification",
+        params=params,
+        flops=flops,
+        metric=f"{top1} % top-1, ImageNet-1K" if top1 else "",
+        paper="Swin Transformer, arXiv 2103.14030",
+        code="github.com/microsoft/Swin-Transformer",
+        licence="MIT",
+        files=(File(f"{name}_finetune.pth" if finetune else f"{name}.pth"),),
+        preprocessing=Preprocessing(crop=1.0 if resolution == 384 else 0.875),
+    )
+
+
+VARIANTS = dict(
+    (
+        _variant("tiny", top1=81.2, params=28_288_354, flops=4.49e9),
+        _variant("tiny", pretrain="22k", params=44_315_083, flops=4.49e9),
+        _variant("tiny", pretrain="22kto1k", top1=80.9, params=28_288_354, flops=4.49e9),
+        _variant("small", top1=83.2, params=49_606_258, flops=8.75e9),
+        _variant("small", pretrain="22k", params=65_632_987, flops=8.75e9),
+        _variant("small", pretrain="22kto1k", top1=83.2, params=49_606_258, flops=8.75e9),
+        _variant("tiny_c24", 256, top1=81.6, params=28_306_432, flops=5.9e9),
+        _variant("base", top1=83.5, params=87_768_224, flops=15.44e9),
+        _variant("base", 384, top1=84.5, params=87_903_584, flops=47.1e9),
+        _variant("base", pretrain="22k", params=109_130_249, flops=15.44e9),
+        _variant("base", 384, pretrain="22k", params=109_265_609, flops=47.1e9),
+        _variant("base", pretrain="22kto1k", top1=85.2, params=87_768_224, flops=15.44e9),
+        _variant("base", 384, "22kto1k", 86.4, 87_903_584, 47.1e9),
+        _variant("large", pretrain="22k", params=228_565_093, flops=34.5e9),
+        _variant("large", 384, pretrain="22k", params=228_768_133, flops=103.9e9),
+        _variant("large", pretrain="22kto1k", top1=86.3, params=196_532_476, flops=34.5e9),
+        _variant("large", 384, "22kto1k", 87.3, 196_735_516, 103.9e9),
+    )
+) | {
+    "swin_test": Variant(
+        module=Swin,
+        fields={
+            "image_size": (32, 32),
+            "patch_size": 2,
+            "num_classes": 10,
+            "embed_dim": 24,
+            "depths": (2, 2),
+            "num_heads": (2, 4),
+            "window_size": 4,
+            "drop_path": 0.0,
+        },
+        task="image_classification",
+        paper="Swin Transformer, arXiv 2103.14030",
+        code="github.com/microsoft/Swin-Transformer",
+        licence="none: no published weights",
+        preprocessing=Preprocessing(crop=1.0),
+    )
+}

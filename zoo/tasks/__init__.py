@@ -1,0 +1,19 @@
+"""What a model is trained for: loss, metrics and predictions, one file a task."""
+
+from zoo.tasks.anomaly_detection import AnomalyDetection
+from zoo.tasks.classification import Classification
+from zoo.tasks.forecasting import Forecasting
+from zoo.tasks.imputation import Imputation
+from zoo.tasks.language_modelling import LanguageModelling
+from zoo.tasks.masked_language_modelling import MaskedLanguageModelling
+from zoo.tasks.metrics import Mean
+
+__all__ = [
+    "AnomalyDetection",
+    "Classification",
+    "Forecasting",
+    "Imputation",
+    "LanguageModelling",
+    "MaskedLanguageModelling",
+    "Mean",
+]

@@ -1,0 +1,361 @@
+"""What a training run is made of, as frozen dataclasses.
+
+A config file has `get_config() -> TrainConfig`; every field can be set on the command line by its
+path (`--optimizer.learning-rate 1e-3`). `save` writes the resolved config as JSON that reads well
+and that `load` turns into the same dataclasses again.
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FunctionType
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import Fixed
+
+from zoo.errors import ConfigError
+
+TYPE = "_type"  # the key that says which dataclass a JSON object is
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which model, and what differs from its variant."""
+
+    name: str
+    """A variant of the zoo (`zoo list`), or a module of your own: file.py:Class, package:Class."""
+    overrides: Fixed[dict[str, Any]] = field(default_factory=dict)
+    """Fields of the module to replace: --model.overrides.drop-path 0.1, one flag a field."""
+    checkpoint: str | None = None
+    """What a new run starts from, as zoo.load takes it: an official file, a run, a hub id."""
+    adapt: bool = False
+    """Fit a checkpoint of another image size or number of classes, as zoo.load does."""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """The update rule, its schedule and what happens to gradients before it."""
+
+    name: Literal["adamw", "adam", "sgd", "lamb", "lion", "adafactor", "nadamw", "rmsprop"] = (
+        "adamw"
+    )
+    """Rule of optax. Weight decay is decoupled in all of them."""
+    learning_rate: float = 1e-3
+    """Peak of the schedule."""
+    schedule: Literal["constant", "linear", "cosine", "one_cycle"] = "cosine"
+    """Shape after the warmup. one_cycle: up over 30 % of the steps, then down, both a cosine."""
+    warmup_steps: int = 0
+    """Steps of linear rise from `initial_fraction` of the peak (not used by one_cycle)."""
+    initial_fraction: float = 0.0
+    """Learning rate at step 0, as a fraction of the peak (with a warmup or one_cycle)."""
+    final_fraction: float = 0.0
+    """Learning rate at the last step, as a fraction of the peak (linear, cosine, one_cycle)."""
+    weight_decay: float = 0.0
+    """Decay of each step, times the learning rate, of the leaves that decay."""
+    no_decay: tuple[str, ...] = ()
+    """More path patterns (regex) without decay, beside biases, norms, position tables, tokens."""
+    b1: float = 0.9
+    """First moment, or the momentum of sgd and rmsprop."""
+    b2: float = 0.999
+    """Second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    nesterov: bool = False
+    """Nesterov momentum (sgd)."""
+    clip: float | None = None
+    """Largest global norm of the gradient; None for no clipping."""
+    accumulate: int = 1
+    """Microbatches a step. The gradient is exactly that of the whole batch, at a part of the
+    memory; batch statistics, where a model has any, are those of each microbatch."""
+
+
+@dataclass(frozen=True)
+class Partition:
+    """How the run is spread over the devices: the sizes of the mesh axes."""
+
+    mode: Literal["sharding", "pmap"] = "sharding"
+    """sharding: one program over the mesh. pmap: a replica on each device (axis `data` only)."""
+    data: int = -1
+    """Copies of the model, each with its part of the batch; -1 takes all remaining devices."""
+    fsdp: int = 1
+    """Parts into which parameters, optimizer state and the batch are cut."""
+    tensor: int = 1
+    """Parts into which heads and MLP channels are cut."""
+    sequence: int = 1
+    """Parts into which the length of a sequence is cut."""
+    fsdp_min_size: int = 1024
+    """Leaves with fewer elements stay whole on every device, and so do those of one axis."""
+    remat: Literal["none", "full", "dots", "attention"] | None = None
+    """What blocks keep for the backward pass: all, their input, also products with weights, or
+    also what attention needs; the rest is computed twice. None: as the model's field says."""
+    offload: Literal["none", "optimizer"] = "none"
+    """optimizer: its state lives in the hosts' memory and visits the device in each step."""
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """When checkpoints are written and which are kept."""
+
+    every: int = 0
+    """Steps between checkpoints; 0 only at the end and when the run is asked to stop."""
+    keep: int = 3
+    """How many of the latest are kept."""
+    keep_best: int = 1
+    """How many of the best, by `metric`, are kept besides."""
+    metric: str = "accuracy"
+    """The evaluation metric that says which is best."""
+    mode: Literal["max", "min"] = "max"
+    """Whether a large or a small metric is good."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run."""
+
+    model: Model
+    task: Any
+    """What is learnt: loss, metrics and inputs (zoo.tasks)."""
+    data: Any
+    """Where examples come from and what is done to them (zoo.data.Data)."""
+    optimizer: Optimizer = Optimizer()
+    partition: Partition = Partition()
+    checkpoint: Checkpointing = Checkpointing()
+    num_steps: int = 1000
+    """Optimizer steps of the run."""
+    eval_every: int = 0
+    """Steps between evaluations; 0 only at the end."""
+    log_every: int = 50
+    """Steps between rows of metrics.jsonl; each is the mean over them."""
+    seed: int = 0
+    """Of initialisation, data order, augmentation and dropout: same seed, same bits."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What the model computes in. Parameters, optimizer and reductions are float32."""
+    ema_decay: float | None = None
+    """Decay of the running mean of the parameters that evaluation then uses; None for none."""
+    guard: Literal["raise", "skip", "rollback"] = "raise"
+    """On a NaN or infinite loss or gradient: stop, leave the step out, or go back to the newest
+    checkpoint and on with other batches. Parameters never take such a step."""
+    guard_limit: int = 10
+    """How many bad steps in a row (skip), or rollbacks, end the run."""
+    prefetch: int = 2
+    """Batches that are made ready ahead of the step."""
+    compilation_cache: str | None = "~/.cache/flax-zoo/xla"
+    """Where compiled programs are kept for the next start; JAX_COMPILATION_CACHE_DIR goes first."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without the model.
+
+        Raises:
+          ConfigError: naming the first field that is out of range.
+        """
+        positive = ("num_steps", "log_every", "prefetch", "guard_limit")
+        checks = [(self, name, 1) for name in positive] + [
+            (self, "eval_every", 0),
+            (self.checkpoint, "every", 0),
+            (self.checkpoint, "keep", 1),
+            (self.checkpoint, "keep_best", 0),
+            (self.optimizer, "accumulate", 1),
+            (self.optimizer, "warmup_steps", 0),
+        ]
+        for part, name, least in checks:
+            if getattr(part, name) < least:
+                raise ConfigError(
+                    f"{type(part).__name__}.{name} is {getattr(part, name)}; "
+                    f"it must be at least {least}."
+                )
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"ema_decay is {self.ema_decay}; it must be in [0, 1), or None.")
+
+
+@dataclass(frozen=True)
+class Command:
+    """Train the model that a config file describes.
+
+    The config file comes first (default: configs/default.py), then any of its fields by path, as
+    `--optimizer.learning-rate 1e-3` or `optimizer.learning_rate=1e-3`.
+    """
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    workdir: Path | None = None
+    """The run directory; a run in it is continued. Default: runs/<config>-<time>."""
+    profile: bool = False
+    """Write a trace of steps 10 to 20 into the run directory, for xprof or Perfetto."""
+    distributed: bool = False
+    """Join other processes as JAX finds them; not needed with SLURM, GKE or the JAX_ variables."""
+
+
+# ---------------------------------------------------------------------------- config files
+
+
+def load_file(path: str | os.PathLike) -> TrainConfig:
+    """The config that a file's `get_config()` gives.
+
+    Raises:
+      ConfigError: if there is no such file, it has no get_config that gives a TrainConfig, or that
+        finds no data (raised from a FileNotFoundError).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"There is no config file {str(path)!r}; ls configs/ shows those here.")
+    get_config = getattr(_module(str(path)), "get_config", None)
+    if get_config is None:
+        raise ConfigError(f"{path} has no function get_config() -> TrainConfig.")
+    try:
+        config = get_config()
+    except FileNotFoundError as missing:
+        raise ConfigError(str(missing)) from missing
+    if not isinstance(config, TrainConfig):
+        raise ConfigError(f"get_config() of {path} gave a {type(config).__name__}, no TrainConfig.")
+    return config
+
+
+def resolve(reference: str) -> Any:
+    """The object of `file.py:Name` or `package.module:Name`.
+
+    Raises:
+      ConfigError: if it is not there.
+    """
+    place, _, name = reference.rpartition(":")
+    try:
+        target = _module(place)
+        for part in name.split("."):
+            target = getattr(target, part)
+    except (ImportError, FileNotFoundError, AttributeError, ValueError) as error:
+        raise ConfigError(f"Cannot find {reference!r}: {error}.") from None
+    return target
+
+
+def _module(place: str) -> Any:
+    """A module by file (loaded once, registered under its path) or by dotted name."""
+    if not place.endswith(".py"):
+        return importlib.import_module(place)
+    path = Path(place).resolve()
+    for module in list(sys.modules.values()):  # a file that is already imported, by any name
+        if getattr(module, "__file__", None) == str(path) and module.__name__ != "__main__":
+            return module
+    spec = importlib.util.spec_from_file_location(str(path), path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[str(path)] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[str(path)]
+        raise
+    return module
+
+
+# ---------------------------------------------------------------------------- JSON
+
+
+def save(config: TrainConfig, path: str | os.PathLike) -> None:
+    """Write a config as JSON, at once or not at all."""
+    path = Path(path)
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_text(json.dumps(to_json(config), indent=2) + "\n")
+    os.replace(draft, path)
+
+
+def load(path: str | os.PathLike) -> TrainConfig:
+    """Read what `save` wrote.
+
+    Raises:
+      ConfigError: if it is no config, or names what this version does not have.
+    """
+    try:
+        config = from_json(json.loads(Path(path).read_text()))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise ConfigError(f"{path} is not a saved config: {error}.") from None
+    if not isinstance(config, TrainConfig):
+        raise ConfigError(f"{path} is not a saved config.")
+    return config
+
+
+def to_json(value: Any) -> Any:
+    """A config value as JSON: dataclasses and functions carry their name, tuples become lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+        return {TYPE: _reference(type(value)), **{k: to_json(v) for k, v in fields.items()}}
+    if isinstance(value, dict):
+        return {str(k): to_json(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [to_json(v) for v in value]
+    if isinstance(value, type | FunctionType):
+        return {TYPE: "function", "name": _reference(value)}
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    shape = f" of shape {value.shape}" if hasattr(value, "shape") else ""
+    return {TYPE: "unsaved", "what": f"{type(value).__name__}{shape}"}
+
+
+def from_json(value: Any) -> Any:
+    """The inverse of `to_json`; lists become tuples.
+
+    Raises:
+      ConfigError: for what was not saved (arrays in memory), or has other fields today.
+    """
+    if isinstance(value, list):
+        return tuple(from_json(v) for v in value)
+    if not isinstance(value, dict):
+        return value
+    kind = value.get(TYPE)
+    if kind == "unsaved":
+        raise ConfigError(
+            f"The config holds a {value['what']} in memory, which is not saved with it; "
+            "give the config file again."
+        )
+    if kind == "function":
+        return resolve(value["name"])
+    fields = {k: from_json(v) for k, v in value.items() if k != TYPE}
+    if kind is None:
+        return fields
+    cls = resolve(kind)
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+        raise ConfigError(f"The config names {kind!r}, which is no dataclass.")
+    known = {f.name for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(fields) - known):
+        raise ConfigError(f"{kind} has no field {unknown[0]!r} in this version of the zoo.")
+    return cls(**fields)
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """What differs between two configs, one `field: old -> new` each."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [k for k in (*old, *(k for k in new if k not in old)) if k != TYPE]
+        return [
+            line
+            for k in keys
+            for line in differences(old.get(k), new.get(k), f"{path}.{k}" if path else k)
+        ]
+    return [] if old == new else [f"{path}: {old} -> {new}"]
+
+
+def readable(config: Any, indent: str = "") -> str:
+    """A config as indented `name: value` lines."""
+    lines = []
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            lines.append(f"{indent}{f.name}: {type(value).__name__}")
+            lines.append(readable(value, indent + "  "))
+        elif isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
+            lines.append(f"{indent}{f.name}:")
+            lines += [f"{indent}  {part}" for part in value]
+        else:
+            shape = getattr(value, "shape", None)
+            lines.append(f"{indent}{f.name}: {value if shape is None else f'array {shape}'}")
+    return "\n".join(line for line in lines if line)
+
+
+def _reference(value: Any) -> str:
+    module = value.__module__
+    file = getattr(sys.modules.get(module), "__file__", None) or ""
+    place = file if module.endswith(".py") or module == "__main__" else module
+    return f"{place}:{value.__qualname__}"

@@ -1,0 +1,64 @@
+"""What happens when a loss or a gradient is not finite."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from zoo.errors import NonFiniteError
+from zoo.training.tree import leaf_paths
+
+
+def first_bad(loss: Float[Array, ""], grads: Any) -> Int[Array, ""]:
+    """-1 if all is finite, else the index in `watched` of the first that is not."""
+    flags = [jnp.isfinite(x).all() for x in (loss, *jax.tree.leaves(grads))]
+    fine = jnp.stack(flags)
+    return jnp.where(fine.all(), -1, jnp.argmin(fine)).astype(jnp.int32)
+
+
+def watched(params: Any) -> list[str]:
+    """Names of what `first_bad` looks at, in its order."""
+    return ["the loss", *(f"the gradient of {path}" for path in leaf_paths(params))]
+
+
+@dataclass
+class Guard:
+    """Decides, on the host, what a bad step leads to.
+
+    Attributes:
+      mode: `raise`, `skip` or `rollback`.
+      limit: bad steps in a row (`skip`) or rollbacks of the run that are one too many.
+      names: of `watched`.
+    """
+
+    mode: Literal["raise", "skip", "rollback"]
+    limit: int
+    names: list[str]
+    count: int = 0
+
+    def look(self, step: int, bad: int) -> str | None:
+        """None for a good step, else the sentence to show; the step was not applied.
+
+        Raises:
+          NonFiniteError: in mode `raise`, or past the limit.
+        """
+        if bad < 0:
+            if self.mode == "skip":
+                self.count = 0
+            return None
+        self.count += 1
+        said = f"At step {step} {self.names[bad]} is not finite"
+        if self.mode == "raise":
+            raise NonFiniteError(
+                f"{said}; lower optimizer.learning-rate, set optimizer.clip, or choose --guard "
+                "skip or rollback."
+            )
+        if self.count > self.limit:
+            what = "steps in a row" if self.mode == "skip" else "rollbacks"
+            raise NonFiniteError(
+                f"{said}, and guard_limit={self.limit} {what} are used up; lower "
+                "optimizer.learning-rate or set optimizer.clip."
+            )
+        return f"{said}; " + ("it is left out." if self.mode == "skip" else "going back.")

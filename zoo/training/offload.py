@@ -1,0 +1,89 @@
+"""Optimizer state that lives in the hosts' memory and visits the device a leaf at a time.
+
+Were all of it on its way at once, as the compiler likes it, nothing would be saved. So the update
+of each parameter waits for that of the one before. Rules treat each parameter by itself; clipping,
+which needs the norm of all gradients, is done before, after which the rule's own does nothing.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def on_host(places: Any, shapes: Any) -> Any:
+    """Shardings of an optimizer state, with all but its scalars in pinned host memory."""
+
+    def place(sharding: Any, leaf: Any) -> Any:
+        return sharding.with_memory_kind("pinned_host") if leaf.shape else sharding
+
+    return jax.tree.map(place, places, shapes)
+
+
+def leaf_by_leaf(
+    optimizer: optax.GradientTransformation, clip: float | None, places: Any
+) -> Callable[[Any, Any, Any, Any], tuple[Any, Any]]:
+    """The function `(grads, state, params, bad) -> (params, state)` of `zoo.training.step`.
+
+    Args:
+      optimizer: as `make_optimizer` gives it.
+      clip: its largest global norm.
+      places: shardings of its state, as `on_host` gives them.
+    """
+    here = jax.tree.map(lambda s: s.with_memory_kind("device"), places)
+
+    def update(grads: Any, state: Any, params: Any, bad: Any) -> tuple[Any, Any]:
+        if clip:
+            grads, _ = optax.clip_by_global_norm(clip).update(grads, optax.EmptyState())
+        structure = jax.tree.structure(params)
+
+        def like_params(node: Any) -> bool:
+            return jax.tree.structure(node) == structure
+
+        def only(i: int, node: Any) -> Any:
+            """Of a tree like the parameters, one leaf in its place; anything else as it is."""
+            if not like_params(node):
+                return node
+            leaves: list = [None] * structure.num_leaves
+            leaves[i] = jax.tree.leaves(node)[i]
+            return jax.tree.unflatten(structure, leaves)
+
+        def take(i: int, tree: Any) -> Any:
+            return jax.tree.map(lambda node: only(i, node), tree, is_leaf=like_params)
+
+        new_params, states, before = [], [], bad
+        for i in range(structure.num_leaves):
+            old = take(i, state)
+            old, grad, before = jax.lax.optimization_barrier((old, only(i, grads), before))
+            old = jax.device_put(old, take(i, here))
+            steps, new = optimizer.update(grad, old, only(i, params))
+            (param,) = jax.tree.leaves(only(i, params))
+            (step,) = jax.tree.leaves(steps)
+            param, new = jax.tree.map(
+                lambda n, o: jnp.where(bad < 0, n, o), (param + step, new), (param, old)
+            )
+            before = param
+            new_params.append(param)
+            states.append(jax.device_put(new, take(i, places)))
+        return jax.tree.unflatten(structure, new_params), _joined(states, state, like_params)
+
+    return update
+
+
+def _joined(states: list, like: Any, like_params: Callable[[Any], bool]) -> Any:
+    """One state of those of single leaves; what they share is that of the last."""
+
+    def join(node: Any, *parts: Any) -> Any:
+        if not like_params(node):
+            return parts[-1]
+        leaves = [leaf for part in parts for leaf in jax.tree.leaves(part)]
+        return jax.tree.unflatten(jax.tree.structure(node), leaves)
+
+    structure = jax.tree.structure(like, is_leaf=like_params)
+    nodes = jax.tree.leaves(like, is_leaf=like_params)
+    parts = [structure.flatten_up_to(state) for state in states]
+    return jax.tree.unflatten(
+        structure, [join(*group) for group in zip(nodes, *parts, strict=True)]
+    )
