@@ -6,6 +6,7 @@ A mixer is a module `(x, state, train) -> (y, state)`: without a state (None) it
 sequence and returns None, with one it continues where the state stands, by any number of tokens.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -63,11 +64,13 @@ class GatedMlp(nn.Module):
 class ShortConv(nn.Module):
     """Causal convolution of each channel over `size` tokens, then SiLU if `activate`.
 
-    Its state is the last `size - 1` inputs.
+    Without `bias_init` it has no bias. Its state is the last `size - 1` inputs.
     """
 
     size: int = 4
     activate: bool = True
+    kernel_init: Callable = init
+    bias_init: Callable | None = None
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -78,13 +81,56 @@ class ShortConv(nn.Module):
         state: Float[Array, "batch before channels"] | None = None,
     ) -> tuple[Float[Array, "batch length channels"], Array | None]:
         batch, length, channels = x.shape
-        kernel = self.param("kernel", init, (self.size, 1, channels), self.param_dtype)
+        kernel = self.param("kernel", self.kernel_init, (self.size, 1, channels), self.param_dtype)
         before = jnp.zeros((batch, self.size - 1, channels), x.dtype) if state is None else state
         padded = jnp.concatenate([before.astype(x.dtype), x], axis=1)
         taps = padded.astype(jnp.float32)
         y = sum(kernel[j].astype(jnp.float32) * taps[:, j : j + length] for j in range(self.size))
+        if self.bias_init is not None:
+            y = y + self.param("bias", self.bias_init, (channels,), self.param_dtype)
         y = (nn.silu(y) if self.activate else y).astype(self.dtype)
         return y, None if state is None else padded[:, length:]
+
+
+def attention_state(
+    batch: int, kept: int, heads: int, head_dim: int, dtype: jnp.dtype
+) -> dict[str, Array]:
+    """What causal attention knows before the first token: room for `kept` keys and values."""
+    empty = jnp.zeros((batch, kept, heads, head_dim), dtype)
+    return {"key": empty, "value": empty, "position": jnp.zeros((), jnp.int32)}
+
+
+def continue_attention(
+    query: Float[Array, "batch length heads head_dim"],
+    key: Float[Array, "batch length kv_heads head_dim"],
+    value: Float[Array, "batch length kv_heads head_dim"],
+    state: dict[str, Array],
+    window: int | None = None,
+) -> tuple[Float[Array, "batch length heads head_dim"], dict[str, Array]]:
+    """Attend to what the state keeps and to the new tokens; the oldest fall out of the state."""
+    kept, length = state["key"].shape[1], key.shape[1]
+    key = jnp.concatenate([state["key"].astype(key.dtype), key], axis=1)
+    value = jnp.concatenate([state["value"].astype(value.dtype), value], axis=1)
+    at = state["position"] + jnp.arange(length)
+    key_at = at[0] - kept + jnp.arange(kept + length)
+    visible = (key_at >= 0) & (key_at <= at[:, None])
+    if window is not None:
+        visible &= key_at > at[:, None] - window
+    y = kernels_pallas.attention(query, key, value, bias=visible[None, None])
+    return y, {"key": key[:, length:], "value": value[:, length:], "position": at[-1] + 1}
+
+
+def check_tokens(model: nn.Module, tokens: Array) -> None:
+    """Refuse what are no sequences of token numbers.
+
+    Raises:
+      ValueError: naming type and shape.
+    """
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(
+            f"{type(model).__name__} takes tokens as integers of shape (batch, length), not "
+            f"{tokens.dtype} of shape {tokens.shape}; a tokenizer makes them from text."
+        )
 
 
 class RotaryAttention(nn.Module):
@@ -109,8 +155,7 @@ class RotaryAttention(nn.Module):
         """Room for the keys and values of `length` tokens, or of the window if that is less."""
         kept = length if self.window is None else min(length, self.window - 1)
         kv_heads = self.num_kv_heads or self.num_heads
-        empty = jnp.zeros((batch, kept, kv_heads, channels // self.num_heads), self.dtype)
-        return {"key": empty, "value": empty, "position": jnp.zeros((), jnp.int32)}
+        return attention_state(batch, kept, kv_heads, channels // self.num_heads, self.dtype)
 
     @nn.compact
     def __call__(
@@ -143,23 +188,9 @@ class RotaryAttention(nn.Module):
                 mask = kernels_pallas.SlidingWindow(left=self.window - 1, right=0)
             y = kernels_pallas.attention(query, key, value, mask=mask)
         else:
-            y, state = self._continue(query, key, value, at, state)
+            y, state = continue_attention(query, key, value, state, self.window)
         y = y.reshape(batch, length, -1)
         return dense(channels, use_bias=False, name="out")(y), state
-
-    def _continue(self, query, key, value, at, state):
-        """Attend to what the state keeps and to the new tokens; the oldest fall out."""
-        kept = state["key"].shape[1]
-        key = jnp.concatenate([state["key"].astype(key.dtype), key], axis=1)
-        value = jnp.concatenate([state["value"].astype(value.dtype), value], axis=1)
-        key_at = at[0] - kept + jnp.arange(key.shape[1])
-        visible = (key_at >= 0) & (key_at <= at[:, None])
-        if self.window is not None:
-            visible &= key_at > at[:, None] - self.window
-        y = kernels_pallas.attention(query, key, value, bias=visible[None, None])
-        length = key.shape[1] - kept
-        after = {"key": key[:, length:], "value": value[:, length:], "position": at[-1] + 1}
-        return y, after
 
 
 class DecoderBlock(nn.Module):
@@ -327,11 +358,7 @@ class Decoder(nn.Module):
         return every, None if state is None else tuple(after)
 
     def _check(self, tokens, state):
-        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-            raise ValueError(
-                f"{type(self).__name__} takes tokens as integers of shape (batch, length), not "
-                f"{tokens.dtype} of shape {tokens.shape}; a tokenizer makes them from text."
-            )
+        check_tokens(self, tokens)
         outside = [i for i in self.attention_layers if not 0 <= i < self.depth]
         if outside:
             raise ValueError(

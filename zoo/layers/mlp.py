@@ -30,6 +30,7 @@ class Mlp(nn.Module):
       activation: the pointwise function; the default is the exact (erf) GELU.
       dropout: rate of both dropouts.
       kernel_init: initialiser of both matrices; biases start at zero.
+      down_init: initialiser of the second; None: as the first.
     """
 
     hidden: int
@@ -37,6 +38,7 @@ class Mlp(nn.Module):
     dropout: float = 0.0
     use_bias: bool = True
     kernel_init: Callable = nn.initializers.normal(0.02)
+    down_init: Callable | None = None
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -47,13 +49,12 @@ class Mlp(nn.Module):
         dense = partial(
             Dense,
             use_bias=self.use_bias,
-            kernel_init=self.kernel_init,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )
         channels = x.shape[-1]
-        x = self.activation(dense(self.hidden, name="up")(x))
+        x = self.activation(dense(self.hidden, kernel_init=self.kernel_init, name="up")(x))
         x = constrain(x, "batch", *["length"] * (x.ndim - 2), "mlp")
         x = nn.Dropout(self.dropout)(x, deterministic=not train)
-        x = dense(channels, name="down")(x)
+        x = dense(channels, kernel_init=self.down_init or self.kernel_init, name="down")(x)
         return nn.Dropout(self.dropout)(x, deterministic=not train)
