@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from zoo.checkpoints.rules import Rule, chain, dense_rules, linear, norm_rules, squeeze
 from zoo.layers.attention import Attention
+from zoo.layers.dense import Dense
 from zoo.layers.mlp import Mlp, gelu
 from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
@@ -91,6 +92,38 @@ def standardise(
         x = jnp.where(mask, x - mean, 0)
         deviation = jnp.sqrt((x**2).sum(1, keepdims=True) / seen + 1e-5)
     return x / deviation, mean, deviation
+
+
+def embed_series(
+    model: nn.Module, x: Float[Array, "batch time variates"], train: bool
+) -> Float[Array, "batch variates channels"]:
+    """One token a series: a linear map of all its steps, and dropout.
+
+    Called in the compact method of `model`, which gets `embed`.
+    """
+    x = x.swapaxes(1, 2)
+    x = _linear(model, model.embed_dim, x.shape[-1], "embed")(x)
+    x = nn.Dropout(model.dropout)(x, deterministic=not train)
+    return constrain(x, "batch", "length", "channels")
+
+
+def read_forecast(
+    model: nn.Module,
+    x: Float[Array, "batch variates channels"],
+    mean: Array | float,
+    deviation: Array | float,
+) -> Float[Array, "batch horizon variates"]:
+    """The forecast of one token a series: a linear map, and back to the scale of the series.
+
+    Called in the compact method of `model`, which gets `head`.
+    """
+    y = _linear(model, model.horizon, x.shape[-1], "head")(x).swapaxes(1, 2)
+    return (y.astype(jnp.float32) * deviation + mean).astype(model.dtype)
+
+
+def _linear(model: nn.Module, width: int, fan_in: int, name: str) -> nn.Module:
+    start = {"kernel_init": torch_default_init, "bias_init": bias_init(fan_in)}
+    return Dense(width, name=name, dtype=model.dtype, param_dtype=model.param_dtype, **start)
 
 
 class PostNormBlock(nn.Module):
@@ -198,6 +231,13 @@ def mlp_rules(theirs: str, ours: str) -> list[Rule]:
             Rule(f"{theirs}.{name}.bias", f"{ours}/mlp/{place}/bias"),
         )
     ]
+
+
+def example_series(model: nn.Module, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the series that a model takes, and of its marks where it has some."""
+    sizes = {"series": model.variates} | ({"marks": model.marks} if model.marks else {})
+    shape = (batch_size, model.context_length)
+    return {name: jax.ShapeDtypeStruct((*shape, n), jnp.float32) for name, n in sizes.items()}
 
 
 def check_series(

@@ -25,7 +25,6 @@ context it reconstructs (imputation, anomaly detection).
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import flax.linen as nn
 import jax
@@ -36,14 +35,16 @@ from zoo.checkpoints.rules import Rules, dense_rules, norm_rules
 from zoo.layers.dense import Dense
 from zoo.layers.mlp import gelu
 from zoo.layers.norm import LayerNorm
-from zoo.layers.partition import constrain
 from zoo.layers.patch import torch_default_init
 from zoo.layers.series import (
     PostNormBlock,
     bias_init,
     check_marks,
     check_series,
+    embed_series,
+    example_series,
     post_norm_rules,
+    read_forecast,
     standardise,
 )
 from zoo.registry import Variant
@@ -81,11 +82,7 @@ class ITransformer(nn.Module):
 
     def example_inputs(self, batch_size: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of the arguments of `__call__`."""
-        sizes = {"series": self.variates} | ({"marks": self.marks} if self.marks else {})
-        return {
-            name: jax.ShapeDtypeStruct((batch_size, self.context_length, size), jnp.float32)
-            for name, size in sizes.items()
-        }
+        return example_series(self, batch_size)
 
     def __call__(
         self,
@@ -108,31 +105,22 @@ class ITransformer(nn.Module):
         check_series(self, series, self.context_length, variates)
         check_marks(self, "marks", marks, len(series), self.context_length, self.marks)
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        dense = partial(Dense, kernel_init=torch_default_init, **types)
-        dropout = partial(nn.Dropout(self.dropout), deterministic=not train)
-        out = {}
-        x = series
-        if self.standardise and not self.num_classes:
-            x, mean, deviation = standardise(series)
+        scaled = self.standardise and not self.num_classes
+        x, mean, deviation = standardise(series) if scaled else (series, 0.0, 1.0)
         if marks is not None:
             x = jnp.concatenate([x, marks.astype(x.dtype)], axis=-1)
-        bias = bias_init(self.context_length)
-        x = dense(self.embed_dim, bias_init=bias, name="embed")(x.swapaxes(1, 2))
-        x = out["embed"] = constrain(dropout(x), "batch", "length", "channels")
+        x = embed_series(self, x, train)
+        out = {"embed": x}
         sizes = (self.num_heads, self.mlp_dim, self.activation, self.dropout)
         for i in range(self.depth):
             x = out[f"layer{i}"] = PostNormBlock(*sizes, name=f"layers_{i}", **types)(x, train)
         x = out["norm"] = LayerNorm(epsilon=1e-5, name="norm", **types)(x)
         if self.num_classes:
-            x = dropout(gelu(x)).reshape(len(x), -1)
-            bias = bias_init(x.shape[-1])
-            out["logits"] = dense(self.num_classes, bias_init=bias, name="head")(x)
+            x = nn.Dropout(self.dropout)(gelu(x), deterministic=not train).reshape(len(x), -1)
+            start = {"kernel_init": torch_default_init, "bias_init": bias_init(x.shape[-1])}
+            out["logits"] = Dense(self.num_classes, name="head", **start, **types)(x)
             return out
-        y = dense(self.horizon, bias_init=bias_init(self.embed_dim), name="head")(x)
-        y = y.swapaxes(1, 2)[..., : series.shape[-1]]
-        if self.standardise:
-            y = y.astype(jnp.float32) * deviation + mean
-        out["forecast"] = y.astype(self.dtype)
+        out["forecast"] = read_forecast(self, x[:, : series.shape[-1]], mean, deviation)
         return out
 
 
