@@ -10,6 +10,8 @@ from training import tiny
 
 from zoo.data import train_iterator
 from zoo.training import Model, Partition
+from zoo.training.hlo import Module
+from zoo.training.plan import _grouped
 from zoo.training.program import make_program
 
 STEPS = 4
@@ -52,6 +54,12 @@ def run(partition, optimizer, devices, dropout, steps=STEPS):
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
         if isinstance(leaf.sharding, jax.sharding.NamedSharding)
     }
+    collectives = []
+    if partition.fsdp == 8:
+        with program.context():
+            compiled = program.train_step.lower(program.abstract, program.abstract_batch())
+        rows = _grouped(Module(compiled.compile().as_text()).collectives())
+        collectives = sorted({(row.kind, row.what) for row in rows})
     kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.opt_state) if leaf.shape}
     lowered = ""
     if partition.tensor > 1 and not dropout:
@@ -63,6 +71,7 @@ def run(partition, optimizer, devices, dropout, steps=STEPS):
         "weights": weights,
         "specs": specs,
         "optimizer in": sorted(kinds),
+        "collectives": collectives,
         "constraints": lowered.count("sdy.sharding_constraint"),
     }
 

@@ -67,3 +67,9 @@ def test_tensor_cuts_the_mlp_between_its_two_matrices(results):
 def test_activations_are_constrained_in_the_lowered_step(results):
     # two calls of constrain in the tiny model, each once forward and once backward
     assert results["tensor"]["constraints"] == 4
+
+
+def test_fsdp_sends_parameters_and_gradients_and_nothing_else(results):
+    found = {tuple(pair) for pair in results["fsdp"]["collectives"]}
+    assert ("all-gather", "parameters") in found
+    assert {what for _, what in found} <= {"parameters", "scalars"}

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from zoo.training.flow import Flow
+
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "c64": 8, "c128": 16}
 """Bytes of an element, where the name of its type does not say its bits."""
 
@@ -36,7 +38,8 @@ _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r"(?<=[ )}\]])([a-z][\w\-]*)\(")
 _CALLED = re.compile(
-    r"(?:calls|to_apply|body|condition|called_computations|branch_computations)="
+    r"(?:calls|to_apply|body|condition|called_computations|branch_computations"
+    r"|true_computation|false_computation)="
     r"(?:%?([\w.\-]+)|\{([^}]*)\})"
 )
 
@@ -51,6 +54,12 @@ class Instruction:
     operands: tuple[str, ...]
     text: str  # all of it
     root: bool
+    result: str  # the type of the result, as written
+
+    @property
+    def called(self) -> list[str]:
+        """The computations that it names, each once."""
+        return list(dict.fromkeys(_called(self.text)))
 
 
 @dataclass
@@ -81,6 +90,7 @@ class Collective:
         one iteration of it.
       group: chips that take part together (0: all).
       source: the operation of the model that it serves.
+      of_parameters: of each of the shapes, whether it is of the parameters (`zoo.training.flow`).
     """
 
     kind: str
@@ -90,6 +100,7 @@ class Collective:
     known: bool
     group: int
     source: str
+    of_parameters: tuple[bool, ...]
 
 
 class Module:
@@ -98,11 +109,13 @@ class Module:
     def __init__(self, text: str) -> None:
         """Parse; `text` is that of a scheduled module."""
         self.computations = parse(text)
+        self.header = text.partition("\n")[0]
         self.times, self.known = self._multiplicities()
 
     def collectives(self) -> list[Collective]:
         """Every collective once, whether it is one instruction or spread over several."""
         found: dict[Any, Collective] = {}
+        flow = Flow(self.computations, self.header)
         for computation in self.computations.values():
             times = self.times.get(computation.name, 0)
             if not times:
@@ -115,7 +128,7 @@ class Module:
                 key = int(channel.group(1)) if channel else (computation.name, i.name)
                 known = found.get(key)
                 if known is None or times < known.times:  # it starts once, where it runs in parts
-                    found[key] = self._collective(computation, i, kind, times)
+                    found[key] = self._collective(computation, i, kind, times, flow)
         return list(found.values())
 
     def traffic(self) -> float:
@@ -208,7 +221,9 @@ class Module:
 
     # ------------------------------------------------------------------------ one instruction
 
-    def _collective(self, computation: Computation, i: Instruction, kind: str, times: int):
+    def _collective(
+        self, computation: Computation, i: Instruction, kind: str, times: int, flow: Flow
+    ) -> Collective:
         given = [s for name in i.operands for s in computation.instructions[name].shapes]
         arrives = kind == "all-gather" or kind == "collective-broadcast"
         shapes = i.shapes[len(given) :] if i.opcode.endswith("-start") else i.shapes
@@ -216,6 +231,11 @@ class Module:
         if kind == "all-reduce" and i.operands and self._parts(computation, i.operands):
             kind = "all-gather"
         source = re.search(r'op_name="((?:[^"\\]|\\.)*)"', i.text)
+        what = [
+            flow.of_parameters(computation.name, i, n, kind)
+            for n, name in enumerate(i.operands)
+            for _ in computation.instructions[name].shapes
+        ]
         return Collective(
             kind,
             tuple((s[0], s[1]) for s in shapes),
@@ -224,6 +244,7 @@ class Module:
             self.known[computation.name],
             _group(i.text),
             source.group(1).replace("\\", "") if source else "",
+            tuple(what),
         )
 
     def _parts(self, computation: Computation, names: tuple[str, ...]) -> bool:
@@ -328,7 +349,7 @@ def _instruction(name: str, rest: str, root: bool) -> Instruction:
     opcode = _OPCODE.search(rest)
     result, arguments = rest[: opcode.start()], _closed(rest[opcode.end() :])
     operands = tuple(re.findall(r"%([\w.\-]+)", arguments))
-    return Instruction(name, opcode.group(1), tuple(_shapes(result)), operands, rest, root)
+    return Instruction(name, opcode.group(1), tuple(_shapes(result)), operands, rest, root, result)
 
 
 def _shapes(text: str) -> Iterator[Shape]:

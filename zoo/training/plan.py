@@ -22,12 +22,13 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from zoo.errors import ConfigError
+from zoo.training import hlo
 
 GIB = 2**30
 
@@ -70,7 +71,7 @@ class Traffic:
 
     Attributes:
       kind: as in HLO.
-      what: `parameters` (their gradients included) or `activations`.
+      what: `parameters` (their gradients included), `activations` or `scalars`.
       shapes: of one of them, as text.
       count: how many run in a step.
       bytes: of all of them, at one chip.
@@ -184,7 +185,7 @@ def plan(args: Sequence[str], topology: str, slices: int = 1) -> Plan:
             holds={**facts["holds"], "activations and temporaries": rest},
             hbm=hbm,
             fits=True,
-            collectives=tuple(_grouped(module.collectives(), facts)),
+            collectives=tuple(_grouped(module.collectives())),
             traffic=module.traffic(),
             seconds=time.monotonic() - started,
         )
@@ -295,7 +296,8 @@ def find_chip(topology: str) -> Chip:
 # ---------------------------------------------------------------------------- the compiler
 
 
-OUT_OF_MEMORY = r"RESOURCE_EXHAUSTED.*?([\d.]+)([KMGT])\)? (?:exceeds|of)"
+DUMP = "dump/*.jit_train_step.*after_optimizations"
+OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED.*?\(?([\d.]+)([KMGT])\)? (?:exceeds|of)", re.S)
 
 
 def _compile(folder: Path) -> Any:
@@ -312,15 +314,15 @@ def _compile(folder: Path) -> Any:
     with open(folder / "log.txt", "w") as log:
         process = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=log, stderr=log)
         try:
-            while process.poll() is None:
+            while process.poll() is None and not _finished(folder):
                 time.sleep(0.1)
-                if found := _finished(folder):
-                    return found
         finally:
             process.kill()
             process.wait()
-    if found := _finished(folder):  # a small program: all of it was compiled
-        return found
+    if text := _finished(folder):
+        report = next(folder.glob(f"{DUMP}-memory-usage-report.txt")).read_text()
+        sizes = dict(re.findall(r"Memory Space: (\w+) .*\nTotal bytes: (\d+)", report))
+        return hlo.Module(text), (int(sizes["default"]), int(sizes.get("host", 0)))
     if (folder / "error.json").exists():
         error = json.loads((folder / "error.json").read_text())
         if "bytes" in error:
@@ -330,20 +332,12 @@ def _compile(folder: Path) -> Any:
     raise NoPlan(f"The compiler stopped without a word; its last one was: {' '.join(last)}")
 
 
-def _finished(folder: Path) -> Any:
-    """The scheduled module and bytes in HBM and host memory, once they are written."""
-    from zoo.training.hlo import Module
-
-    stem = "dump/*.jit_train_step.*after_optimizations"
-    programs = list(folder.glob(f"{stem}_after_buffer_assignment.txt"))
-    if not programs:
-        return None
-    text = programs[0].read_text()
-    if not text.endswith("}\n\n"):
-        return None
-    report = next(folder.glob(f"{stem}-memory-usage-report.txt")).read_text()
-    sizes = dict(re.findall(r"Memory Space: (\w+) .*\nTotal bytes: (\d+)", report))
-    return Module(text), (int(sizes["default"]), int(sizes.get("host", 0)))
+def _finished(folder: Path) -> str:
+    """The scheduled module as text, once it is written with all that belongs to it."""
+    for program in folder.glob(f"{DUMP}_after_buffer_assignment.txt"):
+        text = program.read_text()
+        return text if text.endswith("}\n\n") else ""
+    return ""
 
 
 def compile_in(folder: str) -> None:
@@ -362,10 +356,7 @@ def compile_in(folder: str) -> None:
         error["sentence"] = str(what)
     except Exception as what:
         text = str(what)
-        needed = re.search(
-            r"RESOURCE_EXHAUSTED.*?\(?([\d.]+)([KMGT])\)? (?:exceeds|of)", text, re.S
-        )
-        if needed:
+        if needed := OUT_OF_MEMORY.search(text):
             error["bytes"] = float(needed.group(1)) * 2 ** (
                 10 * (1 + "KMGT".index(needed.group(2)))
             )
@@ -442,29 +433,10 @@ def _lower(name: str, config: Any, devices: list, place: Path) -> Any:
         "holds": {part: size[0] for part, size in sizes.items() if size[0]},
         "host": {part: size[1] for part, size in sizes.items() if size[1]},
         "flops": count_flops(traced.jaxpr),
-        "shapes": [list(leaf.shape) for leaf in jax.tree.leaves(state.params)],
-        "activations": sorted(_of_the_batch(traced.jaxpr, config.data.batch_size)),
-        "batch": config.data.batch_size,
         "compiler": f"libtpu {libtpu.__version__}",
     }
     (place / "facts.json").write_text(json.dumps(facts))
     return lowered
-
-
-def _of_the_batch(jaxpr: Any, rows: int) -> set[tuple[int, ...]]:
-    """Shapes, without the first axis, of values whose first axis is the batch."""
-    from zoo.training.flops import inner_programs
-
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    found = set()
-    for equation in jaxpr.eqns:
-        for variable in equation.outvars:
-            shape = getattr(variable.aval, "shape", ())
-            if len(shape) > 1 and shape[0] == rows:
-                found.add(tuple(n for n in shape[1:] if n > 1))
-        for part in inner_programs(equation.params):
-            found |= _of_the_batch(part, rows)
-    return found
 
 
 def _local_bytes(tree: Any) -> tuple[int, int]:
@@ -482,13 +454,19 @@ def _local_bytes(tree: Any) -> tuple[int, int]:
 # ---------------------------------------------------------------------------- collectives
 
 
-def _grouped(collectives: list, facts: dict[str, Any]) -> Iterator[Traffic]:
-    """Collectives of one kind and shape together, largest first."""
+def _grouped(collectives: list) -> Iterator[Traffic]:
+    """Collectives of one kind and shape together, largest first.
+
+    One that moves parameters and activations at once stands in two rows.
+    """
     groups: dict[tuple, list] = defaultdict(list)
-    is_parameter = _Recogniser(facts)
     for c in collectives:
-        what = "parameters" if all(map(is_parameter, (s for _, s in c.shapes))) else "activations"
-        groups[c.kind, what, c.shapes, c.group, c.known].append(c)
+        parts: dict[str, list] = defaultdict(list)
+        for shape, of_parameters in zip(c.shapes, c.of_parameters, strict=True):
+            what = "parameters" if of_parameters else "activations"
+            parts[what if math.prod(shape[1]) > 1 else "scalars"].append(shape)
+        for what, shapes in parts.items():
+            groups[c.kind, what, tuple(shapes), c.group, c.known].append(c)
     rows = []
     for (kind, what, shapes, group, known), members in groups.items():
         text = [f"{t}[{','.join(map(str, dims))}]" for t, dims in shapes]
@@ -499,56 +477,13 @@ def _grouped(collectives: list, facts: dict[str, Any]) -> Iterator[Traffic]:
                 what,
                 " ".join(text[:2]) + more,
                 sum(c.times for c in members),
-                round(sum(c.times * c.bytes for c in members)),
+                round(sum(c.times * hlo.size((*s, 0)) for c in members for s in shapes)),
                 group,
                 known,
                 members[0].source,
             )
         )
     return iter(sorted(rows, key=lambda row: -row.bytes))
-
-
-class _Recogniser:
-    """Tells shapes of parameters, or parts of them, from those of activations.
-
-    A parameter's dims may be whole or cut by the mesh, in any order, and without the axis of
-    stacked layers; where it was reshaped its size tells, unless the shape is known as that of a
-    part of the batch.
-    """
-
-    def __init__(self, facts: dict[str, Any]) -> None:
-        sizes = [n for n in facts["partition"].values() if isinstance(n, int) and n > 1]
-        cuts = {math.prod(c) for c in _subsets(sizes)}
-        self.cuts = {c // h for c in cuts for h in (1, 2) if c % h == 0}
-        self.parameters = self._cut(d for s in facts["shapes"] for d in (s, s[1:]))
-        self.counts = {math.prod(dims) for dims in self.parameters}
-        self.activations = self._cut(facts["activations"])
-        parts = math.prod(facts["partition"][axis] for axis in ("data", "fsdp"))
-        self.rows = {max(1, facts["batch"] // parts) * c for c in self.cuts}
-
-    def _cut(self, shapes: Iterable[Sequence[int]]) -> set[tuple[int, ...]]:
-        """Shapes, whole or with one axis cut, without axes of one, sorted."""
-        found = {()}
-        for shape in shapes:
-            dims = [n for n in shape if n > 1]
-            for i, n in enumerate(dims):
-                for cut in (c for c in self.cuts if n % c == 0):
-                    part = [*dims[:i], n // cut, *dims[i + 1 :]]
-                    found.add(tuple(sorted(d for d in part if d > 1)))
-        return found
-
-    def __call__(self, shape: tuple[int, ...]) -> bool:
-        dims = [n for n in shape if n > 1]
-        if tuple(sorted(dims)) in self.parameters:
-            return True
-        if dims[0] in self.rows and tuple(sorted(dims[1:])) in self.activations:
-            return False
-        return math.prod(dims) in self.counts
-
-
-def _subsets(values: list[int]) -> Iterator[tuple[int, ...]]:
-    for mask in range(2 ** len(values)):
-        yield tuple(v for i, v in enumerate(values) if mask >> i & 1)
 
 
 # ---------------------------------------------------------------------------- telling
