@@ -60,6 +60,16 @@ def test_metrics_do_not_depend_on_the_batch_size(batch):
         assert parts[name] == pytest.approx(value, rel=1e-5)
 
 
+def test_the_five_best_classes_are_those_of_top_k_ties_included():
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.integers(0, 6, (64, 12)), jnp.float32)  # many ties
+    labels = jnp.asarray(rng.integers(0, 12, 64))
+    found = Classification()._metrics(logits, jnp.zeros(64), {"labels": labels})["top5"]
+    expected = (jax.lax.top_k(logits, 5)[1] == labels[:, None]).any(-1).mean()
+    assert 0.2 < expected < 0.8
+    assert float(found.compute()) == pytest.approx(float(expected))
+
+
 def test_loss_is_the_cross_entropy_of_valid_examples_only():
     model, task = Linear(), Classification()
     variables = ready(model, task)
