@@ -70,8 +70,8 @@ class Config:
 
     # Entries that describe the case; nothing in a model follows from them.
     DESCRIPTION = frozenset(
-        "outputs inputs num_parameters trainable_parameters params n_params notes seed "
-        "post_fill_scale fill_gain post_fill_add training eval".split()
+        "outputs inputs num_parameters trainable_parameters params n_params n_params_dead notes "
+        "seed post_fill_scale fill_gain post_fill_add training eval".split()
     )
 
     def __init__(self, entries: Mapping[str, Any]) -> None:
@@ -152,9 +152,14 @@ class Case:
 
     @property
     def published_params(self) -> int | None:
-        """The reference's own number of parameters; of those it trains, where it says so."""
+        """The reference's own number of parameters; of those it trains, where it says so.
+
+        Without those that no output depends on, where it counts them apart (`n_params_dead`).
+        """
         names = ("trainable_parameters", "num_parameters", "params", "n_params")
-        return next((self.config.entries[n] for n in names if n in self.config.entries), None)
+        entries = self.config.entries
+        number = next((entries[n] for n in names if n in entries), None)
+        return number and number - entries.get("n_params_dead", 0)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

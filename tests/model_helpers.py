@@ -7,6 +7,7 @@ import fill
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import zoo
@@ -102,6 +103,41 @@ def feature_shapes(model):
     return {
         k: v.shape[1:] for k, v in jax.eval_shape(run, *model.example_inputs().values()).items()
     }
+
+
+def learn_one_series_from_another(model, steps=200):
+    """Train a forecaster of 12 steps from 24 on noise, and on that noise 12 steps later.
+
+    The future of the second series is in the past of the first alone; that of the first is nowhere.
+
+    Returns:
+      Mean squared errors of both on held-out windows; that of the second without the first.
+    """
+    noise = np.random.default_rng(0).standard_normal(1000).astype("f")
+    both = np.stack([noise[12:], noise[:-12]], 1)
+    windows = np.moveaxis(np.lib.stride_tricks.sliding_window_view(both, 36, axis=0), 1, 2)
+    x, y = jnp.asarray(windows[:, :24]), jnp.asarray(windows[:, 24:])
+    optimizer = optax.adam(3e-3)
+
+    def errors(variables, x, y):
+        return ((model.apply(variables, x) - y) ** 2).mean((0, 1))
+
+    @jax.jit
+    def run(variables):
+        def step(carry, index):
+            variables, state = carry
+            rows = jax.random.choice(jax.random.key(index), 800, (32,))
+            grads = jax.grad(lambda v: errors(v, x[rows], y[rows]).mean())(variables)
+            updates, state = optimizer.update(grads, state)
+            return (optax.apply_updates(variables, updates), state), None
+
+        start = (variables, optimizer.init(variables))
+        (variables, _), _ = jax.lax.scan(step, start, jnp.arange(steps))
+        x_test, y_test = x[830:], y[830:]
+        alone = errors(variables, x_test.at[:, :, 0].set(0), y_test)[1]
+        return errors(variables, x_test, y_test), alone
+
+    return run(jax.jit(model.init)(jax.random.key(0), x[:1]))
 
 
 def held_out_accuracy(config, run):

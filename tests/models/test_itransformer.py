@@ -1,9 +1,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from model_helpers import documented_shapes, feature_shapes, filled
+from model_helpers import (
+    documented_shapes,
+    feature_shapes,
+    filled,
+    learn_one_series_from_another,
+)
 
 import zoo
 from zoo.models.timeseries import itransformer
@@ -82,37 +86,8 @@ def test_a_classifier_flattens_all_variates():
     assert np.abs(swapped - apply(model, variables, x)).max() > 1e-3
 
 
-def learn(model, x, y, steps=200):
-    variables = jax.jit(model.init)(jax.random.key(0), x[:1])
-    optimizer = optax.adam(3e-3)
-
-    def error(variables, x, y):
-        return jnp.mean((model.apply(variables, x) - y) ** 2)
-
-    @jax.jit
-    def run(variables):
-        def step(carry, index):
-            variables, state = carry
-            rows = jax.random.choice(jax.random.key(index), len(x), (32,))
-            grads = jax.grad(error)(variables, x[rows], y[rows])
-            updates, state = optimizer.update(grads, state)
-            return (optax.apply_updates(variables, updates), state), None
-
-        start = (variables, optimizer.init(variables))
-        return jax.lax.scan(step, start, jnp.arange(steps))[0][0]
-
-    return run(variables)
-
-
 def test_it_learns_one_series_from_another():
-    """The second is the first, 12 steps later: its future is in the past of the first alone."""
-    noise = np.random.default_rng(0).standard_normal(1000).astype("f")
-    both = np.stack([noise[12:], noise[:-12]], 1)
-    windows = np.moveaxis(np.lib.stride_tricks.sliding_window_view(both, 36, axis=0), 1, 2)
-    x, y = jnp.asarray(windows[:, :24]), jnp.asarray(windows[:, 24:])
-    model = small(variates=2, standardise=False, depth=1, dropout=0.0)
-    variables = learn(model, x[:800], y[:800, :, :])
-    error = ((apply(model, variables, x[830:]) - y[830:]) ** 2).mean((0, 1))
-    assert error[1] < 0.3 < 0.8 < error[0]
-    alone = x[830:].at[:, :, 0].set(0)
-    assert ((apply(model, variables, alone) - y[830:]) ** 2).mean((0, 1))[1] > 0.8
+    errors, alone = learn_one_series_from_another(
+        small(variates=2, standardise=False, depth=1, dropout=0.0)
+    )
+    assert errors[1] < 0.3 < 0.8 < errors[0] and alone > 0.8

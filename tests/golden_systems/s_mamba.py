@@ -1,0 +1,84 @@
+"""S-Mamba, and a Mamba block by itself as it reads a sequence and as it steps through one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import golden
+import jax
+import jax.numpy as jnp
+
+import zoo
+from zoo.checkpoints.rules import Rules
+from zoo.models.timeseries.s_mamba import Mamba, mamba_rules
+
+CHECKPOINT = {"mamba": Rules(mamba_rules("", ""))}  # of `Alone`
+
+
+class Alone(Mamba):
+    """A Mamba block that says what it takes, as a model does."""
+
+    shape: tuple[int, ...] = ()
+
+    def example_inputs(self, batch_size: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of the arguments of `__call__`."""
+        return {"x": jax.ShapeDtypeStruct((batch_size, *self.shape[1:]), jnp.float32)}
+
+
+def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
+    """The forecaster and its first block that reads forwards, or the block alone."""
+    config = case.config
+    if "seq_len" not in config.entries:
+        return build_block(case)
+    named = {"context_length": "seq_len", "horizon": "pred_len", "variates": "n_variates",
+             "embed_dim": "d_model", "mlp_dim": "d_ff", "depth": "e_layers",
+             "state_size": "d_state", "standardise": "use_norm"}  # fmt: skip
+    config.expect(activation="gelu", d_conv=2, expand=1)
+    config.ignore("dropout", "output_attention", "class_strategy", "embed", "freq")
+    marks = config.entries["inputs"]["x_mark_enc"]
+    count = marks["shape"][-1] if marks else 0
+    model = zoo.create("s_mamba_test", **config.rename(**named), marks=count)
+    inputs = {"series": case.input("x_enc")}
+    if count:
+        inputs["marks"] = case.input("x_mark_enc")
+
+    def outputs(variables: dict) -> golden.Outputs:
+        blocks = lambda module, _: isinstance(module, Mamba)  # noqa: E731
+        run = jax.jit(
+            lambda v, x: model.apply(v, **x, capture_intermediates=blocks, mutable="intermediates")
+        )
+        forecast, state = run(variables, inputs)
+        first = state["intermediates"]["layers_0"]["forward"]["__call__"][0][0]
+        return {"pred": forecast, "mamba0_forward": first}
+
+    return model, outputs
+
+
+def build_block(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
+    """A block of the library's own sizes; its states are those after the last single step."""
+    channels, x = case.config.take("d_model"), case.input("x")
+    model = Alone(shape=x.shape)
+
+    def outputs(variables: dict) -> golden.Outputs:
+        @jax.jit
+        def run(variables: dict, x: jax.Array) -> golden.Outputs:
+            def step(state: dict, token: jax.Array) -> tuple[dict, dict]:
+                state = model.apply(variables, token[:, None], state)[1]
+                return state, state
+
+            _, states = jax.lax.scan(step, model.init_state(len(x), channels), x.swapaxes(0, 1))
+            # Theirs holds one input more than the next step needs: the oldest of the step before.
+            inputs = jnp.concatenate([states["conv"][-2][:, :1], states["conv"][-1]], 1)
+            return {
+                "y": model.apply(variables, x)[0],
+                "conv_state": inputs.swapaxes(1, 2),
+                "ssm_state": states["memory"][-1],
+            }
+
+        return run(variables, x)
+
+    return model, outputs
+
+
+def made_by(case: golden.Case) -> bool:
+    """Whether the header names either official repository."""
+    return case.source.startswith(("wzhwzhwzh0921/S-D-Mamba@", "state-spaces/mamba mamba_ssm"))
