@@ -44,6 +44,7 @@ SYSTEMS: dict[str, tuple[str, ...]] = {
     "zoo.models.timeseries.s_mamba": ("s_mamba_*",),
     "zoo.models.timeseries.patchtst": ("patchtst_*",),
     "zoo.models.signal.lmuformer": ("lmuformer_*",),
+    "zoo.models.signal.dynamicformer": ("dynamicformer_*",),
 }
 
 

@@ -5,6 +5,9 @@ import numpy as np
 import pytest
 
 from zoo.data.intersection import (
+    IntersectionNumbers,
+    airy_b,
+    airy_rows,
     dilaton_equation,
     exponents,
     genus,
@@ -86,3 +89,24 @@ def test_high_genus_approaches_the_asymptotic_value():
 
 def test_logarithms_of_numbers_beyond_floats():
     assert logarithm(Fraction(10**400, 3)) == pytest.approx(400 * math.log(10) - math.log(3))
+
+
+def test_examples_hold_every_number_of_the_genera():
+    source = IntersectionNumbers((1, 2), 3, 26)
+    assert len(source) == (1 + 2 + 3) + (1 + 3 + 7)
+    example = source[len(source) - 1]
+    assert example["exponents"].tolist() == [2, 2, 2]
+    assert example["sizes"].tolist() == [2, 3] and example["group"] == 3
+    assert example["target"] == pytest.approx(math.log(7 / 240))
+    entries = airy_b(6)
+    count = len(entries)
+    np.testing.assert_array_equal(example["airy"][:count, :3], entries[:, :3])
+    np.testing.assert_allclose(np.expm1(example["airy"][:count, 3]) / 100, entries[:, 3], rtol=1e-5)
+    assert count == airy_rows(2, 3) and not example["airy"][count:].any()
+
+
+def test_data_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="rows=24 do not hold the 25 entries of B in genus 2"):
+        IntersectionNumbers((1, 2), 3, 24)
+    with pytest.raises(ValueError, match=r"genera=\(0, 1\) need to be positive"):
+        IntersectionNumbers((0, 1), 3, 24)

@@ -1,20 +1,30 @@
-"""Intersection numbers of psi classes."""
+"""Intersection numbers of psi classes, and DynamicFormer, which learns their logarithms."""
 
 from collections.abc import Callable
 from typing import Any
 
+import fill
 import golden
+import jax
 import numpy as np
 
-from zoo.data.intersection import exponents, genus, intersection_number, logarithm
+import zoo
+from zoo.data.intersection import airy_b, airy_c, exponents, genus, intersection_number, logarithm
+from zoo.models.signal.dynamicformer import dra, package_dra, pool
 
 
 def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
-    """The numbers of all exponents of the file: exactly its fractions, and their logarithms."""
-    return None, lambda variables: _numbers(case)
+    """The numbers of all exponents; the parts of the network; or the network itself."""
+    if "num" in case.inputs:
+        return None, lambda variables: _numbers(case)
+    if "dra" in case.config.entries:
+        parts = _parts(case)
+        return None, lambda variables: parts
+    return _network(case)
 
 
 def _numbers(case: golden.Case) -> golden.Outputs:
+    """Exactly the fractions of the file, and their logarithms."""
     rows = [tuple(int(e) for e in row if e >= 0) for row in case.inputs["d"]]
     sizes = list(zip(case.inputs["g"].tolist(), case.inputs["n"].tolist(), strict=True))
     assert [(genus(d), len(d)) for d in rows] == sizes
@@ -27,6 +37,47 @@ def _numbers(case: golden.Case) -> golden.Outputs:
     return {"log_value": np.array([logarithm(v) for v in values])}
 
 
+def _parts(case: golden.Case) -> golden.Outputs:
+    scalars = case.config.take("dra")
+    typical = np.float32([case.config.take("average_n")])
+    x = 6 * fill.uniform("in/x", (64,))
+    out = {
+        "dra_model": dra(x, **scalars),
+        "dra_package": package_dra(x, **scalars),
+        "lepna": pool(fill.uniform("in/set", (2, 11, 5)), typical),
+    }
+    for g, n in ((1, 3), (2, 2), (3, 1)):
+        b = airy_b(3 * g - 3 + n)
+        out[f"B_coo_{g}_{n}"] = np.concatenate([b[:, :3], np.log(1 + 100 * b[:, 3:])], 1)
+        out[f"C_coo_{g}_{n}"] = airy_c(3 * g - 3 + n)
+    return out
+
+
+def _network(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
+    case.config.expect(x_transformers="2.31.10")
+    changed = case.config.entries["post_fill_add"]["names"]
+    case.config.entries["post_fill_add"] = {
+        name: 9.0 if name.endswith("average_n") else 1.0 for name in changed
+    }
+    model = zoo.create("dynamicformer_psi")
+    exponents, sizes, airy = (case.input(name) for name in ("x", "gn", "b"))
+    # the network finds both masks by itself
+    places = np.arange(exponents.shape[1])
+    np.testing.assert_array_equal(places < sizes[:, 1:], case.inputs["mask_x"])
+    np.testing.assert_array_equal(airy[..., 3] == 0, case.inputs["mask_b"])
+    inputs = exponents.astype(np.int32), sizes, airy
+
+    def outputs(variables: dict) -> golden.Outputs:
+        out = jax.jit(lambda v, x: model.apply(v, *x, method="features"))(variables, inputs)
+        # the logits are near -690 and differ by 60: parity of the differences is parity, too
+        centred = out["logits"] - np.asarray(case.references["out"]).mean()
+        error = np.abs(centred - (case.references["out"] - case.references["out"].mean()))
+        assert error.max() <= golden.TOLERANCE * np.ptp(case.references["out"]), error
+        return {"out": out["logits"], "align_loss": out["alignment"]}
+
+    return model, outputs
+
+
 def made_by(case: golden.Case) -> bool:
-    """Whether the header names the recursions."""
-    return case.source.startswith("exact rational Python")
+    """Whether the header names the recursions or the official repository."""
+    return case.source.startswith(("exact rational Python", "Baran-phys/DynamicFormer@"))

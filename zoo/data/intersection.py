@@ -17,8 +17,10 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
@@ -174,3 +176,69 @@ def airy_c(size: int) -> Float64[np.ndarray, "rows 4"]:
         if 0 <= (b := k - a - 2) < size
     ]
     return np.array(rows, np.float64).reshape(-1, 4)
+
+
+# ------------------------------------------------------------------------------- data set
+
+
+@dataclass(frozen=True)
+class IntersectionNumbers:
+    """Every intersection number of some genera, as DynamicFormer takes it.
+
+    An example has `exponents [points]`, descending, then zeros; `sizes`, the genus and the number
+    of points; `airy [rows, 4]`: k, a, b and log(1 + 100 B[k, a, b]) of B's entries other than 0,
+    then zeros; the logarithm `target`; and `group`, the number of points.
+
+    Attributes:
+      genera: 1 or more each.
+      points: there are 1 to so many marked points.
+      rows: of `airy`; at least `airy_rows` of the largest genus.
+
+    Raises:
+      ValueError: if a genus has no number with one marked point, or B has more rows.
+    """
+
+    genera: tuple[int, ...]
+    points: int
+    rows: int
+
+    def __post_init__(self) -> None:
+        if not self.genera or min(self.genera) < 1:
+            raise ValueError(f"genera={self.genera} need to be positive, and at least one.")
+        needed = airy_rows(max(self.genera), self.points)
+        if needed > self.rows:
+            raise ValueError(
+                f"rows={self.rows} do not hold the {needed} entries of B in genus "
+                f"{max(self.genera)} with {self.points} points; give as many rows."
+            )
+
+    @functools.cached_property
+    def _exponents(self) -> list[tuple[int, ...]]:
+        sizes = product(self.genera, range(1, self.points + 1))
+        return [d for g, n in sizes for d in exponents(g, n)]
+
+    def __len__(self) -> int:
+        return len(self._exponents)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        d = self._exponents[index]
+        g, n = genus(d), len(d)
+        return {
+            "exponents": np.pad(np.array(d, np.int32), (0, self.points - n)),
+            "sizes": np.array([g, n], np.float32),
+            "airy": _airy_input(3 * g - 3 + n, self.rows),
+            "target": np.float32(logarithm(intersection_number(d))),
+            "group": np.int32(n),
+        }
+
+
+def airy_rows(g: int, n: int) -> int:
+    """How many entries of B are not 0."""
+    return len(airy_b(3 * g - 3 + n))
+
+
+@functools.cache
+def _airy_input(size: int, rows: int) -> np.ndarray:
+    entries = airy_b(size)
+    entries[:, 3] = np.log1p(100 * entries[:, 3])
+    return np.pad(entries, ((0, rows - len(entries)), (0, 0))).astype(np.float32)

@@ -7,6 +7,7 @@ from zoo.tasks.imputation import Imputation
 from zoo.tasks.language_modelling import LanguageModelling
 from zoo.tasks.masked_language_modelling import MaskedLanguageModelling
 from zoo.tasks.metrics import Mean
+from zoo.tasks.regression import Regression
 
 __all__ = [
     "AnomalyDetection",
@@ -16,4 +17,5 @@ __all__ = [
     "LanguageModelling",
     "MaskedLanguageModelling",
     "Mean",
+    "Regression",
 ]

@@ -37,11 +37,15 @@ def apply_model(
     batch: Mapping[str, Array],
     rng: Array | None,
     train: bool,
+    method: str | None = None,
 ) -> tuple[Any, dict[str, Any]]:
-    """Output and updated collections (batch statistics in training, else none)."""
+    """Output and updated collections (batch statistics in training, else none).
+
+    `method` is that of the model, `features` for example; None: its `__call__`.
+    """
     inputs = model_inputs(model, batch)
     rngs = {} if rng is None else {"dropout": rng, "sample": jax.random.fold_in(rng, 1)}
     mutable = [name for name in variables if name != "params"] if train else []
     if not mutable:
-        return model.apply(variables, **inputs, train=train, rngs=rngs), {}
-    return model.apply(variables, **inputs, train=train, rngs=rngs, mutable=mutable)
+        return model.apply(variables, **inputs, train=train, rngs=rngs, method=method), {}
+    return model.apply(variables, **inputs, train=train, rngs=rngs, mutable=mutable, method=method)
