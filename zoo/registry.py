@@ -35,6 +35,7 @@ SYSTEMS: dict[str, tuple[str, ...]] = {
     "zoo.models.vision.vit": ("vit_*", "deit_*"),
     "zoo.models.video.video_swin": ("swin_*_patch244_*", "video_swin_*"),
     "zoo.models.language.bert": ("bert_*", "minilm_*"),
+    "zoo.models.language.gpt2": ("gpt2", "gpt2_*", "distilgpt2"),
     "zoo.models.language.gla": ("gla_*",),
     "zoo.models.language.deltanet": ("deltanet_*",),
     "zoo.models.timeseries.ltsf_linear": ("ltsf_*", "dlinear_*", "nlinear_*"),

@@ -1,0 +1,388 @@
+"""GPT-2: the causal transformer that later language models are measured by.
+
+Radford et al., "Language Models are Unsupervised Multitask Learners", OpenAI 2019. Official code
+github.com/openai/gpt-2 (modified MIT); its weights are used in the form of Hugging Face's
+transformers, whose names we follow. DistilGPT2 is Sanh et al., arXiv 1910.01108.
+
+    x = E[token] + P[position]
+    x = x + attention(LN(x));   x = x + W2 gelu(W1 LN(x) + b1) + b2        causal; `depth` times
+    logits = E LN(x)                                                       the embedding, no bias
+
+The GELU is the tanh form. All maps have biases. Matrices start at N(0, 0.02^2), those that write
+into the residual stream smaller by sqrt(2 depth), as the paper says; the released code does not
+scale them, and starts P at 0.01. Published matrices are `[in, out]` (transformers' Conv1D), and
+c_attn holds query, key and value side by side.
+
+    features            gpt2
+    embed               128  768    for 128 tokens
+    layer0              128  768    up to layer11
+    last_hidden_state   128  768    behind the last LayerNorm
+    logits              128  50257
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+import kernels_pallas
+from zoo.checkpoints.rules import Rule, Rules, norm_rules, tied
+from zoo.layers.decoder import attention_state, check_tokens, continue_attention
+from zoo.layers.dense import Dense
+from zoo.layers.mlp import Mlp
+from zoo.layers.norm import LayerNorm
+from zoo.layers.partition import constrain
+from zoo.layers.stack import remat_block
+from zoo.registry import File, Variant
+
+init = nn.initializers.normal(0.02)
+
+
+def residual_init(depth: int) -> Callable:
+    """How the matrices start that write into the residual stream of `depth` blocks."""
+    return nn.initializers.normal(0.02 / (2 * depth) ** 0.5)
+
+
+class CausalAttention(nn.Module):
+    """Each token attends to itself and to those before it.
+
+    Attributes:
+      num_heads: must divide the channels.
+      dropout: rate on the attention weights.
+      out_init: initialiser of `out`.
+      qkv: what makes the map to query, key and value (TEMPO puts LoRA here).
+    """
+
+    num_heads: int
+    dropout: float = 0.0
+    out_init: Callable = init
+    qkv: Callable[..., nn.Module] = Dense
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch length channels"],
+        state: dict | None = None,
+        train: bool = False,
+    ) -> tuple[Float[Array, "batch length channels"], dict | None]:
+        """The attended tokens and, if there is a state, the next one."""
+        batch, length, channels = x.shape
+        if channels % self.num_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} does not divide {channels} channels; choose a divisor."
+            )
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        heads = (batch, length, self.num_heads, channels // self.num_heads)
+        qkv = self.qkv(3 * channels, kernel_init=init, name="qkv", **types)(x)
+        query, key, value = (
+            constrain(t.reshape(heads), "batch", "length", "heads", "head_dim")
+            for t in jnp.split(qkv, 3, axis=-1)
+        )
+        if state is None:
+            dropping = train and self.dropout > 0
+            y = kernels_pallas.attention(
+                query,
+                key,
+                value,
+                mask=kernels_pallas.Causal(),
+                dropout=self.dropout if dropping else 0.0,
+                rng=self.make_rng("dropout") if dropping else None,
+            )
+        else:
+            y, state = continue_attention(query, key, value, state)
+        out = Dense(channels, kernel_init=self.out_init, name="out", **types)
+        return out(y.reshape(x.shape)), state
+
+
+class GPT2Block(nn.Module):
+    """Attention and an MLP four times as wide, each behind a LayerNorm and with a residual sum.
+
+    Attributes:
+      num_heads: must divide the channels.
+      dropout: rate on the attention weights and on both branches.
+      out_init: initialiser of the two matrices that write into the residual stream.
+      qkv: see `CausalAttention`.
+    """
+
+    num_heads: int
+    dropout: float = 0.0
+    out_init: Callable = init
+    qkv: Callable[..., nn.Module] = Dense
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch length channels"],
+        state: dict | None = None,
+        train: bool = False,
+    ) -> tuple[Float[Array, "batch length channels"], dict | None]:
+        """The tokens after the block and, if there is a state, the next one."""
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        norm = partial(LayerNorm, epsilon=1e-5, **types)
+        drop = nn.Dropout(self.dropout, deterministic=not train)
+        attention = CausalAttention(
+            self.num_heads, self.dropout, self.out_init, self.qkv, name="attention", **types
+        )
+        y, state = attention(norm(name="norm1")(x), state, train)
+        x = x + drop(y)
+        mlp = Mlp(
+            4 * x.shape[-1],
+            partial(nn.gelu, approximate=True),
+            kernel_init=init,
+            down_init=self.out_init,
+            name="mlp",
+            **types,
+        )
+        x = x + drop(mlp(norm(name="norm2")(x)))
+        return constrain(x, "batch", "length", "channels"), state
+
+
+class GPT2(nn.Module):
+    """GPT-2 language model.
+
+    `init_state(batch, length)` and `step(state, tokens)` (through `apply(..., method="step")`) give
+    the same logits token by token, or piece by piece, as a call on the whole sequence.
+
+    Attributes:
+      vocab_size: tokens.
+      embed_dim: channels.
+      depth: blocks.
+      max_positions: longest sequence.
+      dropout: rate on embeddings, attention weights and both branches of a block.
+      scan_layers: one stacked `layers` instead of `layers_0 ...`, compiled once
+        (`zoo.layers.stack` converts the parameters); without states.
+      remat: recompute layers in the backward pass instead of keeping their activations; True, or
+        what is kept nevertheless, by `zoo.layers.stack.REMAT`.
+    """
+
+    vocab_size: int = 50257
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    max_positions: int = 1024
+    dropout: float = 0.1
+    scan_layers: bool = False
+    remat: bool | str = False
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    def example_inputs(
+        self, batch_size: int = 1, length: int = 128
+    ) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of the arguments of `__call__` for sequences of `length` tokens."""
+        shape = (batch_size, min(length, self.max_positions))
+        return {"tokens": jax.ShapeDtypeStruct(shape, jnp.int32)}
+
+    def init_state(self, batch: int, length: int) -> tuple[dict[str, Array], ...]:
+        """The state before the first token; `length` is the most that attention will see.
+
+        Raises:
+          ValueError: if that is more than there are positions.
+        """
+        self._check_length(length)
+        head_dim = self.embed_dim // self.num_heads
+        return (attention_state(batch, length, self.num_heads, head_dim, self.dtype),) * self.depth
+
+    def __call__(
+        self, tokens: Int[Array, "batch length"], train: bool = False
+    ) -> Float[Array, "batch length vocab_size"]:
+        """Logits of the next token at each position."""
+        return self.features(tokens, train)["logits"]
+
+    def step(
+        self, state: tuple, tokens: Int[Array, "batch length"]
+    ) -> tuple[Float[Array, "batch length vocab_size"], tuple]:
+        """Continue by one or more tokens: their logits (NaN past the last position), and the state.
+
+        Raises:
+          ValueError: with `scan_layers`.
+        """
+        if self.scan_layers:
+            raise ValueError(
+                "scan_layers=True gives no states: step with scan_layers=False and "
+                "zoo.layers.stack.unstack_layers(params)."
+            )
+        out, state = self._run(tokens, state, False)
+        return out["logits"], state
+
+    def features(self, tokens: Int[Array, "batch length"], train: bool = False) -> dict[str, Array]:
+        """Every named intermediate (see the table above)."""
+        return self._run(tokens, None, train)[0]
+
+    @nn.compact
+    def _run(
+        self, tokens: Array, state: tuple | None, train: bool
+    ) -> tuple[dict[str, Array], tuple | None]:
+        check_tokens(self, tokens)
+        length = tokens.shape[1]
+        self._check_length(length)
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        embed = nn.Embed(
+            self.vocab_size, self.embed_dim, embedding_init=init, name="embed", **types
+        )
+        shape = (self.max_positions, self.embed_dim)
+        table = self.param("position_embedding", init, shape, self.param_dtype)
+        if state is None:
+            positions = table[:length]
+        else:
+            at = state[0]["position"] + jnp.arange(length)
+            positions = jnp.take(table, at, axis=0, mode="fill", fill_value=jnp.nan)
+        x = embed(tokens) + positions.astype(self.dtype)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        x = constrain(x, "batch", "length", "channels")
+        out = {"embed": x}
+        every, state = self._layers(x, state, train)
+        out |= {f"layer{i}": x for i, x in enumerate(every)}
+        x = LayerNorm(epsilon=1e-5, name="norm", **types)(every[-1] if every else x)
+        out["last_hidden_state"] = x
+        out["logits"] = constrain(embed.attend(x), "batch", "length", "vocab")
+        return out, state
+
+    def _layers(
+        self, x: Array, state: tuple | None, train: bool
+    ) -> tuple[list[Array], tuple | None]:
+        """What each block gives, and the states."""
+        block = partial(
+            remat_block(GPT2Block, self.remat, static_argnums=(3,), scanned=self.scan_layers),
+            self.num_heads,
+            self.dropout,
+            residual_init(self.depth),
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+        )
+        if not self.scan_layers:
+            every, after = [], []
+            for i in range(self.depth):
+                before = None if state is None else state[i]
+                x, now = block(name=f"layers_{i}")(x, before, train)
+                every.append(x)
+                after.append(now)
+            return every, None if state is None else tuple(after)
+
+        def body(layer: nn.Module, x: Array) -> tuple[Array, Array]:
+            x, _ = layer(x, None, train)
+            return x, x
+
+        scan = nn.scan(
+            body,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            length=self.depth,
+        )
+        last, stacked = scan(block(name="layers"), x)
+        return [*list(stacked)[:-1], last], None  # training reads, and so keeps, the last alone
+
+    def _check_length(self, length: int) -> None:
+        if length > self.max_positions:
+            raise ValueError(
+                f"This GPT2 has {self.max_positions} positions, too few for {length} tokens; cut "
+                "the text, or create the model with more max_positions."
+            )
+
+
+# ---------------------------------------------------------------------------- checkpoints
+
+
+def conv1d_rules(theirs: str, ours: str) -> list[Rule]:
+    """The two rules of a map that is published as `[in, out]`."""
+    return [Rule(f"{theirs}.weight", f"{ours}/kernel"), Rule(f"{theirs}.bias", f"{ours}/bias")]
+
+
+def trunk_rules(prefix: str = "", qkv: str = "c_attn") -> list[Rule]:
+    """Rules of a GPT-2 without its head.
+
+    Args:
+      prefix: of all names.
+      qkv: name of the fused map within `attn`.
+    """
+    theirs, ours = f"{prefix}h.{{i}}", "layers_{i}"
+    return [
+        Rule(f"{prefix}wte.weight", "embed/embedding"),
+        Rule(f"{prefix}wpe.weight", "position_embedding"),
+        *norm_rules(f"{theirs}.ln_1", f"{ours}/norm1"),
+        *conv1d_rules(f"{theirs}.attn.{qkv}", f"{ours}/attention/qkv"),
+        *conv1d_rules(f"{theirs}.attn.c_proj", f"{ours}/attention/out"),
+        *norm_rules(f"{theirs}.ln_2", f"{ours}/norm2"),
+        *conv1d_rules(f"{theirs}.mlp.c_fc", f"{ours}/mlp/up"),
+        *conv1d_rules(f"{theirs}.mlp.c_proj", f"{ours}/mlp/down"),
+        *norm_rules(f"{prefix}ln_f", "norm"),
+    ]
+
+
+def _causal_mask(model: GPT2, i: int) -> np.ndarray:
+    side = model.max_positions
+    return np.tril(np.ones((side, side), np.float32))[None, None]
+
+
+def _layout(prefix: str, *, masks: bool = False, head: bool = False) -> Rules:
+    """Rules of one published naming.
+
+    Args:
+      prefix: of the names.
+      masks: whether export writes the causal mask of every block, as old files have it.
+      head: whether the file repeats the embedding as `lm_head`.
+    """
+    both = (f"{prefix}wte.weight", "lm_head.weight")
+    return Rules(
+        [*([Rule(both, "embed/embedding", tied)] if head else []), *trunk_rules(prefix)],
+        derived={
+            f"{prefix}h.{{i}}.attn.bias": _causal_mask if masks else None,
+            f"{prefix}h.{{i}}.attn.masked_bias": None,
+        },
+    )
+
+
+CHECKPOINT = {
+    # What transformers writes today, without and with the second name of the embedding.
+    "huggingface": _layout("transformer."),
+    "huggingface_torch": _layout("transformer.", head=True),
+    # Its first years; the files of gpt2 to gpt2-xl on the hub have no prefix, DistilGPT2's has.
+    "huggingface_v2": _layout("transformer.", masks=True),
+    "hub": _layout("", masks=True),
+    "trunk": _layout(""),
+}
+
+_COMMON = dict(
+    module=GPT2,
+    task="language_modelling",
+    paper="Language Models are Unsupervised Multitask Learners, OpenAI 2019",
+    code="github.com/openai/gpt-2",
+    licence="modified MIT",
+)
+_PUBLISHED = _COMMON | dict(files=(File("model.safetensors"), File("pytorch_model.bin")))
+
+VARIANTS: dict[str, Variant] = {
+    "distilgpt2": Variant(
+        fields=dict(depth=6), params=81_912_576,
+        **_PUBLISHED | dict(licence="Apache-2.0", paper="DistilBERT, arXiv 1910.01108",
+                            code="github.com/huggingface/transformers"),
+    ),
+    "gpt2": Variant(
+        fields={}, params=124_439_808, metric="WikiText-103 perplexity 37.5, zero-shot",
+        **_PUBLISHED,
+    ),
+    "gpt2_medium": Variant(
+        fields=dict(embed_dim=1024, depth=24, num_heads=16), params=354_823_168,
+        metric="WikiText-103 perplexity 26.4, zero-shot", **_PUBLISHED,
+    ),
+    "gpt2_large": Variant(
+        fields=dict(embed_dim=1280, depth=36, num_heads=20), params=774_030_080,
+        metric="WikiText-103 perplexity 22.1, zero-shot", **_PUBLISHED,
+    ),
+    "gpt2_xl": Variant(
+        fields=dict(embed_dim=1600, depth=48, num_heads=25), params=1_557_611_200,
+        metric="WikiText-103 perplexity 17.5, zero-shot", **_PUBLISHED,
+    ),
+    "gpt2_test": Variant(
+        fields=dict(vocab_size=97, embed_dim=32, depth=2, num_heads=4, max_positions=64),
+        **_COMMON,
+    ),
+}  # fmt: skip
