@@ -49,7 +49,12 @@ def initialised(name):
     """A small model with its parameters, small ones larger than at first so that outputs differ."""
     model = zoo.create(name)
     variables = jax.jit(model.init)(jax.random.key(0), **example(model, 1))
-    grow = lambda p: p * 4 if p.ndim > 1 and jnp.std(p) < 0.1 else p  # noqa: E731
+
+    def grow(p):
+        if p.ndim == 2 and not np.any(p):  # no gradient passes LoRA's second matrix at first
+            return 0.1 * jax.random.normal(jax.random.key(1), p.shape, p.dtype)
+        return p * 4 if p.ndim > 1 and jnp.std(p) < 0.1 else p
+
     return model, jax.tree.map(grow, variables)
 
 
