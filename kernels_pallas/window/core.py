@@ -26,18 +26,23 @@ class Windows(NamedTuple):
     mask: Array | None
 
 
-def _forward(interpret, heads, problem, x):
-    from kernels_pallas.window import tpu
+def _kernels(interpret, heads, problem, x):
+    """`(module, options)`: of the two TPU bodies the one whose layout pads less."""
+    from kernels_pallas.window import tpu, tpu_lanes
 
+    module = tpu_lanes if tpu_lanes.fits(x.qkv, x.mask, heads) else tpu
     options = dict(heads=heads, scale=problem.scale, precision=problem.precision)
-    return tpu.forward(*x, **options, interpret=interpret)
+    return module, {**options, "interpret": interpret}
+
+
+def _forward(interpret, heads, problem, x):
+    module, options = _kernels(interpret, heads, problem, x)
+    return module.forward(*x, **options)
 
 
 def _backward(interpret, heads, problem, x, d_out):
-    from kernels_pallas.window import tpu
-
-    options = dict(heads=heads, scale=problem.scale, precision=problem.precision)
-    return tpu.backward(*x, d_out, **options, interpret=interpret)
+    module, options = _kernels(interpret, heads, problem, x)
+    return module.backward(*x, d_out, **options)
 
 
 def pallas_tpu(heads: int) -> Choice:
