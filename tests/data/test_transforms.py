@@ -8,6 +8,7 @@ from zoo.data.transforms import (
     ColorJitter,
     MixPairs,
     Normalize,
+    PixelSeries,
     RandomCrop,
     RandomErasing,
     RandomFlip,
@@ -90,6 +91,18 @@ def test_a_crop_lies_in_the_image_at_every_aspect_ratio():
         for seed in range(20):
             out = RandomResizedCrop((8, 8))(example, np.random.default_rng(seed))
             assert out["image"].shape == (8, 8, 3)
+
+
+def test_a_series_of_pixels_is_the_image_in_one_order_for_all():
+    image = photo(4, 5)["image"]
+    plain = PixelSeries()(photo(4, 5), rng())
+    assert set(plain) == {"series", "label"} and plain["series"].dtype == np.float32
+    np.testing.assert_allclose(plain["series"] * 255, image.reshape(20, 3), rtol=1e-6)
+    one, two = (PixelSeries(seed=1)(photo(4, 5, seed=s), rng())["series"] for s in (0, 1))
+    order = [np.flatnonzero((plain["series"] == pixel).all(1))[0] for pixel in one]
+    assert sorted(order) == list(range(20)) and order != list(range(20))
+    other = PixelSeries()(photo(4, 5, seed=1), rng())["series"]
+    np.testing.assert_array_equal(two, other[order])
 
 
 def test_erasing_replaces_one_rectangle_with_noise():

@@ -176,6 +176,27 @@ class Normalize:
 
 
 @dataclass(frozen=True)
+class PixelSeries:
+    """An image as `series [pixels, channels]` in [0, 1], row by row.
+
+    Attributes:
+      seed: of the order in which pixels come, one for all images (permuted sequential MNIST); None:
+        as they stand.
+    """
+
+    seed: int | None = None
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        """Transform one example."""
+        example = dict(example)
+        image = example.pop("image")
+        series = image.reshape(-1, image.shape[-1]).astype(np.float32) / 255
+        if self.seed is not None:
+            series = series[np.random.default_rng(self.seed).permutation(len(series))]
+        return {**example, "series": series}
+
+
+@dataclass(frozen=True)
 class RandomErasing:
     """Noise in a random rectangle of a normalised image (Zhong et al., arXiv 1708.04896).
 

@@ -8,6 +8,7 @@ from zoo.tasks.language_modelling import LanguageModelling
 from zoo.tasks.masked_language_modelling import MaskedLanguageModelling
 from zoo.tasks.metrics import Mean
 from zoo.tasks.regression import Regression
+from zoo.tasks.series_classification import SeriesClassification
 
 __all__ = [
     "AnomalyDetection",
@@ -18,4 +19,5 @@ __all__ = [
     "MaskedLanguageModelling",
     "Mean",
     "Regression",
+    "SeriesClassification",
 ]
