@@ -6,7 +6,7 @@ A mixer is a module `(x, state, train) -> (y, state)`: without a state (None) it
 sequence and returns None, with one it continues where the state stands, by any number of tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -131,6 +131,47 @@ def check_tokens(model: nn.Module, tokens: Array) -> None:
             f"{type(model).__name__} takes tokens as integers of shape (batch, length), not "
             f"{tokens.dtype} of shape {tokens.shape}; a tokenizer makes them from text."
         )
+
+
+def run_blocks(
+    blocks: Sequence[Callable[..., nn.Module]],
+    x: Float[Array, "batch length channels"],
+    state: tuple | None,
+    train: bool,
+    *,
+    scan: int = 0,
+) -> tuple[list[Float[Array, "batch length channels"]], tuple | None]:
+    """What each block `(x, state, train) -> (x, state)` of a stack gives, and the states.
+
+    Called in the compact method of a model, which gets `layers_0 ...`, or `layers` from a scan.
+
+    Args:
+      blocks: make the blocks when given a name; one, if `scan`.
+      x: what goes into the first.
+      state: one for each block, or None.
+      train: whether to drop out.
+      scan: how many equal blocks to scan over, without states; 0: a loop over `blocks`.
+    """
+    if not scan:
+        every, after = [], []
+        for i, block in enumerate(blocks):
+            x, now = block(name=f"layers_{i}")(x, None if state is None else state[i], train)
+            every.append(x)
+            after.append(now)
+        return every, None if state is None else tuple(after)
+
+    def body(layer, x):
+        x, _ = layer(x, None, train)
+        return x, x
+
+    stack = nn.scan(
+        body,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        length=scan,
+    )
+    last, stacked = stack(blocks[0](name="layers"), x)
+    return [*list(stacked)[:-1], last], None  # training reads, and so keeps, the last alone
 
 
 class RotaryAttention(nn.Module):
@@ -335,27 +376,9 @@ class Decoder(nn.Module):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )
-        if self.scan_layers:
-
-            def body(layer, x):
-                x, _ = layer(x, None, train)
-                return x, x
-
-            scan = nn.scan(
-                body,
-                variable_axes={"params": 0},
-                split_rngs={"params": True, "dropout": True},
-                length=self.depth,
-            )
-            last, stacked = scan(block(self.mixer(), name="layers"), x)
-            return [*list(stacked)[:-1], last], None  # training reads, and so keeps, the last alone
-        every, after = [], []
-        for i, mixer in enumerate(self.mixers()):
-            before = None if state is None else state[i]
-            x, now = block(mixer, name=f"layers_{i}")(x, before, train)
-            every.append(x)
-            after.append(now)
-        return every, None if state is None else tuple(after)
+        mixers = [self.mixer()] if self.scan_layers else self.mixers()
+        blocks = [partial(block, mixer) for mixer in mixers]
+        return run_blocks(blocks, x, state, train, scan=self.depth if self.scan_layers else 0)
 
     def _check(self, tokens, state):
         check_tokens(self, tokens)

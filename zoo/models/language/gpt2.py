@@ -31,7 +31,7 @@ from jaxtyping import Array, Float, Int
 
 import kernels_pallas
 from zoo.checkpoints.rules import Rule, Rules, norm_rules, tied
-from zoo.layers.decoder import attention_state, check_tokens, continue_attention
+from zoo.layers.decoder import attention_state, check_tokens, continue_attention, run_blocks
 from zoo.layers.dense import Dense
 from zoo.layers.mlp import Mlp
 from zoo.layers.norm import LayerNorm
@@ -239,46 +239,20 @@ class GPT2(nn.Module):
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         x = constrain(x, "batch", "length", "channels")
         out = {"embed": x}
-        every, state = self._layers(x, state, train)
-        out |= {f"layer{i}": x for i, x in enumerate(every)}
-        x = LayerNorm(epsilon=1e-5, name="norm", **types)(every[-1] if every else x)
-        out["last_hidden_state"] = x
-        out["logits"] = constrain(embed.attend(x), "batch", "length", "vocab")
-        return out, state
-
-    def _layers(
-        self, x: Array, state: tuple | None, train: bool
-    ) -> tuple[list[Array], tuple | None]:
-        """What each block gives, and the states."""
         block = partial(
             remat_block(GPT2Block, self.remat, static_argnums=(3,), scanned=self.scan_layers),
             self.num_heads,
             self.dropout,
             residual_init(self.depth),
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
+            **types,
         )
-        if not self.scan_layers:
-            every, after = [], []
-            for i in range(self.depth):
-                before = None if state is None else state[i]
-                x, now = block(name=f"layers_{i}")(x, before, train)
-                every.append(x)
-                after.append(now)
-            return every, None if state is None else tuple(after)
-
-        def body(layer: nn.Module, x: Array) -> tuple[Array, Array]:
-            x, _ = layer(x, None, train)
-            return x, x
-
-        scan = nn.scan(
-            body,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            length=self.depth,
-        )
-        last, stacked = scan(block(name="layers"), x)
-        return [*list(stacked)[:-1], last], None  # training reads, and so keeps, the last alone
+        scan = self.depth if self.scan_layers else 0
+        every, state = run_blocks([block] * self.depth, x, state, train, scan=scan)
+        out |= {f"layer{i}": x for i, x in enumerate(every)}
+        x = LayerNorm(epsilon=1e-5, name="norm", **types)(every[-1] if every else x)
+        out["last_hidden_state"] = x
+        out["logits"] = constrain(embed.attend(x), "batch", "length", "vocab")
+        return out, state
 
     def _check_length(self, length: int) -> None:
         if length > self.max_positions:
