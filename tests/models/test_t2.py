@@ -7,7 +7,7 @@ from model_helpers import apply, documented_shapes, feature_shapes, filled
 import zoo
 from zoo.data.light_curves import around_detections, fit, interpolate, unfitted
 from zoo.models.timeseries import t2
-from zoo.models.timeseries.t2 import append_channels, append_steps, positions
+from zoo.models.timeseries.t2 import append_channels, append_steps
 
 
 def inputs(model, batch=3, key=0):
@@ -58,11 +58,6 @@ def test_the_order_of_the_times_matters():
     variables, (series,) = filled(model), inputs(model)
     changed = apply(model, variables, series[:, ::-1]) - apply(model, variables, series)
     assert np.abs(changed).max() > 0.01
-
-
-def test_positions_are_sines_and_cosines():
-    table = positions(7, 4)
-    np.testing.assert_allclose(table[5], [np.sin(5), np.cos(5), np.sin(0.05), np.cos(0.05)])
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import pytest
 from model_helpers import apply, documented_shapes, feature_shapes, filled, random_images
 
 import zoo
+from zoo.layers.position import sinusoids
 from zoo.models.vision import t2t_vit
 from zoo.training.optimizer import decays
 
@@ -16,10 +17,13 @@ def test_shapes_are_those_of_the_docstring():
 
 
 def test_sinusoids_are_the_published_ones():
-    table = t2t_vit.sinusoids(3, 256)[0]
+    table = sinusoids(3, 256)
     np.testing.assert_array_equal(table[0, :4], [0, 1, 0, 1])
     np.testing.assert_allclose(table[1, :3], [0.841471, 0.540302, 0.801962], atol=1e-6)
     np.testing.assert_allclose(table[2, 1], np.cos(2), atol=1e-6)
+    row = [np.sin(5), np.cos(5), np.sin(0.05), np.cos(0.05)]
+    np.testing.assert_allclose(sinusoids(6, 4)[5], row, atol=1e-6)
+    np.testing.assert_allclose(sinusoids(6, 3, np.float32)[5, :2], row[:2], atol=1e-6)
 
 
 @pytest.mark.parametrize(("size", "stride", "padding"), [(7, 4, 2), (3, 2, 1)])

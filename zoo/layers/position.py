@@ -1,8 +1,30 @@
-"""Position tables: indices of relative ones, and resizing both kinds to another grid."""
+"""Position tables: sines, indices of relative positions, and resizing either to another grid."""
 
 import math
 
 import numpy as np
+from jaxtyping import Float
+
+
+def sinusoids(
+    length: int, channels: int, precision: type[np.floating] = np.float64
+) -> Float[np.ndarray, "length channels"]:
+    """Fixed positions, float32: sines in the even channels, cosines in the odd ones.
+
+    Row p has sin(p / 10000^(c / channels)) in even channel c, and the cosine of the same in the
+    next.
+
+    Args:
+      length: rows.
+      channels: columns.
+      precision: of the angles. In code that makes the table in PyTorch it is float32, which is off
+        by up to 4e-4 at position 5000.
+    """
+    even = np.arange(0, channels, 2, dtype=precision)
+    rates = np.exp(even * -(np.log(10000.0) / channels)).astype(precision)
+    angles = np.arange(length, dtype=precision)[:, None] * rates
+    table = np.stack([np.sin(angles), np.cos(angles)], -1).reshape(length, -1)
+    return table[:, :channels].astype(np.float32)
 
 
 def relative_position_index(window: tuple[int, ...]) -> np.ndarray:

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from zoo.checkpoints.rules import Rule, chain, dense_rules, linear, norm_rules, squeeze
+from zoo.layers import position
 from zoo.layers.attention import Attention
 from zoo.layers.dense import Dense
 from zoo.layers.mlp import Mlp, gelu
@@ -35,11 +36,8 @@ def bias_init(fan_in: int) -> Callable[..., Array]:
 
 
 def sinusoids(length: int, channels: int) -> Float[Array, "length channels"]:
-    """Fixed positions: sines in the even channels, cosines in the odd ones, to base 10000."""
-    rates = np.exp(np.arange(0, channels, 2, dtype=np.float32) * -(np.log(10000.0) / channels))
-    angles = np.arange(length, dtype=np.float32)[:, None] * rates.astype(np.float32)
-    table = np.stack([np.sin(angles), np.cos(angles)], -1).reshape(length, -1)
-    return jnp.asarray(table[:, :channels], jnp.float32)
+    """Fixed positions as Informer's code and its descendants make them, their angles in float32."""
+    return jnp.asarray(position.sinusoids(length, channels, np.float32))
 
 
 def sinusoids_of(model: nn.Module) -> np.ndarray:

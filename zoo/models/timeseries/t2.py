@@ -28,7 +28,6 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from zoo.checkpoints.rules import Rule, Rules, squeeze
@@ -36,18 +35,11 @@ from zoo.layers.attention import Attention
 from zoo.layers.mlp import Mlp
 from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
+from zoo.layers.position import sinusoids
 from zoo.layers.series import check_series
 from zoo.registry import File, Variant
 
 init = nn.initializers.glorot_uniform()
-
-
-def positions(length: int, channels: int) -> Float[np.ndarray, "length channels"]:
-    """sin(p / 10000^(c / channels)) in even channels c, the cosine of the same in the next."""
-    even = np.arange(channels) // 2 * 2
-    angle = np.arange(length)[:, None] / 10000 ** (even / channels)
-    table = np.where(np.arange(channels) % 2, np.cos(angle), np.sin(angle))
-    return table.astype(np.float32)
 
 
 def append_steps(
@@ -147,7 +139,7 @@ class T2(nn.Module):
         x = series if aux is None else APPEND[self.add_aux_to](series, aux)
         dense = partial(nn.Dense, kernel_init=init, **types)
         x = nn.relu(dense(self.embed_dim, name="embed")(x))
-        x = x + positions(x.shape[1], self.embed_dim).astype(self.dtype)
+        x = x + sinusoids(x.shape[1], self.embed_dim).astype(self.dtype)
         out = {"embed": constrain(x, "batch", "length", "channels")}
         for i in range(self.depth):
             sizes = (self.num_heads, self.mlp_dim, self.dropout)

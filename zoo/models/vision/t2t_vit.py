@@ -45,7 +45,7 @@ from zoo.layers.dense import Dense
 from zoo.layers.mlp import Mlp
 from zoo.layers.norm import LayerNorm as _LayerNorm
 from zoo.layers.partition import constrain
-from zoo.layers.position import resize_table
+from zoo.layers.position import resize_table, sinusoids
 from zoo.layers.stack import remat_block
 from zoo.registry import File, Preprocessing, Variant
 
@@ -62,13 +62,6 @@ def unfold(
         x, (size, size), (stride, stride), [(padding, padding)] * 2,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )  # fmt: skip
-
-
-def sinusoids(length: int, width: int) -> Float[np.ndarray, "1 length width"]:
-    """sin(p / 10000^(2i / width)) in entry 2i of row p, and its cosine in entry 2i + 1."""
-    angle = np.arange(length)[:, None] / 10000 ** (2 * (np.arange(width) // 2) / width)
-    table = np.where(np.arange(width) % 2 == 0, np.sin(angle), np.cos(angle))
-    return table[None].astype(np.float32)
 
 
 def orthogonal_features(key: Array, shape: tuple[int, int], dtype: jnp.dtype) -> Array:
@@ -212,7 +205,7 @@ class T2TViT(nn.Module):
         x = jnp.concatenate([token, x], 1)
         table = self.param(
             "position_embedding",
-            lambda _, shape, dtype: jnp.asarray(sinusoids(*shape[1:]), dtype),
+            lambda _, shape, dtype: jnp.asarray(sinusoids(*shape[1:])[None], dtype),
             (1, *x.shape[1:]),
             self.param_dtype,
         )
