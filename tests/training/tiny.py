@@ -27,12 +27,13 @@ class Mlp(nn.Module):
 
 
 class Tiny(nn.Module):
-    """Patches, one residual MLP, a mean and a head."""
+    """Patches, residual MLPs (one), a mean and a head."""
 
     image_size: tuple[int, int] = (4, 4)
     width: int = 16
     hidden: int = 32
     num_classes: int = 4
+    depth: int = 1
     dropout: float = 0.0
     dtype: jnp.dtype = jnp.float32
 
@@ -45,7 +46,9 @@ class Tiny(nn.Module):
         x = nn.Dense(self.width, name="embed", dtype=self.dtype)(x)
         x = x + self.param("position_embedding", nn.initializers.normal(0.1), (1, *x.shape[1:]))
         x = constrain(x, "batch", "length", "channels")
-        x = x + Mlp(self.hidden, self.dtype, name="mlp")(nn.LayerNorm(name="norm1")(x))
+        for more in ("", *(f"_{i}" for i in range(1, self.depth))):
+            y = nn.LayerNorm(name=f"norm1{more}")(x)
+            x = x + Mlp(self.hidden, self.dtype, name=f"mlp{more}")(y)
         x = nn.Dropout(self.dropout)(x, deterministic=not train)
         x = nn.LayerNorm(name="norm")(x).mean(1)
         return nn.Dense(self.num_classes, name="head", dtype=self.dtype)(x)

@@ -1,8 +1,9 @@
 """Optimizer state that lives in the hosts' memory and visits the device a leaf at a time.
 
-Were all of it on its way at once, as the compiler likes it, nothing would be saved. So the update
-of each parameter waits for that of the one before. Rules treat each parameter by itself; clipping,
-which needs the norm of all gradients, is done before, after which the rule's own does nothing.
+Were all of it on its way at once, as the compiler likes it, nothing would be saved. So the state of
+a parameter is fetched when that of the one before is back in the host's memory. Rules treat each
+parameter by itself; clipping, which needs the norm of all gradients, is done before, after which
+the rule's own does nothing.
 """
 
 from collections.abc import Callable
@@ -53,20 +54,22 @@ def leaf_by_leaf(
         def take(i: int, tree: Any) -> Any:
             return jax.tree.map(lambda node: only(i, node), tree, is_leaf=like_params)
 
-        new_params, states, before = [], [], bad
+        new_params, states = [], []
+        before: Any = bad
         for i in range(structure.num_leaves):
-            old = take(i, state)
-            old, grad, before = jax.lax.optimization_barrier((old, only(i, grads), before))
+            old, before = jax.lax.optimization_barrier((take(i, state), before))
+            if i:  # behind the barrier, which else would wait for nothing
+                new_params[-1], states[-1] = before
             old = jax.device_put(old, take(i, here))
-            steps, new = optimizer.update(grad, old, only(i, params))
+            steps, new = optimizer.update(only(i, grads), old, only(i, params))
             (param,) = jax.tree.leaves(only(i, params))
             (step,) = jax.tree.leaves(steps)
             param, new = jax.tree.map(
                 lambda n, o: jnp.where(bad < 0, n, o), (param + step, new), (param, old)
             )
-            before = param
-            new_params.append(param)
-            states.append(jax.device_put(new, take(i, places)))
+            before = param, jax.device_put(new, take(i, places))
+            new_params.append(before[0])
+            states.append(before[1])
         return jax.tree.unflatten(structure, new_params), _joined(states, state, like_params)
 
     return update
