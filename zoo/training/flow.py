@@ -46,10 +46,14 @@ class Flow:
         self._before: dict[Value, list[Value]] = defaultdict(list)
         self._products: set[Value] = set()
         self._summed: set[tuple[Value, Value]] = set()
+        self._sent: dict[str, list[Value]] = defaultdict(list)
+        self._received: dict[str, list[Value]] = defaultdict(list)
         entry = next(c for c in computations.values() if c.entry)
         for computation in computations.values():
             for i in computation.instructions.values():
                 self._connect(computation, i)
+        for message, sent in self._sent.items():
+            self._mix(sent, self._received[message])
         state, others = self._arguments(entry)
         kept = [
             (entry.name, entry.root.name, int(place))
@@ -70,7 +74,9 @@ class Flow:
         leaves = self._leaves(i)
         same = leaves == len(i.operands)
         results = [(computation, i.name, leaf) for leaf in ([operand] if same else range(leaves))]
-        kept = self._kept if kind in REDUCTIONS else self._kept_whole
+        if message := _message(i):
+            results = self._received[message]
+        kept = self._kept if kind.startswith(REDUCTIONS) else self._kept_whole
         return any(r in kept for r in results) and not any(r in self._multiplied for r in results)
 
     # ------------------------------------------------------------------------ the graph
@@ -148,6 +154,11 @@ class Flow:
             self._edges(given[0][first : first + counts[place]], results)
         elif i.opcode == "tuple" or i.opcode in _ONE_TO_ONE:
             self._edges(flat, results)
+        elif i.opcode in ("send", "recv") and (message := _message(i)):
+            if i.opcode == "send":
+                self._sent[message] += flat
+            else:
+                self._received[message] += results[:1]
         else:
             self._mix(flat, results)
             large = any(math.prod(dims) > 1 for _, dims, _ in i.shapes)
@@ -183,6 +194,12 @@ def _parameters(computation: Any) -> list[Any]:
 
 def _number(parameter: Any) -> int:
     return int(re.search(r"parameter\((\d+)\)", parameter.text).group(1))
+
+
+def _message(i: Any) -> str:
+    """The name of what goes to another slice and comes back, through the host."""
+    found = re.search(r'_xla_host_transfer_rendezvous="([^"]+)"', i.text)
+    return found.group(1) if found else ""
 
 
 def _element_sizes(i: Any) -> list[int]:

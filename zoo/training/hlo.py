@@ -25,6 +25,8 @@ COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
+BETWEEN = " between slices"
+"""Ends the kind of what the data centre's network carries."""
 SILENT = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "while"),
     *("conditional", "call", "partition-id", "replica-id", "opt-barrier", "iota"),
@@ -82,13 +84,14 @@ class Collective:
 
     Attributes:
       kind: `all-gather` ...; `all-reduce` of arrays that each chip fills a part of, which is how
-        the compiler gathers small ones, is an `all-gather` as well.
+        the compiler gathers small ones, is an `all-gather` as well. `all-reduce between slices`
+        runs over the data centre's network, not over that of a slice.
       shapes: type and dims of what arrives (of what is summed, for reductions).
       bytes: of these, of one run.
       times: how often it runs in a step.
       known: False if it stands in a loop whose length the text does not say; `times` then counts
         one iteration of it.
-      group: chips that take part together (0: all).
+      group: chips (slices, between these) that take part together (0: all).
       source: the operation of the model that it serves.
       of_parameters: of each of the shapes, whether it is of the parameters (`zoo.training.flow`).
     """
@@ -121,8 +124,8 @@ class Module:
             if not times:
                 continue
             for i in computation.instructions.values():
-                kind = i.opcode.removesuffix("-start")
-                if kind not in COLLECTIVES:
+                kind = _collective_kind(i)
+                if kind is None:
                     continue
                 channel = re.search(r"channel_id=(\d+)", i.text)
                 key = int(channel.group(1)) if channel else (computation.name, i.name)
@@ -225,6 +228,7 @@ class Module:
         self, computation: Computation, i: Instruction, kind: str, times: int, flow: Flow
     ) -> Collective:
         given = [s for name in i.operands for s in computation.instructions[name].shapes]
+        group = _group(i.text)
         arrives = kind == "all-gather" or kind == "collective-broadcast"
         shapes = i.shapes[len(given) :] if i.opcode.endswith("-start") else i.shapes
         shapes = shapes[: len(given)] if arrives else tuple(given)
@@ -242,7 +246,7 @@ class Module:
             sum(size(s) for s in shapes),
             times,
             self.known[computation.name],
-            _group(i.text),
+            group,
             source.group(1).replace("\\", "") if source else "",
             tuple(what),
         )
@@ -380,8 +384,23 @@ def _constant(i: Instruction) -> int | None:
     return int(value.group(1)) if value else None
 
 
+def _collective_kind(i: Instruction) -> str | None:
+    """`all-gather` ...; what goes between slices is written as a message to the host."""
+    if i.opcode == "send":
+        transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.text)
+        return transfer and transfer.group(1).lower().replace("_", "-") + BETWEEN
+    kind = i.opcode.removesuffix("-start")
+    return kind if kind in COLLECTIVES else None
+
+
 def _group(text: str) -> int:
-    """Chips of one group of a collective: `[4,2]<=[8]`, `{{0,1},{2,3}}` or axes of a named mesh."""
+    """Chips of one group of a collective: `[4,2]<=[8]`, `{{0,1},{2,3}}` or axes of a named mesh.
+
+    Between slices: how many of them, as in `{1,2}x{0:3}`.
+    """
+    if slices := re.search(r'_xla_megascale_target="\{([\d,:]+)\}x', text):
+        ends = [[int(n) for n in part.split(":")] for part in slices.group(1).split(",")]
+        return sum(end[-1] - end[0] + 1 for end in ends)
     groups = re.search(r"replica_groups=(.*?)(?:, [a-z_]+=|$)", text)
     if not groups:
         return 0
