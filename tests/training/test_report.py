@@ -1,6 +1,7 @@
 """What a task reports at the end of a run, and a config whose data is not installed."""
 
 import dataclasses
+import gzip
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from training import tiny
 from zoo.data import Arrays, Data
 from zoo.errors import ConfigError
 from zoo.tasks import Forecasting
-from zoo.training import Model
+from zoo.training import Checkpointing, Model
 from zoo.training.config import load_file
 from zoo.training.loop import train
 
@@ -44,6 +45,20 @@ def test_a_run_ends_with_the_picture_and_the_numbers_of_its_task(tmp_path):
     assert "mse" in metrics
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row.get("eval/windows") == 20] == [2]
+
+
+def test_a_trace_has_the_steps_by_number_even_if_the_run_ends_inside_it(tmp_path, capsys):
+    config = dataclasses.replace(
+        tiny.get_config(), num_steps=14, eval_every=0, log_every=20, checkpoint=Checkpointing()
+    )
+    train(config, tmp_path, profile=True)
+    assert f"Trace of steps 10 to 14 in {tmp_path}/profile." in capsys.readouterr().out
+    (file,) = (tmp_path / "profile").glob("plugins/profile/*/*.trace.json.gz")
+    events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+    steps = [event["args"]["step_num"] for event in events if event.get("name") == "train"]
+    assert sorted(map(int, steps)) == [10, 11, 12, 13]
+    assert any("train_step" in event.get("name", "") for event in events)
+    assert list(file.parent.glob("*.xplane.pb"))
 
 
 def test_a_config_without_its_data_says_how_to_get_it(monkeypatch):

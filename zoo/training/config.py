@@ -185,7 +185,8 @@ class Command:
     workdir: Path | None = None
     """The run directory; a run in it is continued. Default: runs/<config>-<time>."""
     profile: bool = False
-    """Write a trace of steps 10 to 20 into the run directory, for xprof or Perfetto."""
+    """Write a trace of the steps 10 to 20 after the start into the run directory, for xprof or
+    Perfetto."""
     distributed: bool = False
     """Join other processes as JAX finds them; not needed with SLURM, GKE or the JAX_ variables."""
 

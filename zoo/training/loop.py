@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from zoo.training.config import TrainConfig
 from zoo.training.guard import Guard, watched
 from zoo.training.logbook import Logbook
 from zoo.training.prefetch import Prefetch
+from zoo.training.profile import Profile
 from zoo.training.program import Program, make_program
 from zoo.training.start import first_state
 from zoo.training.state import State
@@ -125,10 +126,14 @@ class Loop:
             stack.callback(self.checkpoints.close)
             self.batches = Prefetch(self.iterator, self.program.place, config.prefetch)
             stack.callback(self.batches.close)
+            profile = None
+            if self.profile and distributed.is_first():
+                profile = Profile(self.run / "profile", self.step, self.logbook.say)
+                stack.callback(lambda: profile.stop(self.step))
             asked_to_stop = stack.enter_context(stop_signals())
             self.clock = (time.perf_counter(), self.step, 0.0)
             while self.step < config.num_steps:
-                with self._profiled():
+                with profile.step(self.step, self.state) if profile else nullcontext():
                     self.state, output = self.program.step(self.state, next(self.batches))
                 self.step += 1
                 self.outputs.append((self.step, output))
@@ -257,18 +262,6 @@ class Loop:
         self.outputs.clear()
         self.logbook.start(self.step)
         self.clock = (time.perf_counter(), self.step, self.batches.waited)
-
-    @contextmanager
-    def _profiled(self) -> Iterator[None]:
-        if self.profile and jax.process_index() == 0:
-            folder = str(self.run / "profile")
-            if self.step == 10:
-                jax.profiler.start_trace(folder)
-            elif self.step == 20:
-                jax.block_until_ready(self.state)
-                jax.profiler.stop_trace()
-                self.logbook.say(f"Trace of steps 10 to 20 in {folder}.")
-        yield
 
 
 def to_parts(state: State) -> dict[str, Any]:
