@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.dispatch import PLATFORM_OF, check_implementation
+from kernels_pallas.dispatch import PLATFORM_OF, check_implementation, reason_for_xla, tell
 from kernels_pallas.recurrence import scan, xla
 from kernels_pallas.recurrence.choice import run
 from kernels_pallas.recurrence.tile import LOWEST_LOG_DECAY, Operands, Problem
@@ -174,6 +174,11 @@ def tree_ssd(
     STree (speculative decoding of state space models). Dense over pairs of nodes, meant for up to
     a hundred or so; float32 throughout.
 
+    XLA runs it everywhere. A kernel earns its place in `ssd` by holding the state on chip from one
+    chunk to the next; a tree is a single chunk, so there is nothing to hold, and its output is four
+    small matrix products that XLA fuses with their decays. Where the states of all nodes are asked
+    for, writing them is the cost, in any body.
+
     Args:
       x: `[batch, nodes, heads, value_dim]`.
       dt: `[batch, nodes, heads]`.
@@ -196,6 +201,11 @@ def tree_ssd(
             f"parents has shape {parents.shape}; expected ({x.shape[1]},), one a node."
         )
     _check("initial_state", initial_state, (_state_shape(B, x),))
+    lines = {"cpu": "xla"}
+    for platform in PLATFORM_OF.values():
+        reason = reason_for_xla("tree_ssd", platform, x.shape[1])
+        lines[platform] = f"xla, because {reason}"
+    tell(lines)
     repeats = x.shape[2] // B.shape[2]
     B, C = (jnp.repeat(t.astype(jnp.float32), repeats, axis=2) for t in (B, C))
     float32 = (t.astype(jnp.float32) for t in (x, dt, A))

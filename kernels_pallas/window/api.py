@@ -42,7 +42,8 @@ def window_attention(
       scale: of the raw scores; `head_dim ** -0.5` if None.
       implementation: None (by the platform that is compiled for), "xla", "pallas_tpu" or
         "pallas_gpu". Second derivatives need "xla".
-      precision: of the matrix products, as in `jax.lax.dot_general`.
+      precision: of the matrix products, as in `jax.lax.dot_general`; where the TPU kernel has
+        windows in lanes (`window/tpu_lanes.py`) there are none, and all is float32.
 
     Returns:
       `[windows, queries, heads, value_dim]`, or `[windows, tokens, heads * head_dim]` for a fused
@@ -60,11 +61,25 @@ def window_attention(
     problem = Problem(scale=head_dim**-0.5 if scale is None else float(scale), precision=precision)
     x = Operands(*(t.transpose(0, 2, 1, 3) for t in (query, key, value)), bias=_join(bias, mask))
     choice = choose(implementation, problem, x, "window_attention")
-    if fused and implementation == "pallas_tpu" and not _heads_are_split(heads):
-        return core.attend(core.pallas_tpu(heads), problem, core.Windows(qkv, bias, mask))
-    out, _ = attend(choice, problem, x)
-    out = out.transpose(0, 2, 1, 3)
-    return out.reshape(windows, queries, -1) if fused else out
+
+    def in_general():
+        out, _ = attend(choice, problem, x)
+        out = out.transpose(0, 2, 1, 3)
+        return out.reshape(windows, queries, -1) if fused else out
+
+    def by_window():  # heads packed in the last axis
+        packed = (t.reshape(windows, t.shape[1], -1) for t in (query, key, value))
+        arrays = (qkv,) if fused else tuple(packed)
+        out = core.attend(core.pallas_tpu(heads), problem, core.Windows(arrays, bias, mask))
+        return out if fused else out.reshape(windows, queries, heads, -1)
+
+    if _heads_are_split(heads):
+        return in_general()
+    if implementation == "pallas_tpu":
+        return by_window()
+    if "tpu" in dict(choice.platforms):
+        return jax.lax.platform_dependent(tpu=by_window, default=in_general)
+    return in_general()
 
 
 def _heads_are_split(heads):

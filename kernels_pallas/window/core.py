@@ -1,4 +1,4 @@
-"""The differentiable core of window attention on a fused `qkv` array.
+"""The differentiable core of window attention by the TPU kernels.
 
 What is kept for the backward pass: the operands alone. A window's weights are formed again from
 them, as a whole row of scores fits into a tile.
@@ -19,30 +19,45 @@ from kernels_pallas.dispatch import Body, Choice
 
 
 class Windows(NamedTuple):
-    """`qkv [windows, tokens, 3 * heads * head_dim]`, `bias [heads, n, n]`, `mask [masks, n, n]`."""
+    """The arrays of a call.
 
-    qkv: Array
+    Attributes:
+      arrays: `(qkv,)` of a fused projection, `[windows, tokens, 3 * heads * head_dim]`, or
+        `(query, key, value)`, each `[windows, tokens, heads * head_dim]`.
+      bias: `[heads, queries, keys]`.
+      mask: `[masks, queries, keys]`.
+    """
+
+    arrays: tuple[Array, ...]
     bias: Array | None
     mask: Array | None
 
 
-def _kernels(interpret, heads, problem, x):
-    """`(module, options)`: of the two TPU bodies the one whose layout pads less."""
-    from kernels_pallas.window import tpu, tpu_lanes
+def _lanes(heads, x):
+    """The body with windows in lanes, where XLA stores a fused array so that it fits; or None."""
+    from kernels_pallas.window import tpu_lanes
 
-    module = tpu_lanes if tpu_lanes.fits(x.qkv, x.mask, heads) else tpu
-    options = dict(heads=heads, scale=problem.scale, precision=problem.precision)
-    return module, {**options, "interpret": interpret}
+    fits = len(x.arrays) == 1 and tpu_lanes.layout(x.arrays[0], x.mask, heads)
+    return tpu_lanes if fits else None
 
 
 def _forward(interpret, heads, problem, x):
-    module, options = _kernels(interpret, heads, problem, x)
-    return module.forward(*x, **options)
+    from kernels_pallas.window import tpu
+
+    options = dict(heads=heads, scale=problem.scale, interpret=interpret)
+    if lanes := _lanes(heads, x):
+        return lanes.forward(*x.arrays, x.bias, x.mask, **options)
+    return tpu.forward(*x, precision=problem.precision, **options)
 
 
 def _backward(interpret, heads, problem, x, d_out):
-    module, options = _kernels(interpret, heads, problem, x)
-    return module.backward(*x, d_out, **options)
+    from kernels_pallas.window import tpu
+
+    options = dict(heads=heads, scale=problem.scale, interpret=interpret)
+    if lanes := _lanes(heads, x):
+        d_qkv, d_bias = lanes.backward(*x.arrays, x.bias, x.mask, d_out, **options)
+        return (d_qkv,), d_bias
+    return tpu.backward(*x, d_out, precision=problem.precision, **options)
 
 
 def pallas_tpu(heads: int) -> Choice:
@@ -55,15 +70,15 @@ def pallas_tpu(heads: int) -> Choice:
 
 
 def attend(choice: Choice, problem: Problem, x: Windows):
-    """`[windows, tokens, heads * head_dim]`; with a mesh in context, windows are split over it."""
+    """`[windows, queries, heads * value_dim]`; a mesh in context divides the windows."""
     axes = dispatch.mesh_axes()
     if not axes:
         return _attend(choice, problem, x)
-    windows, masks = x.qkv.shape[0], 1 if x.mask is None else x.mask.shape[0]
+    windows, masks = x.arrays[0].shape[0], 1 if x.mask is None else x.mask.shape[0]
     names, _ = dispatch.fitting(
         axes, dispatch.BATCH_AXES, lambda n: windows % n == 0 and windows // n % masks == 0
     )
-    specs = Windows(P(names), None if x.bias is None else P(), None if x.mask is None else P())
+    specs = Windows((P(names),) * len(x.arrays), *(None if t is None else P() for t in x[1:]))
     call = partial(_attend, choice, problem)
     return jax.shard_map(call, in_specs=(specs,), out_specs=P(names), check_vma=False)(x)
 
@@ -78,13 +93,13 @@ def _attend_forward(choice, problem, x):
 
 
 def _attend_backward(choice, problem, x, d_out):
-    d_qkv, d_bias = choice.run("backward", problem, x, d_out)
+    d_arrays, d_bias = choice.run("backward", problem, x, d_out)
     d_mask = x.mask
     if d_mask is not None:
         floats = jnp.issubdtype(d_mask.dtype, jnp.floating)
         d_mask = jnp.zeros_like(d_mask) if floats else np.zeros(d_mask.shape, jax.dtypes.float0)
     d_bias = None if x.bias is None else d_bias.astype(x.bias.dtype)
-    return (Windows(d_qkv, d_bias, d_mask),)
+    return (Windows(d_arrays, d_bias, d_mask),)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

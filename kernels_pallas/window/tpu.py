@@ -1,16 +1,15 @@
-"""Window attention for TPU (Mosaic), on the array that a fused projection wrote.
+"""Window attention for TPU (Mosaic), a window's tokens in rows.
 
-A step reads some windows of `[windows, tokens, 3 * heads * head_dim]` as they lie: tokens in
-sublanes, heads packed in lanes, nothing transposed or padded outside. Windows of up to 64 tokens
-are joined in pairs, so that one tile of scores fills the 128 lanes; the bias becomes
-block-diagonal for it and stays in vector memory. The backward kernel forms the weights again from
-the operands, reads nothing else than the output's gradient, and sums the bias gradient in place
-over all windows.
+A step reads some windows of `[windows, tokens, channels]` as they lie: tokens in sublanes, heads
+packed in lanes, nothing transposed or padded outside; either the one array of a fused projection,
+or queries, keys and values, whose windows may differ in size (HAT's overlapping windows). Windows
+of up to 64 tokens are joined in pairs, so that one tile of scores fills the 128 lanes; the bias
+becomes block-diagonal for it and stays in vector memory. The backward kernel forms the weights
+again from the operands, reads nothing else than the output's gradient, and sums the bias gradient
+in place over all windows.
 
-What it misses: 2.1 to 3.1 times the necessary bytes move, not 1.3. XLA stores arrays of 49 tokens
-with windows and channels innermost, as 49 rows fill registers badly, and the call, which wants
-windows outermost, is surrounded by copies from one layout to the other. Removing them needs a body
-that takes `[tokens, windows, channels]`, windows in sublanes.
+Where tokens or channels do not fill registers (49 rows, 288 lanes), XLA stores the arrays in
+another order, and copies would surround this kernel: `tpu_lanes.py` takes those.
 """
 
 import jax
@@ -27,18 +26,18 @@ VMEM_BYTES = 96 << 20
 class _Geometry:
     """How windows are grouped: `pair` in a tile, `step` in a grid step."""
 
-    def __init__(self, qkv, bias, mask, heads: int):
-        self.windows, self.tokens, width = qkv.shape
-        self.heads, self.width = heads, width // 3
-        self.head_dim = self.width // heads
+    def __init__(self, arrays, bias, mask, heads: int):
+        self.windows, self.queries, _ = arrays[0].shape
+        self.keys, self.heads, self.fused = arrays[-1].shape[1], heads, len(arrays) == 1
+        parts = 3 if self.fused else 1
+        widths = [t.shape[2] // parts for t in arrays] * parts
+        self.widths = widths[0] // heads, widths[2] // heads  # of a query's, of a value's head
         masks = 1 if mask is None else mask.shape[0]
         cycle = self.windows if masks == 1 else masks
-        self.pair = 2 if self.tokens <= 64 and cycle % 2 == 0 else 1
-        self.step = max(
-            n for n in range(self.pair, WINDOWS_PER_STEP + 1, self.pair) if cycle % n == 0
-        )
-        self.rows = self.pair * self.tokens
-        table = jnp.zeros((heads, self.tokens, self.tokens), jnp.float32)
+        self.pair = 2 if max(self.queries, self.keys) <= 64 and cycle % 2 == 0 else 1
+        most = WINDOWS_PER_STEP if self.pair == 2 else 1
+        self.step = max(n for n in range(self.pair, most + 1, self.pair) if cycle % n == 0)
+        table = jnp.zeros((heads, self.queries, self.keys), jnp.float32)
         if bias is not None:
             table = table + bias.astype(jnp.float32)
         if mask is not None:
@@ -49,29 +48,36 @@ class _Geometry:
         self.bias = self.diagonal(table, heads, MASKED)
         self.mask = None
         if mask is not None:
-            paired = mask.reshape(-1, self.pair, self.tokens, self.tokens)
+            paired = mask.reshape(-1, self.pair, self.queries, self.keys)
             self.mask = self.diagonal(paired, len(paired), 0.0)
         self.cycle = cycle // self.step
 
     def diagonal(self, t, lead: int, fill):
-        """`[lead, (pair,) n, n]` to block-diagonal `[lead, pair * n, pair * n]`."""
+        """`[lead, (pair,) n, m]` to block-diagonal `[lead, pair * n, pair * m]`."""
         if self.pair == 1:
-            return t.reshape(lead, self.tokens, self.tokens)
+            return t.reshape(lead, self.queries, self.keys)
         a, b = (t, t) if t.ndim == 3 else (t[:, 0], t[:, 1])
         empty = jnp.full_like(a, fill)
         return jnp.concatenate(
             [jnp.concatenate([a, empty], 2), jnp.concatenate([empty, b], 2)], axis=1
         )
 
+    def spec(self, t):
+        """Blocks of windows."""
+        return compat.pallas().BlockSpec((self.step, *t.shape[1:]), lambda i: (i, 0, 0))
+
+    def whole(self, t):
+        """All of an array, in every step."""
+        return compat.pallas().BlockSpec(t.shape, lambda i: (0, 0, 0))
+
     def inputs(self, *arrays):
         """`(arrays, specs)`: arrays by window, then the bias and the masks."""
-        pl = compat.pallas()
-        specs = [pl.BlockSpec((self.step, *t.shape[1:]), lambda i: (i, 0, 0)) for t in arrays]
-        specs.append(pl.BlockSpec(self.bias.shape, lambda i: (0, 0, 0)))
+        specs = [*map(self.spec, arrays), self.whole(self.bias)]
         arrays = [*arrays, self.bias]
         if self.mask is not None:
-            cycle, block = self.cycle, (self.step // self.pair, self.rows, self.rows)
-            specs.append(pl.BlockSpec(block, lambda i: (jax.lax.rem(i, jnp.int32(cycle)), 0, 0)))
+            cycle, block = self.cycle, (self.step // self.pair, *self.mask.shape[1:])
+            index = lambda i: (jax.lax.rem(i, jnp.int32(cycle)), 0, 0)  # noqa: E731
+            specs.append(compat.pallas().BlockSpec(block, index))
             arrays.append(self.mask)
         return arrays, specs
 
@@ -83,17 +89,30 @@ class _Geometry:
 
     def write(self, ref, g, columns, tile):
         """A tile of some channels back to its windows."""
-        for n in range(self.pair):
-            part = tile[n * self.tokens : (n + 1) * self.tokens]
-            ref[self.pair * g + n, :, columns] = part.astype(ref.dtype)
+        n = ref.shape[1]
+        for m in range(self.pair):
+            part = tile[m * n : (m + 1) * n]
+            ref[self.pair * g + m, :, columns] = part.astype(ref.dtype)
+
+    def tiles(self, refs, g):
+        """q, k and v of tile `g`, all heads: one array thrice if it is fused."""
+        every = [self.read(ref, g) for ref in refs]
+        return every * 3 if self.fused else every
 
     def columns(self, which: int, head: int):
         """The lanes of q, k or v (0, 1, 2) of a head."""
-        start = which * self.width + head * self.head_dim
-        return slice(start, start + self.head_dim)
+        width = self.widths[which == 2]
+        start = ((which * self.heads if self.fused else 0) + head) * width
+        return slice(start, start + width)
+
+    def of_out(self, head: int):
+        """The lanes of a head in the output."""
+        return slice(head * self.widths[1], (head + 1) * self.widths[1])
 
     def each_tile(self, body):
         """`body(g)` for the tiles of a step."""
+        if self.step == self.pair:
+            return body(0)
         jax.lax.fori_loop(0, self.step // self.pair, lambda g, _: body(g), None)
 
     def call(self, kernel, name, arrays, specs, outputs, out_specs, interpret):
@@ -123,77 +142,84 @@ def _softmax(q, k, bias, mask, scale, precision):
     return w * (1.0 / jnp.maximum(w.sum(1, keepdims=True), 1e-37))
 
 
-def forward(qkv, bias, mask, *, heads: int, scale: float, precision=None, interpret=False):
-    """`[windows, tokens, heads * head_dim]` in the type of `qkv`."""
-    pl = compat.pallas()
-    shape = _Geometry(qkv, bias, mask, heads)
-    arrays, specs = shape.inputs(qkv)
+def forward(arrays, bias, mask, *, heads: int, scale: float, precision=None, interpret=False):
+    """`[windows, queries, heads * value_dim]` in the type of the last of `arrays`.
 
-    def kernel(qkv_ref, bias_ref, *refs):
+    `arrays` are `(qkv,)` or `(q, k, v)`, each `[windows, tokens, channels]`.
+    """
+    shape = _Geometry(arrays, bias, mask, heads)
+    operands, specs = shape.inputs(*arrays)
+    count = len(arrays)
+
+    def kernel(*refs):
+        of_windows, (bias_ref, *refs) = refs[:count], refs[count:]
         mask_ref, out_ref = (None, *refs)[-2:]
 
         def tile(g):
-            x = shape.read(qkv_ref, g)
+            every = shape.tiles(of_windows, g)
             extra = None if mask_ref is None else mask_ref[g]
             for h in range(heads):
-                q, k, v = (x[:, shape.columns(n, h)] for n in range(3))
+                q, k, v = (t[:, shape.columns(n, h)] for n, t in enumerate(every))
                 w = _softmax(q, k, bias_ref[h], extra, scale, precision)
                 out = dot(w.astype(v.dtype), v, (1, 0), precision)
-                shape.write(out_ref, g, shape.columns(0, h), out)
+                shape.write(out_ref, g, shape.of_out(h), out)
 
         shape.each_tile(tile)
 
-    output = jax.ShapeDtypeStruct((*qkv.shape[:2], shape.width), qkv.dtype)
-    out_spec = pl.BlockSpec((shape.step, shape.tokens, shape.width), lambda i: (i, 0, 0))
-    return shape.call(kernel, "forward", arrays, specs, output, out_spec, interpret)
+    sizes = (shape.windows, shape.queries, heads * shape.widths[1])
+    output = jax.ShapeDtypeStruct(sizes, arrays[-1].dtype)
+    return shape.call(kernel, "forward", operands, specs, output, shape.spec(output), interpret)
 
 
-def backward(qkv, bias, mask, d_out, *, heads: int, scale: float, precision=None, interpret=False):
-    """Gradients of `qkv` (its type) and of `bias` (float32, None without a bias)."""
+def backward(
+    arrays, bias, mask, d_out, *, heads: int, scale: float, precision=None, interpret=False
+):
+    """Gradients of `arrays`, in their types, and of `bias` (float32, None without a bias)."""
     pl = compat.pallas()
-    shape = _Geometry(qkv, bias, mask, heads)
-    arrays, specs = shape.inputs(qkv, d_out.astype(qkv.dtype))
+    shape = _Geometry(arrays, bias, mask, heads)
+    operands, specs = shape.inputs(*arrays, d_out.astype(arrays[-1].dtype))
+    count = len(arrays)
 
-    def kernel(qkv_ref, do_ref, bias_ref, *refs):
-        mask_ref, d_qkv_ref, d_bias_ref = (None, *refs)[-3:]
+    def kernel(*refs):
+        of_windows, (do_ref, bias_ref, *refs) = refs[:count], refs[count:]
+        mask_ref, *grads, d_bias_ref = (None, *refs)[-count - 2 :]
+        grads = grads * 3 if shape.fused else grads
 
         @pl.when(pl.program_id(0) == 0)
         def _():
             d_bias_ref[...] = jnp.zeros_like(d_bias_ref)
 
         def tile(g):
-            x, d = shape.read(qkv_ref, g), shape.read(do_ref, g)
+            every, d = shape.tiles(of_windows, g), shape.read(do_ref, g)
             extra = None if mask_ref is None else mask_ref[g]
             for h in range(heads):
-                q, k, v = (x[:, shape.columns(n, h)] for n in range(3))
-                do = d[:, shape.columns(0, h)]
+                q, k, v = (t[:, shape.columns(n, h)] for n, t in enumerate(every))
+                do = d[:, shape.of_out(h)]
                 w = _softmax(q, k, bias_ref[h], extra, scale, precision)
                 dw = dot(do, v, (1, 1), precision)
                 ds = w * (dw - (w * dw).sum(1, keepdims=True))
                 d_bias_ref[h] += ds
                 d_raw = (ds * scale).astype(q.dtype)
-                for n, grad in enumerate(
-                    (
-                        dot(d_raw, k, (1, 0), precision),
-                        dot(d_raw, q, (0, 0), precision),
-                        dot(w.astype(do.dtype), do, (0, 0), precision),
-                    )
-                ):
-                    shape.write(d_qkv_ref, g, shape.columns(n, h), grad)
+                products = (
+                    dot(d_raw, k, (1, 0), precision),
+                    dot(d_raw, q, (0, 0), precision),
+                    dot(w.astype(do.dtype), do, (0, 0), precision),
+                )
+                for n, (ref, product) in enumerate(zip(grads, products, strict=True)):
+                    shape.write(ref, g, shape.columns(n, h), product)
 
         shape.each_tile(tile)
 
     outputs = [
-        jax.ShapeDtypeStruct(qkv.shape, qkv.dtype),
+        *(jax.ShapeDtypeStruct(t.shape, t.dtype) for t in arrays),
         jax.ShapeDtypeStruct(shape.bias.shape, jnp.float32),
     ]
-    out_specs = [
-        pl.BlockSpec((shape.step, *qkv.shape[1:]), lambda i: (i, 0, 0)),
-        pl.BlockSpec(shape.bias.shape, lambda i: (0, 0, 0)),
-    ]
-    d_qkv, d_bias = shape.call(kernel, "backward", arrays, specs, outputs, out_specs, interpret)
+    out_specs = [*map(shape.spec, outputs[:-1]), shape.whole(outputs[-1])]
+    *gradients, d_bias = shape.call(
+        kernel, "backward", operands, specs, outputs, out_specs, interpret
+    )
     if bias is None:
-        return d_qkv, None
-    n = shape.tokens
-    blocks = (d_bias[:, m * n : (m + 1) * n, m * n : (m + 1) * n] for m in range(shape.pair))
-    return d_qkv, sum(blocks)
+        return tuple(gradients), None
+    n, k = shape.queries, shape.keys
+    blocks = (d_bias[:, m * n : (m + 1) * n, m * k : (m + 1) * k] for m in range(shape.pair))
+    return tuple(gradients), sum(blocks)

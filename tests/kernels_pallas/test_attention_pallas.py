@@ -173,3 +173,14 @@ def test_programs_for_tpu_are_exported_from_any_host():
     exported = jax.export.export(function, platforms=["tpu"])(t)
     assert "tpu_custom_call" in exported.mlir_module()
     assert "tpu_custom_call" not in jax.export.export(function, platforms=["cpu"])(t).mlir_module()
+
+
+def test_programs_for_cuda_are_exported_from_any_host():
+    """JAX promises no compatibility of Triton calls between its versions; one has to allow them."""
+    t = jax.ShapeDtypeStruct((1, 2048, 2, 64), jnp.bfloat16)
+    function = jax.jit(jax.grad(lambda q: kernels_pallas.attention(q, q, q, mask=Causal()).sum()))
+    allowed = [jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
+    with aot.described_gpu():
+        exported = jax.export.export(function, platforms=["cuda"], disabled_checks=allowed)(t)
+    assert exported.platforms == ("cuda",)
+    assert exported.mlir_module().count("@__gpu$xla.gpu.triton(") == 3  # forward, dq, dk and dv

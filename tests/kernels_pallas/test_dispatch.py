@@ -36,6 +36,13 @@ def test_explain_follows_the_argument():
     assert "asked for" in lines(*shapes(100), implementation="pallas_tpu")["tpu"]
 
 
+def test_explain_says_why_trees_have_no_kernel():
+    x, dt, A = jnp.zeros((1, 3, 2, 4)), jnp.ones((1, 3, 2)), -jnp.ones(2)
+    B, parents, state = jnp.zeros((1, 3, 1, 8)), jnp.asarray([-1, 0, 0]), jnp.zeros((1, 2, 8, 4))
+    told = lines(x, dt, A, B, B, parents, function=kernels_pallas.tree_ssd, initial_state=state)
+    assert told["cpu"] == "xla" and "no kernel" in told["tpu"] and "no kernel" in told["cuda"]
+
+
 def test_a_kernel_that_cannot_run_the_call_says_so():
     arrays = [jnp.zeros((1, 16, 2, 8), jnp.float16)] * 3
     with pytest.raises(ValueError, match="'pallas_tpu': query is float16"):

@@ -47,17 +47,19 @@ FUSED = {
     "one mask": dict(masks=1),
     "odd": dict(windows=9, masks=3),
     "wide": dict(windows=4, queries=70, keys=70, masks=2),
-    "lanes": dict(windows=256, heads=2, head_dim=16, masks=4),
-    "lanes, ragged": dict(windows=200, heads=1, head_dim=16, masks=None),
+    "windows": dict(windows=256, heads=2, head_dim=16, masks=4),
+    "windows, ragged": dict(windows=200, heads=1, head_dim=16, masks=None),
+    "channels": dict(windows=256, queries=6, keys=6, heads=4, head_dim=64, masks=4),
 }
 
 
 @pytest.mark.parametrize("shape", FUSED)
-def test_the_layout_that_pads_less_decides_between_the_tpu_bodies(shape):
+def test_the_layout_that_pads_least_decides_between_the_tpu_bodies(shape):
     q, _, _, _, mask = arrays(**FUSED[shape])
     windows, tokens, heads, head_dim = q.shape
     fused = jax.ShapeDtypeStruct((windows, tokens, 3 * heads * head_dim), jnp.bfloat16)
-    assert tpu_lanes.fits(fused, mask, heads) == shape.startswith("lanes")
+    lanes = shape.startswith(("windows", "channels"))
+    assert tpu_lanes.layout(fused, mask, heads) == (shape.split(",")[0] if lanes else None)
 
 
 @pytest.mark.parametrize("shape", FUSED)
@@ -96,10 +98,10 @@ def test_overlapping_windows_run_in_the_kernels(implementation):
         )
         return (out**2).sum()
 
-    got, want = (
-        jax.jit(jax.grad(loss, (1, 2, 3, 4)), static_argnums=0)(name, q, k, v, bias)
-        for name in (implementation, "xla")
-    )
+    grad = jax.jit(jax.grad(loss, (1, 2, 3, 4)), static_argnums=0)
+    got, want = (grad(name, q, k, v, bias) for name in (implementation, "xla"))
+    program = str(jax.make_jaxpr(grad, static_argnums=0)(implementation, q, k, v, bias))
+    assert ("window_attention_backward" in program) == (implementation == "pallas_tpu")
     for a, b in zip(got, want, strict=True):
         near(a, b, 6e-6)
 
@@ -183,7 +185,12 @@ def test_wrong_arguments_are_one_sentence(case):
         kernels_pallas.window_attention(*positional, **options)
 
 
-SIZES = {"swin": (3, 256, 49, 64), "swin_384": (4, 128, 144, 64), "deep": (16, 64, 49, None)}
+SIZES = {
+    "swin": (3, 256, 49, 64),
+    "base": (4, 256, 49, 4),
+    "swin_384": (4, 128, 144, 64),
+    "deep": (16, 64, 49, None),
+}
 
 
 @pytest.mark.skipif(not aot.can_compile_for_tpu(), reason="libtpu is not installed")
@@ -212,5 +219,27 @@ def test_forward_and_backward_compile_for_tpu_in_two_kernels(size, chip):
     arrays += [shape(masks, tokens, tokens)] if masks else []
     compiled = aot.compile_for_tpu(call, *arrays, mesh=aot.tpu_mesh(chip))
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
-    if tpu_lanes.fits(arrays[1], arrays[3] if masks else None, heads):  # nothing is copied around
+    if tpu_lanes.layout(arrays[1], arrays[3] if masks else None, heads):  # nothing is copied around
         assert compiled.memory_analysis().temp_size_in_bytes < 1e5
+
+
+@pytest.mark.skipif(not aot.can_compile_for_tpu(), reason="libtpu is not installed")
+@pytest.mark.parametrize("chip", aot.CHIPS)
+def test_the_overlapping_windows_of_hat_compile_for_tpu(chip):
+    windows, heads, width = 4, 6, 30
+
+    def shape(*sizes, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    def call(d_out, *arrays):
+        def function(q, k, v, bias):
+            return kernels_pallas.window_attention(q, k, v, bias=bias, implementation="pallas_tpu")
+
+        out, pullback = jax.vjp(function, *arrays)
+        return out, pullback(d_out)
+
+    queries, keys = (shape(windows, n, heads, width) for n in (256, 576))
+    bias = shape(heads, 256, 576, dtype=jnp.float32)
+    arrays = (queries, queries, keys, keys, bias)
+    compiled = aot.compile_for_tpu(call, *arrays, mesh=aot.tpu_mesh(chip))
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
