@@ -42,6 +42,7 @@ SYSTEMS: dict[str, tuple[str, ...]] = {
     "zoo.models.timeseries.itransformer": ("itransformer_*",),
     "zoo.models.timeseries.t2": ("t2_*",),
     "zoo.models.timeseries.informer": ("informer_*",),
+    "zoo.models.timeseries.autoformer": ("autoformer_*",),
     "zoo.models.timeseries.tempo": ("tempo_*",),
     "zoo.models.timeseries.s_mamba": ("s_mamba_*",),
     "zoo.models.timeseries.gateformer": ("gateformer_*",),

@@ -6,6 +6,7 @@ from typing import Any
 import golden
 import jax
 import numpy as np
+from golden_systems.autoformer import fields as official_autoformer_fields
 from golden_systems.itransformer import fields as itransformer_fields
 
 import zoo
@@ -26,7 +27,19 @@ def patchtst_fields(case: golden.Case) -> dict[str, Any]:
     )  # fmt: skip
 
 
-FIELDS = {"PatchTST": patchtst_fields, "iTransformer": itransformer_fields}
+def autoformer_fields(case: golden.Case) -> dict[str, Any]:
+    """The encoder alone, with time features in imputation only."""
+    case.config.ignore("min_topk_gap")
+    imputes = case.config.entries["task_name"] == "imputation"
+    fields = official_autoformer_fields(case) | {"decoder_depth": 0}
+    return fields if imputes else fields | {"marks": 0}
+
+
+FIELDS = {
+    "PatchTST": patchtst_fields,
+    "iTransformer": itransformer_fields,
+    "Autoformer": autoformer_fields,
+}
 
 
 def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
@@ -49,8 +62,13 @@ def head(case: golden.Case, name: str) -> tuple[Any, Callable[[dict], golden.Out
     inputs = {"series": case.input("x_enc")}
     if task == "imputation":
         mask = case.input("mask") == 1
-        fields["masked"] = True
-        inputs = {"series": np.where(mask, inputs["series"], 0), "mask": mask}
+        inputs["series"] = np.where(mask, inputs["series"], 0)
+        if name == "PatchTST":
+            fields["masked"], inputs["mask"] = True, mask
+        else:
+            inputs["marks"] = case.input("x_mark_enc")
+    if task == "classification" and name == "Autoformer":
+        fields["masked"], inputs["mask"] = True, case.input("x_mark_enc") == 1
     model = zoo.info(f"{name.lower()}_test").create(**fields)
     return model, lambda variables: {"out": jax.jit(model.apply)(variables, **inputs)}
 

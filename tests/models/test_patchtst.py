@@ -74,7 +74,7 @@ def test_an_imputer_sees_neither_hidden_values_nor_counts_them():
 
 def test_a_mask_that_does_not_fit_is_refused():
     x = series(1, 24, 3)
-    with pytest.raises(ValueError, match=r"takes a mask of .* \(1, 24, 3\), not None; give one"):
+    with pytest.raises(ValueError, match=r"takes a mask of shape \(1, 24, 3\), not None; give"):
         zoo.create("patchtst_test", masked=True).init(jax.random.key(0), x)
     with pytest.raises(ValueError, match="takes no mask; create it with masked=True"):
         zoo.create("patchtst_test").init(jax.random.key(0), x, x > 0)

@@ -8,6 +8,7 @@ a constraint becomes `lax.with_sharding_constraint`; without a mesh, on one devi
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 from jax.sharding import AxisType, PartitionSpec
@@ -67,3 +68,22 @@ def constrain(x: Array, *names: str | None) -> Array:
         )
     spec = activation_spec(x.shape, names)
     return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
+
+
+def on_each_device(function: Callable[..., Array], *names: str | None) -> Callable[..., Array]:
+    """`function`, applied by each device to its part of the arrays, for what XLA cannot cut.
+
+    Around a Fourier transform, for one, XLA gathers the arrays of all devices on each.
+
+    Args:
+      function: from arrays of these axes to one like the first of them.
+      names: logical names of the axes; `function` must not mix along those that are named.
+    """
+
+    def run(*arrays: Array) -> Array:
+        specs = tuple(activation_spec(x.shape, names) for x in arrays)
+        if specs[0] is None:
+            return function(*arrays)
+        return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
+
+    return run

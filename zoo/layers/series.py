@@ -56,11 +56,9 @@ def moving_average(
     if width % 2 == 0:
         raise ValueError(f"A moving average of width {width} has no middle; choose an odd width.")
     half = width // 2
-    padded = jnp.pad(x, ((0, 0), (half, half), (0, 0)), mode="edge")
-    total = jax.lax.reduce_window(
-        padded, jnp.zeros((), x.dtype), jax.lax.add, (1, width, 1), (1, 1, 1), "valid"
-    )
-    return total / width
+    padded = jnp.pad(x.astype(jnp.float32), ((0, 0), (half, half), (0, 0)), mode="edge")
+    total = jax.lax.reduce_window(padded, 0.0, jax.lax.add, (1, width, 1), (1, 1, 1), "valid")
+    return (total / width).astype(x.dtype)
 
 
 def decompose(
@@ -273,4 +271,20 @@ def check_marks(
             f"{shape}; give windows with such marks, or create the model with another marks."
             if count
             else f"This {type(model).__name__} takes no {name}; create it with marks={shape[-1]}."
+        )
+
+
+def check_mask(model: object, mask: Array | None, wanted: tuple[int, ...] | None) -> None:
+    """Refuse a mask of another shape than the model takes; `wanted` None: it takes none.
+
+    Raises:
+      ValueError: naming the shape and what to change.
+    """
+    shape = None if mask is None else mask.shape
+    if shape != wanted:
+        raise ValueError(
+            f"This {type(model).__name__} takes no mask; create it with masked=True."
+            if wanted is None
+            else f"This {type(model).__name__} takes a mask of shape {wanted}, not {shape}; give "
+            "data that has one, or create the model with masked=False."
         )

@@ -44,6 +44,7 @@ from zoo.layers.patch import torch_default_init
 from zoo.layers.series import (
     PostNormBlock,
     bias_init,
+    check_mask,
     check_series,
     post_norm_rules,
     sinusoids,
@@ -133,7 +134,7 @@ class PatchTST(nn.Module):
         """Every named intermediate (see the table above)."""
         variates = self.variates if self.num_classes else None
         check_series(self, series, self.context_length, variates)
-        check_mask(self, series, mask)
+        check_mask(self, mask, series.shape if self.masked else None)
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         dense = partial(Dense, kernel_init=torch_default_init, **types)
         dropout = partial(nn.Dropout(self.dropout), deterministic=not train)
@@ -161,22 +162,6 @@ class PatchTST(nn.Module):
         y = dropout(y).swapaxes(1, 2).astype(jnp.float32) * deviation + mean
         out["forecast"] = y.astype(self.dtype)
         return out
-
-
-def check_mask(model: PatchTST, series: Array, mask: Array | None) -> None:
-    """Refuse a mask of another shape than the series, or one where none is wanted.
-
-    Raises:
-      ValueError: naming the shape and what to change.
-    """
-    shape = None if mask is None else mask.shape
-    if shape != (series.shape if model.masked else None):
-        raise ValueError(
-            f"This PatchTST takes a mask of the shape of its series, {series.shape}, not {shape}; "
-            "give one (HideValues makes it), or create the model with masked=False."
-            if model.masked
-            else "This PatchTST takes no mask; create it with masked=True."
-        )
 
 
 # ---------------------------------------------------------------------------- checkpoints
