@@ -1,11 +1,12 @@
 import datetime
 import importlib.util
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from zoo.data import Data, eval_batches, train_iterator
+from zoo.data import Data, eval_batches, series_archive, train_iterator
 from zoo.data.series import (
     FREQUENCIES,
     HideValues,
@@ -265,6 +266,7 @@ def test_labelled_series_are_scaled_and_padded_by_the_training_file(tmp_path):
         first[0]["series"][:, 0], (raw[:3] - raw.mean()) / raw.std(), rtol=1e-6
     )
     assert first[1]["series"].shape == (3, 2) and np.all(first[1]["series"][2] == 0)
+    assert [first[i]["mask"].tolist() for i in range(2)] == [[True] * 3, [True, True, False]]
     np.testing.assert_allclose(second[0]["series"][0, 0], (2 - raw.mean()) / raw.std(), rtol=1e-6)
     test.write_text(head + "2,2:4:a\n")
     with pytest.raises(ValueError, match=r"Line 5 of .* not one series of numbers"):
@@ -274,8 +276,20 @@ def test_labelled_series_are_scaled_and_padded_by_the_training_file(tmp_path):
         LabelledSeries(test, fitted_on=first)[0]
 
 
+def test_both_parts_of_an_archive_have_the_length_of_its_longest_series(tmp_path, monkeypatch):
+    """As in Time-Series-Library: the longest may be in the test, and is not cut."""
+    (tmp_path / "x_TRAIN.ts").write_text("@data\n1,2:a\n3,5,7:b\n")
+    (tmp_path / "x_TEST.ts").write_text("@data\n1,2,3,4:b\n")
+    find = lambda package, requirement, member: tmp_path / Path(member).name  # noqa: E731
+    monkeypatch.setattr(series_archive, "packaged", find)
+    train, test = packaged_archive("x")
+    assert train[0]["series"].shape == test[0]["series"].shape == (4, 1)
+    assert test[0]["mask"].all() and train[1]["mask"].tolist() == [True] * 3 + [False]
+    assert test.scale == train.scale  # of the training file alone
+
+
 @needs("aeon")
 def test_japanese_vowels_are_in_the_package():
     train, test = packaged_archive("JapaneseVowels")
     assert (len(train), len(test), len(train.classes)) == (270, 370, 9)
-    assert train[0]["series"].shape == (26, 12)
+    assert train[0]["series"].shape == test[0]["series"].shape == (29, 12)

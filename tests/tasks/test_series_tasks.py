@@ -70,6 +70,8 @@ def test_only_hidden_values_count_in_imputation_each_the_same(size):
     got = evaluated(Imputation(), Repeat(6), source, size)
     assert got["mse"] == pytest.approx((error**2)[~mask].mean(), rel=1e-5)
     assert got["mae"] == pytest.approx(np.abs(error)[~mask].mean(), rel=1e-5)
+    alone = Imputation().metrics(Repeat(6), {"params": {"factor": 1.0}}, source.arrays)["mse"]
+    assert float(alone.compute()) == pytest.approx(got["mse"], rel=1e-5)  # all windows are valid
 
 
 def test_imputation_keeps_what_was_seen():

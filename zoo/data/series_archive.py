@@ -19,10 +19,10 @@ from zoo.data.series import packaged
 
 @dataclass(frozen=True)
 class LabelledSeries:
-    """Series with a class each: `series [length, variates]`, scaled, and `label`.
+    """Series with a class each: `series [length, variates]`, scaled, `mask [length]`, and `label`.
 
-    Shorter series are followed by zeros. Each variate is scaled by its mean and deviation over all
-    steps of the training file.
+    Shorter series are followed by zeros, where the mask is False. Each variate is scaled by its
+    mean and deviation over all steps of the training file.
 
     Attributes:
       path: the file.
@@ -101,11 +101,14 @@ class LabelledSeries:
         scaled = ((series[:length] - mean) / deviation).astype(np.float32)
         padded = np.zeros((length, series.shape[1]), np.float32)
         padded[: len(scaled)] = scaled
-        return {"series": padded, "label": self.classes.index(name)}
+        mask = np.arange(length) < len(scaled)
+        return {"series": padded, "mask": mask, "label": self.classes.index(name)}
 
 
 def packaged_archive(name: str) -> tuple[LabelledSeries, LabelledSeries]:
     """Training and test set of an archive's name from the package aeon, such as JapaneseVowels.
+
+    Both have the length of the longest series of either, as in Time-Series-Library.
 
     Raises:
       FileNotFoundError: if it is not there, with the command that installs the package.
@@ -114,5 +117,6 @@ def packaged_archive(name: str) -> tuple[LabelledSeries, LabelledSeries]:
         packaged("aeon", "aeon==1.6.0", f"datasets/data/{name}/{name}_{part}.ts")
         for part in ("TRAIN", "TEST")
     )
-    first = LabelledSeries(train)
-    return first, LabelledSeries(test, fitted_on=first)
+    length = max(LabelledSeries(path).longest for path in (train, test))
+    first = LabelledSeries(train, length)
+    return first, LabelledSeries(test, length, fitted_on=first)

@@ -55,9 +55,11 @@ class Imputation:
 
 
 def _metrics(model: nn.Module, output: Array, batch: Mapping[str, Array]) -> dict[str, Mean]:
-    target, mask = batch["target"], batch["mask"]
+    target, hidden = batch["target"], ~batch["mask"]
     check_output(output, target, model)
     error = (output.astype(jnp.float32) - target).reshape(-1)
-    hidden = (~mask & batch["valid"][:, None, None]).reshape(-1)
+    if "valid" in batch:
+        hidden &= batch["valid"][:, None, None]
+    hidden = hidden.reshape(-1)
     squared, absolute = Mean.of(error**2, hidden), Mean.of(jnp.abs(error), hidden)
     return {"loss": squared, "mse": squared, "mae": absolute}
