@@ -5,18 +5,26 @@ from typing import Any
 
 import golden
 
-from zoo.models.signal.lmuformer import LMUFormer, impulse_response, legendre, memory_size
+from zoo.models.signal.lmu import impulse_response, legendre, memory_size
+from zoo.models.signal.lmuformer import LMUFormer
+from zoo.models.signal.spiking import PostLMUFormer, SpikingTransformer
+
+OTHERS = ("slmu_rnn_conv1d", "attn_ms_conv1d")
+MODELS = ("lmu_rnn_conv1d", "slmu_rnn_ms_conv1d", *OTHERS)
 
 
 def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     """The classifier; `features` is the last block, channels first as everything there."""
     config = case.config
     name = config.take("model")
-    config.ignore("num_heads", "min_threshold_margin", "firing_rates")
-    config.expect(test_mode="normal", model=("lmu_rnn_conv1d", "slmu_rnn_ms_conv1d"))
+    heads = config.take("num_heads")
+    config.ignore("min_threshold_margin", "firing_rates")
+    config.expect(test_mode="normal", model=MODELS)
     fields = config.rename(context_length="seq_len", variates="in_channels", theta="theta",
                            num_classes="num_classes", embed_dim="embed_dims", depth="depths",
                            mlp_ratio="mlp_ratios")  # fmt: skip
+    if name in OTHERS:
+        return _other(case, name, heads, fields)
     model = LMUFormer(spiking=name == "slmu_rnn_ms_conv1d", **fields)
     run = golden.features(model, case.input("x"))
     order = memory_size(model.embed_dim, model.spiking)
@@ -32,6 +40,24 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
             "B_head": B[:16],
             "H_head": impulse_response(order, model.theta, model.context_length)[:8, :16],
         }
+
+    return model, outputs
+
+
+def _other(
+    case: golden.Case, name: str, heads: int, fields: dict[str, Any]
+) -> tuple[Any, Callable[[dict], golden.Outputs]]:
+    """The networks of `zoo.models.signal.spiking`."""
+    if name == "slmu_rnn_conv1d":
+        model = PostLMUFormer(**fields)
+    else:
+        del fields["theta"]
+        model = SpikingTransformer(num_heads=heads, **fields)
+    run = golden.features(model, case.input("x"))
+
+    def outputs(variables: dict) -> golden.Outputs:
+        out = run(variables)
+        return {"logits": out["logits"], "features": out[f"block{model.depth}"].swapaxes(1, 2)}
 
     return model, outputs
 

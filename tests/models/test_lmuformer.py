@@ -9,8 +9,9 @@ from model_helpers import apply, documented_shapes, feature_shapes, filled_state
 
 import zoo
 from zoo.models.signal import lmuformer
-from zoo.models.signal.lmuformer import (
+from zoo.models.signal.lmu import (
     DELAY,
+    Fire,
     impulse_response,
     legendre,
     lif,
@@ -132,7 +133,7 @@ def test_a_stream_may_be_cut_anywhere(spiking):
 
 def test_a_spiking_network_passes_spikes_and_gradients():
     model, variables, series = network(True)
-    keep = lambda module, _: isinstance(module, lmuformer.Fire)  # noqa: E731
+    keep = lambda module, _: isinstance(module, Fire)  # noqa: E731
     _, kept = apply(model, variables, series, capture_intermediates=keep)
     rates = [leaf.mean() for leaf in jax.tree.leaves(kept["intermediates"]) if leaf.ndim == 3]
     fired = [np.unique(leaf) for leaf in jax.tree.leaves(kept["intermediates"]) if leaf.ndim == 3]

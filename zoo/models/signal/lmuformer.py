@@ -17,7 +17,9 @@ The rate-coded network ends its MLP in a ReLU behind the norm, as the official c
 The official code stores A^t B for 128 frames and fails for other lengths; here any length will do.
 Its recurrent form of the spiking network runs the whole prefix again at each frame and leaves out
 the spikes of m; ours is a step of constant memory that equals the parallel form. Convolutions look
-one frame ahead, so that `stream` is late by `DELAY` = 5 frames.
+one frame ahead, so that `stream` is late by `DELAY` = 5 frames. Memory, neurons and what else its
+parts are made of is in `zoo.models.signal.lmu`; two other spiking networks of the repository, of
+which no figures are published, are in `zoo.models.signal.spiking`.
 
     features       lmuformer_gsc
     embed          128  256
@@ -27,8 +29,6 @@ one frame ahead, so that `stream` is late by `DELAY` = 5 frames.
     logits         35
 """
 
-import functools
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -36,223 +36,34 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
 from jaxtyping import Array, Bool, Float
 
-from zoo.checkpoints.rules import Rule, Rules, conv, dense_rules, norm_rules
-from zoo.layers.mlp import gelu
+from zoo.checkpoints.rules import Rule, Rules, conv, dense_rules
 from zoo.layers.partition import constrain
 from zoo.layers.patch import torch_default_init
-from zoo.layers.series import bias_init, pointwise
+from zoo.layers.series import bias_init
+from zoo.models.signal.lmu import (
+    DELAY,
+    Embed,
+    Fire,
+    Mlp,
+    State,
+    batch_norm,
+    batch_norm_rules,
+    entry,
+    frames_at,
+    init,
+    memory_size,
+    pointwise_rules,
+    remember,
+    remember_step,
+    stored_system,
+    types_of,
+)
+from zoo.models.signal.spiking import PostLMUFormer, SpikingTransformer
 from zoo.registry import Variant
 
-DELAY = 5  # frames: one for each convolution of the embedding
-init = nn.initializers.truncated_normal(0.02)  # of Linear, in the official code
-State = Mapping[str, Any] | None
-
-
-# --------------------------------------------------------------------------------- memory
-
-
-@functools.cache
-def legendre(order: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
-    """A `[order, order]` and B `[order]` of the delay of `theta` frames, held for one, float32."""
-    i, j = np.indices((order, order))
-    rate = (2 * i + 1) / theta
-    continuous = np.zeros((order + 1, order + 1))
-    continuous[:-1, :-1] = rate * np.where(i < j, -1.0, (-1.0) ** (i - j + 1))
-    continuous[:-1, -1] = rate[:, 0] * (-1.0) ** i[:, 0]
-    held = scipy.linalg.expm(continuous).astype(np.float32)
-    return held[:-1, :-1], held[:-1, -1]
-
-
-@functools.cache
-def impulse_response(order: int, theta: float, length: int) -> np.ndarray:
-    """A^t B for t below `length`: `[order, length]`, float32."""
-    A, column = (x.astype(np.float64) for x in legendre(order, theta))
-    columns = [column]
-    for _ in range(length - 1):
-        columns.append(A @ columns[-1])
-    return np.stack(columns, -1).astype(np.float32)
-
-
-def remember(
-    u: Float[Array, "batch length"], order: int, theta: float
-) -> Float[Array, "batch length order"]:
-    """The memory after each frame, from an empty one: a causal convolution, by FFT."""
-    length = u.shape[1]
-    response = jnp.fft.rfft(impulse_response(order, theta, length), 2 * length)
-    spectrum = jnp.fft.rfft(u.astype(jnp.float32), 2 * length)
-    memory = jnp.fft.irfft(spectrum[:, None] * response, 2 * length)[..., :length]
-    return memory.swapaxes(1, 2)
-
-
-def remember_step(
-    memory: Float[Array, "batch order"], u: Float[Array, "batch"], theta: float
-) -> Float[Array, "batch order"]:
-    """The memory after one more frame."""
-    A, B = legendre(memory.shape[-1], theta)
-    product = partial(jnp.einsum, precision="highest")
-    return product("bj,ij->bi", memory, A) + u.astype(jnp.float32)[:, None] * B
-
-
-def readout(order: int, delay: float) -> np.ndarray:
-    """Weights of the memory that give back u as it was `delay` * theta frames ago, in [0, 1]."""
-    return np.polynomial.legendre.legvander(np.array([2.0 * delay - 1.0]), order - 1)[0]
-
-
-# --------------------------------------------------------------------------------- spikes
-
-
-@jax.custom_jvp
-def spike(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """1 where x >= 0, else 0; its derivative is that of sigmoid(4 x)."""
-    return (x >= 0).astype(x.dtype)
-
-
-@spike.defjvp
-def _surrogate(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    s = jax.nn.sigmoid(4.0 * primals[0])
-    return spike(*primals), 4.0 * s * (1.0 - s) * tangents[0]
-
-
-def lif(
-    x: Float[Array, "batch length channels"],
-    potential: Float[Array, "batch channels"] | None = None,
-    real: Bool[Array, "length"] | None = None,
-    threshold: float = 1.0,
-) -> tuple[Float[Array, "batch length channels"], Float[Array, "batch channels"]]:
-    """Leaky integrate-and-fire neurons: the spikes, and the potentials at the end.
-
-    v += (x - v) / 2; a spike where v >= threshold, which sets v to 0 (no gradient flows through
-    that).
-
-    Args:
-      x: input current.
-      potential: at the start; None: zero.
-      real: frames that count; the potential stays as it is in the others.
-      threshold: of the potential.
-    """
-    current = x.astype(jnp.float32).swapaxes(0, 1)
-    potential = jnp.zeros_like(current[0]) if potential is None else potential
-    real = jnp.ones(len(current), bool) if real is None else real
-
-    def step(v: Array, now: tuple[Array, Array]) -> tuple[Array, Array]:
-        charged = v + (now[0] - v) / 2
-        fired = spike(charged - threshold)
-        return jnp.where(now[1], charged * (1 - jax.lax.stop_gradient(fired)), v), fired
-
-    potential, spikes = jax.lax.scan(step, potential, (current, real))
-    return spikes.swapaxes(0, 1).astype(x.dtype), potential
-
-
-class Fire(nn.Module):
-    """BatchNorm, then neurons."""
-
-    threshold: float = 1.0
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self, x: Array, potential: Array | None, real: Array | None, train: bool
-    ) -> tuple[Array, Array]:
-        x = _norm(self)("norm", x, train)
-        return lif(x, potential, real, self.threshold)
-
-
 # --------------------------------------------------------------------------------- blocks
-
-
-def _types(module: nn.Module) -> dict[str, Any]:
-    return {"dtype": module.dtype, "param_dtype": module.param_dtype}
-
-
-def _norm(module: nn.Module) -> Any:
-    """`(name, x, train) -> BatchNorm(x)` with the types of the module."""
-
-    def norm(name: str, x: Array, train: bool) -> Array:
-        layer = nn.BatchNorm(momentum=0.9, epsilon=1e-5, name=name, **_types(module))
-        return layer(x, use_running_average=not train)
-
-    return norm
-
-
-def _at(state: State, name: str) -> Any:
-    return None if state is None else state[name]
-
-
-def _frames(real: Array | None, delay: int, length: int) -> Array | None:
-    """Which frames are real at a place that is `delay` convolutions late."""
-    return None if real is None else real[DELAY - delay :][:length]
-
-
-class TimeConv(nn.Module):
-    """Convolution over three frames, none added; the kernel is `[3, variates, channels]`.
-
-    One matrix product of the three side by side: in a loop, a CPU is slow at convolutions.
-    """
-
-    channels: int
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "batch length+2 variates"]
-    ) -> Float[Array, "batch length channels"]:
-        shape = (3, x.shape[-1], self.channels)
-        kernel = self.param("kernel", torch_default_init, shape, self.param_dtype)
-        length = x.shape[1] - 2
-        x = jnp.concatenate([x[:, i : i + length] for i in range(3)], -1)
-        return x @ kernel.astype(self.dtype).reshape(-1, self.channels)
-
-
-class Embed(nn.Module):
-    """Four convolutions over three frames, then `x + conv(x)`."""
-
-    channels: int
-    spiking: bool = False
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "batch length variates"], state: State, real: Array | None,
-        train: bool,
-    ) -> tuple[Float[Array, "batch length channels"], dict[str, Array]]:  # fmt: skip
-        kept = {}
-        length = x.shape[1]
-
-        def convolve(i: int, x: Array) -> Array:
-            if real is not None:
-                x = jnp.where(_frames(real, i, length)[:, None], x, 0)
-            past = _at(state, f"past{i}")
-            x = jnp.pad(x, ((0, 0), (1, 1), (0, 0))) if past is None else _append(past, x)
-            kept[f"past{i}"] = x[:, -2:].astype(jnp.float32)
-            return TimeConv(self.channels, name=f"conv{i}", **_types(self))(x)
-
-        def fire(i: int, x: Array) -> Array:
-            layer = Fire(name=f"fire{i}", **_types(self))
-            frames = _frames(real, i + 1, length)
-            x, kept[f"fire{i}"] = layer(x, _at(state, f"fire{i}"), frames, train)
-            return x
-
-        x = x.astype(self.dtype)
-        for i in range(3):
-            x = convolve(i, x)
-            x = fire(i, x) if self.spiking else _norm(self)(f"norm{i}", nn.relu(x), train)
-        x = convolve(3, x)
-        x = x if self.spiking else _norm(self)("norm3", nn.relu(x), train)
-        ahead = convolve(4, fire(3, x) if self.spiking else x)
-        if state is not None:
-            x = _append(state["late"], x)
-        kept["late"] = x[:, -1:].astype(jnp.float32)
-        return x[:, :length] + ahead, kept
-
-
-def _append(past: Array, x: Array) -> Array:
-    return jnp.concatenate([past.astype(x.dtype), x], 1)
 
 
 class Memory(nn.Module):
@@ -269,13 +80,13 @@ class Memory(nn.Module):
         train: bool,
     ) -> tuple[Float[Array, "batch length channels"], dict[str, Array]]:  # fmt: skip
         channels, kept = x.shape[-1], {}
-        dense = partial(nn.Dense, kernel_init=init, **_types(self))
+        dense = partial(nn.Dense, kernel_init=init, **types_of(self))
 
         def fire(name: str, x: Array, otherwise: Any, threshold: float = 1.0) -> Array:
             if not self.spiking:
                 return otherwise(x)
-            layer = Fire(threshold, name=name, **_types(self))
-            x, kept[name] = layer(x, _at(state, name), real, train)
+            layer = Fire(threshold, name=name, **types_of(self))
+            x, kept[name] = layer(x, entry(state, name), real, train)
             return x
 
         x = fire("fire_x", x, lambda x: x, 0.5)
@@ -288,7 +99,7 @@ class Memory(nn.Module):
         h = dense(channels, name="read")(jnp.concatenate([memory, x], -1))
         h = fire("fire_h", h, nn.relu)
         conv = partial(nn.Dense, kernel_init=torch_default_init, bias_init=bias_init(channels))
-        x = _norm(self)("norm", conv(channels, name="out", **_types(self))(h), train)
+        x = batch_norm(self)("norm", conv(channels, name="out", **types_of(self))(h), train)
         return constrain(x, "batch", "length", "channels"), kept
 
     def recur(self, memory: Array, u: Array, real: Array) -> tuple[Array, Array]:
@@ -301,33 +112,6 @@ class Memory(nn.Module):
 
         last, memories = jax.lax.scan(step, memory, (u.T, real))
         return memories.swapaxes(0, 1), last
-
-
-class Mlp(nn.Module):
-    """Two maps of each frame with BatchNorms; rate-coded: GELU between, ReLU at the end."""
-
-    hidden: int
-    spiking: bool = False
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "batch length channels"], state: State, real: Array | None,
-        train: bool,
-    ) -> tuple[Float[Array, "batch length channels"], dict[str, Array]]:  # fmt: skip
-        kept, norm = {}, _norm(self)
-        for i, (name, width, act) in enumerate(
-            (("up", self.hidden, gelu), ("down", x.shape[-1], nn.relu)), 1
-        ):
-            if self.spiking:
-                layer = Fire(name=f"fire{i}", **_types(self))
-                x, kept[f"fire{i}"] = layer(x, _at(state, f"fire{i}"), real, train)
-            dense = partial(nn.Dense, kernel_init=torch_default_init, **_types(self))
-            x = dense(width, bias_init=bias_init(x.shape[-1]), name=name)(x)
-            x = x if self.spiking else act(norm(f"norm{i}", x, train))
-            x = constrain(x, "batch", "length", "mlp" if name == "up" else "channels")
-        return x, kept
 
 
 class Block(nn.Module):
@@ -344,18 +128,16 @@ class Block(nn.Module):
         self, x: Float[Array, "batch length channels"], state: State, real: Array | None,
         train: bool,
     ) -> tuple[tuple[Array, Array], dict[str, dict[str, Array]]]:  # fmt: skip
-        fields = {"spiking": self.spiking, **_types(self)}
+        fields = {"spiking": self.spiking, **types_of(self)}
         memory = Memory(self.theta, name="memory", **fields)
         mlp = Mlp(int(x.shape[-1] * self.mlp_ratio), name="mlp", **fields)
-        y, kept_memory = memory(x, _at(state, "memory"), real, train)
+        y, kept_memory = memory(x, entry(state, "memory"), real, train)
         x = x + y
-        z, kept_mlp = mlp(x, _at(state, "mlp"), real, train)
+        z, kept_mlp = mlp(x, entry(state, "mlp"), real, train)
         return (y, x + z), {"memory": kept_memory, "mlp": kept_mlp}
 
 
-def memory_size(channels: int, spiking: bool) -> int:
-    """Polynomials of the memory."""
-    return channels * (2 if spiking else 1)
+# ---------------------------------------------------------------------------------- model
 
 
 class LMUFormer(nn.Module):
@@ -456,14 +238,14 @@ class LMUFormer(nn.Module):
                 f"This LMUFormer takes series of shape (batch, length, {self.variates}), not "
                 f"{series.shape}; give frames of that width, or create it with another variates."
             )
-        fields = {"spiking": self.spiking, **_types(self)}
+        fields = {"spiking": self.spiking, **types_of(self)}
         length = series.shape[1]
         if real is not None:
             real = jnp.concatenate([state["real"], real])
         embed = Embed(self.embed_dim, name="embed", **fields)
-        x, kept = embed(series, _at(state, "embed"), real, train)
+        x, kept = embed(series, entry(state, "embed"), real, train)
         new, out = {"embed": kept, "layers": []}, {"embed": x}
-        frames = _frames(real, DELAY, length)
+        frames = frames_at(real, DELAY, length)
         for i in range(self.depth):
             block = Block(self.mlp_ratio, self.theta, name=f"layers_{i}", **fields)
             past = None if state is None else state["layers"][i]
@@ -471,9 +253,9 @@ class LMUFormer(nn.Module):
             out[f"block{i + 1}"] = x
             new["layers"].append(kept)
         if self.spiking:
-            fire = Fire(name="fire", **_types(self))
-            x, new["fire"] = fire(x, _at(state, "fire"), frames, train)
-        head = nn.Dense(self.num_classes, kernel_init=init, name="head", **_types(self))
+            fire = Fire(name="fire", **types_of(self))
+            x, new["fire"] = fire(x, entry(state, "fire"), frames, train)
+        head = nn.Dense(self.num_classes, kernel_init=init, name="head", **types_of(self))
         x = x.astype(jnp.float32)
         if state is None:
             steps = jnp.arange(1, length + 1)[:, None]
@@ -510,37 +292,14 @@ _NORMS = (
 _MEMORY_NORM = ("block.{i}.attn.proj_bn", "layers_{i}/memory/norm")
 
 
-def _batch_norm(theirs: str, ours: str) -> list[Rule]:
-    return [
-        *norm_rules(theirs, ours),
-        Rule(f"{theirs}.running_mean", f"batch_stats/{ours}/mean"),
-        Rule(f"{theirs}.running_var", f"batch_stats/{ours}/var"),
-    ]
-
-
-def _pointwise(theirs: str, ours: str) -> list[Rule]:
-    return [
-        Rule(f"{theirs}.weight", f"{ours}/kernel", pointwise),
-        Rule(f"{theirs}.bias", f"{ours}/bias"),
-    ]
-
-
 def _system(name: str, model: LMUFormer, i: int) -> np.ndarray:
-    """A tensor that the official memory stores: A, B, A^t B or the transform of that."""
     order = memory_size(model.embed_dim, model.spiking)
-    if name == "A":
-        return legendre(order, model.theta)[0]
-    if name == "B":
-        return legendre(order, model.theta)[1][:, None]
-    response = impulse_response(order, model.theta, model.context_length)
-    if name == "H":
-        return response
-    return np.fft.rfft(response, 2 * model.context_length).astype(np.complex64)
+    return stored_system(name, order, model.theta, model.context_length)
 
 
 def _rules(spiking: bool, prefix: str = "") -> Rules:
     norms = [*_NORMS[spiking], _MEMORY_NORM]
-    rules = [rule for theirs, ours in norms for rule in _batch_norm(prefix + theirs, ours)]
+    rules = [rule for theirs, ours in norms for rule in batch_norm_rules(prefix + theirs, ours)]
     for i in range(4):
         theirs = f"proj_conv{i or ''}" if spiking else f"conv_layers.{i}.0"
         source = f"{prefix}patch_embed.{theirs}.weight"
@@ -550,9 +309,9 @@ def _rules(spiking: bool, prefix: str = "") -> Rules:
     rules += [
         *dense_rules(f"{block}.attn.lmu.W_u", f"{layer}/memory/write"),
         *dense_rules(f"{block}.attn.lmu.W_h", f"{layer}/memory/read"),
-        *_pointwise(f"{block}.attn.proj_conv", f"{layer}/memory/out"),
-        *_pointwise(f"{block}.mlp.fc1_conv", f"{layer}/mlp/up"),
-        *_pointwise(f"{block}.mlp.fc2_conv", f"{layer}/mlp/down"),
+        *pointwise_rules(f"{block}.attn.proj_conv", f"{layer}/memory/out"),
+        *pointwise_rules(f"{block}.mlp.fc1_conv", f"{layer}/mlp/up"),
+        *pointwise_rules(f"{block}.mlp.fc2_conv", f"{layer}/mlp/down"),
         *dense_rules(f"{prefix}head", "head"),
     ]
     counter = lambda model, **_: np.zeros((), np.int64)  # noqa: E731
@@ -571,9 +330,11 @@ CHECKPOINT = {
 # ------------------------------------------------------------------------------- variants
 
 
-def _variant(params: int | None, accuracy: float | None, **fields: Any) -> Variant:
+def _variant(
+    params: int | None, accuracy: float | None, module: type[nn.Module] = LMUFormer, **fields: Any
+) -> Variant:
     return Variant(
-        module=LMUFormer,
+        module=module,
         fields=fields,
         task="series_classification",
         params=params,
@@ -588,6 +349,8 @@ def _variant(params: int | None, accuracy: float | None, **fields: Any) -> Varia
 VARIANTS = {
     "lmuformer_gsc": _variant(1_621_796, 96.53),
     "lmuformer_spiking_gsc": _variant(1_689_894, 96.12, spiking=True),
+    "slmu_rnn_conv1d": _variant(1_689_382, None, PostLMUFormer),
+    "attn_ms_conv1d": _variant(1_689_379, None, SpikingTransformer),
     "lmuformer_test": _variant(
         None, None, context_length=32, variates=6, num_classes=5, embed_dim=24, theta=32.0
     ),
