@@ -95,7 +95,9 @@ def test_matrices_of_every_block_are_cut_over_the_tensor_axis(name):
     placed = place(shapes, {"data": 2, "fsdp": 2, "tensor": 2}, extra)
     assert len(placed) == len(jax.tree.leaves(shapes))
     cut = {p.path for p in placed if "tensor" in p.spec}
-    matrices = {p.path for p in placed if MATRIX.search(p.path)}
+    own = [re.compile(pattern) for pattern in extra or {}]  # a file may keep a matrix whole
+    free = [p.path for p in placed if not any(o.fullmatch(p.path) for o in own)]
+    matrices = {path for path in free if MATRIX.search(path)}
     assert matrices <= cut
     assert cut or not any("norm" in p.path for p in placed)  # LTSF-Linear has no block
 
@@ -214,6 +216,7 @@ def test_nnx_can_hold_it(name):
     assert jax.tree.map(jnp.shape, nnx.to_pure_dict(grads)) == shapes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
 def test_eight_devices_give_what_one_gives(part):
     """Every small model, its parameters placed on a fake mesh of 2 x 2 x 2, in fresh processes."""

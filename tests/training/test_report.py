@@ -47,6 +47,7 @@ def test_a_run_ends_with_the_picture_and_the_numbers_of_its_task(tmp_path):
     assert [row["step"] for row in rows if row.get("eval/windows") == 20] == [2]
 
 
+@pytest.mark.variants
 def test_a_trace_has_the_steps_by_number_even_if_the_run_ends_inside_it(tmp_path, capsys):
     config = dataclasses.replace(
         tiny.get_config(), num_steps=14, eval_every=0, log_every=20, checkpoint=Checkpointing()

@@ -223,6 +223,7 @@ _COMMON = dict(
     paper="Gateformer: Advancing Multivariate Time Series Forecasting through Temporal and "
     "Variate-Wise Attention with Gated Representations, arXiv 2505.00307",
     code="github.com/nyuolab/Gateformer",
+    licence="none: no published weights",
 )
 
 # Table -> variates, heads, and for each horizon depth, width and width of the MLP.

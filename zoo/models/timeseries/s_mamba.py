@@ -297,6 +297,7 @@ _COMMON = dict(
     task="forecasting",
     paper="Is Mamba Effective for Time Series Forecasting?, arXiv 2403.11144",
     code="github.com/wzhwzhwzh0921/S-D-Mamba",
+    licence="none: no published weights",
 )
 
 _LONG, _SHORT = (96, 192, 336, 720), (12, 24, 48, 96)
