@@ -6,12 +6,14 @@ blocks are independent; scores are formed again in each. Sixteen, whatever the c
 sums of decays are products of float32, which fill the registers where they are larger.
 
 The backward first runs the forward again, for the states before every sixteen steps; then it walks
-from last to first and differentiates the arithmetic of a chunk (`tile.step`) inside the kernel, in
-float32, as Triton multiplies no two types. What belongs to several programs (queries, keys,
+from last to first and differentiates the arithmetic of a chunk (`tile.step`) inside the kernel. Its
+products take operands in the type of the values, cotangents too: Triton multiplies no two types,
+and in float32 they would not fit the registers. What belongs to several programs (queries, keys,
 decays) comes back in parts, which XLA adds.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -90,11 +92,11 @@ class _Call:
                 found[name] = ref[b, h, at][:, None]
         return found
 
-    def step(self, values, state):
+    def step(self, values, state, product=None):
         """`tile.step` on what `read` gives."""
         if "log_decay" not in values:
             values = {**values, "log_decay": jnp.zeros((STEPS, 1), jnp.float32)}
-        return tile.step(self.problem, *(values.get(name) for name in NAMES), state)
+        return tile.step(self.problem, *(values.get(name) for name in NAMES), state, product)
 
     def run(self, kernel, name, outputs, interpret):
         """The pallas_call; `outputs` are `(shape, dtype)`."""
@@ -152,6 +154,8 @@ def backward(problem: Problem, x: Operands, states, d_out, d_final, *, interpret
     call = _Call(problem, x)
     call.arrays += [call.state(states), _pad(d_out, 3, call.values), call.state(d_final)]
     n = len(call.names)
+    product = partial(tile.product_of_one_type, x.value.dtype, problem.precision)
+    step = partial(call.step, product=product)
 
     def kernel(*refs):
         before, d_out, d_final = refs[n : n + 3]
@@ -163,7 +167,7 @@ def backward(problem: Problem, x: Operands, states, d_out, d_final, *, interpret
             at = call.rows(c)
             values = call.read(refs[:n], b, h, c, columns)
             values = {name: t.astype(jnp.float32) for name, t in values.items()}
-            _, pull = jax.vjp(call.step, values, before[b, h, c, :, columns])
+            _, pull = jax.vjp(step, values, before[b, h, c, :, columns])
             found, d_state = pull((d_out[b, h, at, columns].astype(jnp.float32), d_state))
             for name, ref in zip(call.names, grads, strict=True):
                 grad = found[name].astype(ref.dtype)

@@ -64,7 +64,7 @@ class Gradients(NamedTuple):
     state: Array
 
 
-def step(problem: Problem, q, k, v, g, beta, state):
+def step(problem: Problem, q, k, v, g, beta, state, product=None):
     """One chunk.
 
     Args:
@@ -75,11 +75,12 @@ def step(problem: Problem, q, k, v, g, beta, state):
       g: log decays, float32 `[C, 1]` or `[C, K]`, or None.
       beta: float32 `[C, 1]` for the delta rule, else None.
       state: float32 `[K, V]` before the chunk.
+      product: `(a, b, contract)` of the large products; None multiplies in the type of `v`.
 
     Returns:
       `o` `[C, V]` in float32 and the state after the chunk.
     """
-    product = partial(_product, v.dtype, problem.precision)
+    product = product or partial(_product, v.dtype, problem.precision)
     vector = g is not None and g.shape[1] > 1
     if vector:
         prefix, suffix, total = column_sums(g)
@@ -112,6 +113,28 @@ def _product(dtype, precision, a, b, contract):
         precision=precision,
         preferred_element_type=jnp.float32,
     )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 4))
+def product_of_one_type(dtype, precision, a, b, contract):
+    """`a b` whose derivatives, too, multiply operands in `dtype` only."""
+    return _product(dtype, precision, a, b, contract)
+
+
+def _one_type_forward(dtype, precision, a, b, contract):
+    return _product(dtype, precision, a, b, contract), (a, b)
+
+
+def _one_type_backward(dtype, precision, contract, saved, d_out):
+    a, b = saved
+    product = partial(_product, dtype, precision)
+    free_a, free_b = 1 - contract[0], 1 - contract[1]
+    d_a = product(d_out, b, (1, free_b)) if free_a == 0 else product(b, d_out, (free_b, 1))
+    d_b = product(a, d_out, (free_a, 0)) if free_b == 1 else product(d_out, a, (0, free_a))
+    return d_a.astype(a.dtype), d_b.astype(b.dtype)
+
+
+product_of_one_type.defvjp(_one_type_forward, _one_type_backward)
 
 
 def exact(a, b):

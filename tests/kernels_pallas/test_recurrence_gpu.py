@@ -31,6 +31,30 @@ def test_the_gpu_body_equals_xla_forward_and_backward(case):
         near(got, want)
 
 
+@pytest.mark.parametrize("case, low", [("groups", (0, 3, 4)), ("gated delta", (0, 1, 2))])
+def test_gradients_in_bfloat16_are_those_of_float32_up_to_its_digits(case, low):
+    """Cotangents are rounded to bfloat16 before they are multiplied; eight bits remain."""
+    function, make = CASES[case]
+    rounded = [t.astype(jnp.bfloat16) if i in low else t for i, t in enumerate(make())]
+
+    def gradients(kind, implementation, precision):
+        def loss(*arrays):
+            out, state = function(
+                *arrays, chunk=32, precision=precision, implementation=implementation
+            )
+            weight = normal(*out.shape, seed=5)
+            return (out.astype(jnp.float32) * weight).sum() + (state * weight.sum()).sum()
+
+        arrays = [t.astype(kind) if i in low else t for i, t in enumerate(rounded)]
+        floats = tuple(i for i, t in enumerate(arrays) if t is not None)
+        return jax.jit(jax.grad(loss, argnums=floats))(*arrays)
+
+    got = gradients(jnp.bfloat16, "pallas_gpu", None)
+    want = gradients(jnp.float32, "xla", "highest")
+    for a, b in zip(got, want, strict=True):
+        near(a.astype(jnp.float32), b, 0.01)
+
+
 def step(function):
     def loss(*arrays):
         out, state = function(*arrays, implementation="pallas_gpu")
@@ -52,7 +76,7 @@ def test_forward_and_backward_lower_to_triton_for_an_h100(kind):
 
 
 @needs_triton
-@pytest.mark.parametrize("kind", ["head", "ssd"])
+@pytest.mark.parametrize("kind", ["head", "ssd", "delta"])
 def test_machine_code_for_an_h100_uses_tensor_cores_and_spills_nothing(kind):
     function, arrays = of_size(kind)
     for kernel in aot.compile_for_gpu(step(function), *arrays):
@@ -61,11 +85,11 @@ def test_machine_code_for_an_h100_uses_tensor_cores_and_spills_nothing(kind):
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["channel", "delta", "gated delta"])
-def test_gates_by_channel_and_the_delta_rule_spill_little(kind):
+@pytest.mark.parametrize("kind", ["channel", "gated delta"])
+def test_gates_by_channel_and_the_gated_delta_rule_spill_little(kind):
     function, arrays = of_size(kind)
     for kernel in aot.compile_for_gpu(step(function), *arrays):
-        assert kernel.stack <= 1024 and kernel.tensor_cores == "wgmma", kernel
+        assert kernel.stack <= 512 and kernel.tensor_cores == "wgmma", kernel
 
 
 def test_a_caller_can_ask_for_the_gpu_body():
