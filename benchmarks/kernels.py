@@ -4,6 +4,7 @@
     python benchmarks/kernels.py --static --write    # the same into kernels_pallas/README.md, and
                                                      # what follows into tuning/dispatch.json
     python benchmarks/kernels.py --static --cases neighbourhood    # cases with that word only
+    python benchmarks/kernels.py --static --cases HAT --chips v6e  # and their rows of one chip
     python benchmarks/kernels.py                     # timings here, interleaved, ratios of medians
 
 Static figures need `libtpu`, no TPU. Each program is compiled in a process of its own with a clean
@@ -305,7 +306,7 @@ HEADER = [
 ]
 
 
-def static_table(cases=tuple(CASES)) -> list[str]:
+def static_table(cases=tuple(CASES), chips=tuple(CLOCK)) -> list[str]:
     """Rows of Markdown: each case, pass and chip, XLA beside Pallas."""
     lines = []
 
@@ -320,7 +321,7 @@ def static_table(cases=tuple(CASES)) -> list[str]:
     for case in cases:
         operation, _, options = CASES[case]
         for backward in (False, True):
-            for chip in CLOCK:
+            for chip in chips:
                 xla, ours = (figures(case, chip, i, backward) for i in ("xla", "pallas_tpu"))
                 flash = ""
                 if operation == "attention" and not options.get("bias"):
@@ -470,6 +471,9 @@ def main() -> None:
     parser.add_argument("--static", action="store_true", help="compile for TPU v5e and v6e")
     parser.add_argument("--write", action="store_true", help="put the table into the README")
     parser.add_argument("--cases", default="", help="a word in the names of the cases to compile")
+    parser.add_argument(
+        "--chips", nargs="+", choices=CLOCK, default=list(CLOCK), help="of the rows"
+    )
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -477,7 +481,7 @@ def main() -> None:
         print(json.dumps(compile_one(*json.loads(options.one))))
     elif options.static:
         print("\n".join(HEADER))
-        rows = static_table([case for case in CASES if options.cases in case])
+        rows = static_table([case for case in CASES if options.cases in case], options.chips)
         text = README.read_text()
         start, end = text.index(MARKS[0]) + len(MARKS[0]), text.index(MARKS[1])
         table = merged(text[start:end].strip().splitlines()[len(HEADER) :], rows)
