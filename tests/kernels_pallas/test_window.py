@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import kernels_pallas
-from kernels_pallas import aot
+from kernels_pallas import aot, compat
 from kernels_pallas.window import reference, tpu_lanes
 
 
@@ -84,6 +84,39 @@ def test_the_tpu_kernel_equals_the_definition_on_fused_arrays(shape):
         jax.jit(call, static_argnums=3)(fused, bias, d_out, name) for name in ("pallas_tpu", "xla")
     )
     for a, b in zip(got, want, strict=True):
+        near(a, b, 6e-6)
+
+
+STRICT = {
+    "windows": dict(windows=129, heads=1, head_dim=16, masks=None),
+    "channels": dict(windows=256, queries=2, keys=2, heads=2, head_dim=64, masks=2),
+}
+
+
+@pytest.mark.parametrize("order", STRICT)
+def test_the_strict_interpreter_finds_no_race_and_no_stray_access_in_lanes(order):
+    """Two blocks of windows: one ragged, with blocks of queries; or two heads, and copies out."""
+    q, k, v, bias, mask = arrays(**STRICT[order])
+    windows, tokens, heads, head_dim = q.shape
+    fused = jnp.concatenate([t.reshape(windows, tokens, -1) for t in (q, k, v)], axis=-1)
+    assert tpu_lanes.layout(fused, mask, heads) == order
+    d_out = q.reshape(windows, tokens, -1)
+
+    options = dict(heads=heads, scale=head_dim**-0.5, interpret=compat.strict_interpreter())
+    out = tpu_lanes.forward(fused, bias, mask, **options)
+    got = out, *tpu_lanes.backward(fused, bias, mask, d_out, **options)
+    assert not compat.races_found()
+
+    @jax.jit
+    def xla(fused, bias, d_out):
+        def call(fused, bias):
+            options = dict(bias=bias, mask=mask, precision="highest", implementation="xla")
+            return kernels_pallas.window_attention(fused, num_heads=heads, **options)
+
+        out, pullback = jax.vjp(call, fused, bias)
+        return out, *pullback(d_out)
+
+    for a, b in zip(got, xla(fused, bias, d_out), strict=True):
         near(a, b, 6e-6)
 
 
