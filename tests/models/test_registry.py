@@ -106,22 +106,22 @@ def test_matrices_of_every_block_are_cut_over_the_tensor_axis(name):
 
 
 @functools.cache
-def forward(name):
-    """The compiled model: variables, inputs -> features, and what a plain call gives."""
+def features_of(name):
+    """The compiled `features`: variables, inputs -> pytree."""
     model = zoo.create(name)
+    return jax.jit(lambda variables, inputs: model.apply(variables, **inputs, method="features"))
 
-    def run(variables, inputs):
-        return model.apply(variables, **inputs, method="features"), model.apply(variables, **inputs)
 
-    return jax.jit(run)
+def output_in(features):
+    """What a plain call gives, of the features that hold it."""
+    (held,) = (features[key] for key in OUTPUTS if key in features)
+    return held
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_features_are_finite_and_hold_the_output(name):
+def test_features_are_finite_float32(name):
     model, variables = initialised(name)
-    features, output = forward(name)(variables, example(model))
-    (held,) = (features[key] for key in OUTPUTS if key in features)
-    assert_trees_close(output, held, 1e-5)
+    features = features_of(name)(variables, example(model))
     for leaf in jax.tree.leaves(features):
         assert leaf.dtype == jnp.float32 and np.isfinite(leaf).all()
 
@@ -130,20 +130,30 @@ def test_features_are_finite_and_hold_the_output(name):
 def test_examples_of_a_batch_do_not_see_each_other(name):
     model, variables = initialised(name)
     inputs = example(model)
-    _, together = forward(name)(variables, inputs)
+
+    def run(inputs):
+        return output_in(features_of(name)(variables, inputs))
+
+    together = run(inputs)
     order = np.array([2, 0, 3, 1])
-    _, permuted = forward(name)(variables, {k: x[order] for k, x in inputs.items()})
+    permuted = run({k: x[order] for k, x in inputs.items()})
     assert_trees_close(permuted, jax.tree.map(lambda x: x[order], together), 1e-5)
-    _, changed = forward(name)(variables, {k: x.at[0].set(x[1]) for k, x in inputs.items()})
+    changed = run({k: x.at[0].set(x[1]) for k, x in inputs.items()})
     np.testing.assert_array_equal(changed[2:], together[2:])
     assert np.abs(changed[0] - together[0]).max() > 0
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_gradients_are_finite_and_none_is_missing(name):
+def test_a_call_gives_what_features_hold_and_every_gradient(name):
     model, variables = initialised(name)
     inputs = example(model)
-    grads = jax.jit(jax.grad(lambda v: sin_loss(model.apply(v, **inputs))))(variables)
+
+    def loss(variables):
+        output = model.apply(variables, **inputs)
+        return sin_loss(output), output
+
+    grads, output = jax.jit(jax.grad(loss, has_aux=True))(variables)
+    assert_trees_close(output, output_in(features_of(name)(variables, inputs)), 1e-5)
     for path, g in jax.tree.leaves_with_path(grads["params"]):
         where = jax.tree_util.keystr(path)
         assert np.isfinite(g).all(), where
@@ -175,45 +185,51 @@ def test_training_is_a_function_of_its_key(name):
 def test_bfloat16_is_near_float32(name):
     model, variables = initialised(name)
     inputs = example(model)
-    _, exact = forward(name)(variables, inputs)
+    exact = output_in(features_of(name)(variables, inputs))
     half = model.clone(dtype=jnp.bfloat16)
     rough = jax.jit(lambda v, x: half.apply(v, **x))(variables, inputs)
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(rough))
     assert_trees_close(jax.tree.map(lambda x: x.astype(jnp.float32), rough), exact, 4e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_an_exported_program_gives_the_same_outputs(name):
-    pytest.importorskip("flatbuffers", reason="jax.export serialises with flatbuffers")
     model, variables = initialised(name)
     inputs = example(model)
-    data = jax.export.export(forward(name))(variables, inputs).serialize()
-    got, wanted = jax.export.deserialize(data).call(variables, inputs), forward(name)
-    assert_trees_close(got, wanted(variables, inputs), 1e-5)
+    data = jax.export.export(features_of(name))(variables, inputs).serialize()
+    got = jax.export.deserialize(data).call(variables, inputs)
+    assert_trees_close(got, features_of(name)(variables, inputs), 1e-5)
+
+
+def in_nnx(model, inputs):
+    """The model through Flax's bridge, initialised."""
+    return bridge.ToNNX(model, rngs=nnx.Rngs(0)).lazy_init(**inputs)
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_nnx_can_hold_it(name):
-    """With Flax's bridge: the same parameters, outputs, and a gradient for each."""
-    model, variables = initialised(name)
-    inputs = example(model)
-
-    @nnx.jit
-    def make():
-        wrapped = bridge.ToNNX(model, rngs=nnx.Rngs(0))
-        return wrapped.lazy_init(**inputs)
-
-    wrapped = make()
-    state = nnx.state(wrapped, nnx.Param)
+    """The same parameters, and a gradient for each."""
+    model = zoo.create(name)
+    inputs = example(model, 1)
+    wrapped = nnx.eval_shape(lambda: in_nnx(model, inputs))
     shapes = jax.tree.map(jnp.shape, parameter_shapes(name))
-    assert jax.tree.map(jnp.shape, nnx.to_pure_dict(state)) == shapes
-    nnx.replace_by_pure_dict(state, variables["params"])
-    nnx.update(wrapped, state)
-
-    logits = nnx.jit(lambda wrapped: wrapped(**inputs))(wrapped)
-    assert_trees_close(logits, forward(name)(variables, inputs)[1], 1e-5)
+    assert jax.tree.map(jnp.shape, nnx.to_pure_dict(nnx.state(wrapped, nnx.Param))) == shapes
     grads = nnx.eval_shape(nnx.grad(lambda wrapped: sin_loss(wrapped(**inputs))), wrapped)
     assert jax.tree.map(jnp.shape, nnx.to_pure_dict(grads)) == shapes
+
+
+@pytest.mark.parametrize("name", ["bert_test", "fmvit_test", "gla_test", "informer_test"])
+def test_nnx_gives_the_same_outputs(name):
+    """Of models with and without state, dropout and layers that are scanned."""
+    model, variables = initialised(name)
+    inputs = example(model)
+    wrapped = nnx.jit(lambda: in_nnx(model, inputs))()
+    state = nnx.state(wrapped, nnx.Param)
+    nnx.replace_by_pure_dict(state, variables["params"])
+    nnx.update(wrapped, state)
+    output = nnx.jit(lambda wrapped: wrapped(**inputs))(wrapped)
+    assert_trees_close(output, output_in(features_of(name)(variables, inputs)), 1e-5)
 
 
 @pytest.mark.slow
@@ -243,7 +259,7 @@ def compare_on_eight_devices(names):
     for name in names:
         model, variables = initialised(name)
         inputs = example(model)
-        expected = jax.device_get(forward(name)(variables, inputs))
+        expected = jax.device_get(features_of(name)(variables, inputs))
         extra = getattr(system(name), "PARTITION", None)
         with jax.set_mesh(mesh):
             specs = shardings(variables["params"], mesh, Partition(), extra)
@@ -251,7 +267,7 @@ def compare_on_eight_devices(names):
             inputs = jax.device_put(inputs, jax.NamedSharding(mesh, BATCH))
             jax.clear_caches()  # constraints depend on the mesh in context
             placed = {**variables, "params": params}
-            lowered = forward(name).lower(placed, inputs)
+            lowered = features_of(name).lower(placed, inputs)
             assert "sharding_constraint" in lowered.as_text()
             got = jax.device_get(lowered.compile()(placed, inputs))
         kernels = [p for p in jax.tree.leaves(params) if p.ndim > 1 and p.size > 1024]

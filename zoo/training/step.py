@@ -2,36 +2,62 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Self
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, UInt
+from jaxtyping import Array, Float, UInt
 
+from zoo.tasks import Mean
 from zoo.training.guard import first_bad
 from zoo.training.state import State
 
 Batch = Mapping[str, Array]
 
 
-@jax.tree_util.register_dataclass
+@partial(jax.tree_util.register_dataclass, data_fields=["numbers"], meta_fields=["names"])
 @dataclass(frozen=True)
 class StepOutput:
-    """What a step reports.
+    """What a step reports, in one array, so that the host reads one.
 
     Attributes:
-      means: the task's metrics (`zoo.tasks.Mean`), with `loss` among them.
-      grad_norm: global norm of the gradient, before clipping.
-      learning_rate: of this step.
-      bad: -1, or which of `guard.watched(params)` was first not finite; then nothing was updated.
+      numbers: bad, grad_norm, learning_rate, and the total and count of each metric.
+      names: of the metrics.
     """
 
-    means: Any
-    grad_norm: Float[Array, ""]
-    learning_rate: Float[Array, ""]
-    bad: Int[Array, ""]
+    numbers: Float[Array, "n"]
+    names: tuple[str, ...]
+
+    @classmethod
+    def pack(cls, means: Mapping[str, Mean], grad_norm: Any, learning_rate: Any, bad: Any) -> Self:
+        """From the task's metrics, `loss` among them, and what else a step tells."""
+        flat = [n for mean in means.values() for n in (mean.total, mean.count)]
+        numbers = [bad, grad_norm, learning_rate, *flat]
+        return cls(jnp.stack([jnp.asarray(n, jnp.float32) for n in numbers]), tuple(means))
+
+    @property
+    def bad(self) -> Float[Array, ""]:
+        """-1, or which of `guard.watched(params)` was first not finite; then nothing changed."""
+        return self.numbers[0]
+
+    @property
+    def grad_norm(self) -> Float[Array, ""]:
+        """Global norm of the gradient, before clipping."""
+        return self.numbers[1]
+
+    @property
+    def learning_rate(self) -> Float[Array, ""]:
+        """Of this step."""
+        return self.numbers[2]
+
+    @property
+    def means(self) -> dict[str, Mean]:
+        """The task's metrics."""
+        pairs = zip(self.numbers[3::2], self.numbers[4::2], strict=True)
+        return {name: Mean(*pair) for name, pair in zip(self.names, pairs, strict=True)}
 
 
 def make_init(
@@ -128,9 +154,7 @@ def make_train_step(
             decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
             ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)
         collections, ema = _unless(bad, (collections, ema), (state.collections, state.ema))
-        output = StepOutput(
-            means, optax.tree.norm(grads), jnp.asarray(schedule(state.step), jnp.float32), bad
-        )
+        output = StepOutput.pack(means, optax.tree.norm(grads), schedule(state.step), bad)
         return State(state.step + 1, params, collections, opt_state, ema, state.rng), output
 
     return train_step
