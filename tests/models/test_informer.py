@@ -100,6 +100,27 @@ def test_the_decoder_sees_the_last_label_steps_and_future_marks():
         model.apply(variables, **{**x, "future_marks": x["future_marks"][:, :4]})
 
 
+def test_the_encoder_alone_reconstructs_and_classifies():
+    """At the full length: only a forecaster distils."""
+    x = jax.random.normal(jax.random.key(0), (2, 24, 3))
+    model = zoo.create("informer_test", decoder_depth=0, marks=0, horizon=24)
+    variables = filled(model)
+    out = jax.jit(lambda: model.apply(variables, x, method="features"))()
+    assert out["encoder"].shape == (2, 24, 32) and out["forecast"].shape == (2, 24, 3)
+    assert not any(n.startswith(("decoder", "distil")) for n in variables["params"])
+    state = zoo.export(model, variables)
+    assert state["projection.weight"].shape == (3, 32) and not any("dec_" in n for n in state)
+    jax.tree.map(np.testing.assert_array_equal, zoo.convert(model, state), variables)
+
+    model = zoo.create("informer_test", num_classes=4, marks=0, masked=True)
+    variables = filled(model)
+    assert variables["params"]["head"]["kernel"].shape == (24 * 32, 4)
+    run = jax.jit(lambda mask: model.apply(variables, x, mask=mask))
+    mask = jnp.arange(24) < jnp.array([[24], [12]])
+    change = np.abs(run(mask) - run(mask | True)).max(1)
+    assert change[0] == 0 and change[1] > 1e-3
+
+
 def test_fixed_tables_get_no_gradient_and_learned_ones_do():
     x, marks = jnp.ones((1, 4, 3)), jnp.ones((1, 4, 4), "int32")
     for kind, name in (("fixed", "hour_table"), ("learned", "hour")):

@@ -87,6 +87,19 @@ def test_an_even_average_is_refused():
         moving_average(jnp.zeros((1, 40, 1)), 24)
 
 
+def test_a_classifier_reads_all_steps_of_all_variates_in_order_of_time():
+    model = small("dlinear_336_96", num_classes=5)
+    variables, x = filled(model), series(model)
+    backbone = {"params": {n: p for n, p in variables["params"].items() if n != "head"}}
+    y = zoo.create("dlinear_336_96", context_length=48, horizon=48, variates=3).apply(backbone, x)
+    head = variables["params"]["head"]
+    wanted = y.reshape(2, 48 * 3) @ head["kernel"] + head["bias"]
+    np.testing.assert_allclose(model.apply(variables, x), wanted, atol=1e-4)
+    state = zoo.export(model, variables)
+    assert state["projection.weight"].shape == (5, 144)
+    jax.tree.map(np.testing.assert_array_equal, zoo.convert(model, state), variables)
+
+
 def test_another_shape_is_refused():
     model = small("dlinear_336_96")
     with pytest.raises(ValueError, match=r"takes series of shape \(batch, 48, 3\), not \(1, 50, 3"):

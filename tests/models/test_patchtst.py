@@ -1,14 +1,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from model_helpers import documented_shapes, feature_shapes, filled
 
 import zoo
 from zoo.layers.series import standardise
 from zoo.models.timeseries import patchtst
-from zoo.tasks import AnomalyDetection, Classification, Forecasting, Imputation
 
 
 def series(*shape, key=0):
@@ -78,56 +76,6 @@ def test_a_mask_that_does_not_fit_is_refused():
         zoo.create("patchtst_test", masked=True).init(jax.random.key(0), x)
     with pytest.raises(ValueError, match="takes no mask; create it with masked=True"):
         zoo.create("patchtst_test").init(jax.random.key(0), x, x > 0)
-
-
-TASKS = {
-    "forecasting": (Forecasting(), {}, {"target": (12, 3)}),
-    "imputation": (Imputation(), {"horizon": 24, "masked": True}, {"target": (24, 3)}),
-    "anomaly_detection": (AnomalyDetection(), {"horizon": 24}, {}),
-    "classification": (Classification(), {"num_classes": 4}, {"labels": ()}),
-}
-
-
-@pytest.mark.parametrize("name", TASKS)
-def test_one_backbone_learns_under_each_task(name):
-    """The loss of one batch halves in forty steps, and only its head is another."""
-    task, fields, shapes = TASKS[name]
-    model = zoo.create("patchtst_test", dropout=0.0, depth=1, **fields)
-    batch = {"series": series(16, 24, 3), "valid": np.ones(16, bool)}
-    batch |= {key: series(16, *shape, key=1) for key, shape in shapes.items()}
-    if "labels" in batch:
-        batch["labels"] = jnp.arange(16) % 4
-    if "mask" in model.example_inputs():
-        batch["target"], batch["mask"] = batch["series"], series(16, 24, 3, key=2) > -0.5
-    optimizer = optax.adam(1e-2)
-
-    @jax.jit
-    def run(key):
-        variables = model.init(key, **task.init_inputs(model))
-
-        def step(carry, _):
-            variables, state = carry
-
-            def loss(params):
-                return task.loss(model, {**variables, "params": params}, batch, key, train=True)
-
-            (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(variables["params"])
-            updates, state = optimizer.update(grads, state)
-            params = optax.apply_updates(variables["params"], updates)
-            return ({"params": params, **aux["collections"]}, state), value
-
-        start = (variables, optimizer.init(variables["params"]))
-        (variables, _), losses = jax.lax.scan(step, start, length=40)
-        return variables, losses
-
-    variables, losses = run(jax.random.key(0))
-    assert losses[-1] < losses[0] / 2
-    assert np.abs(variables["batch_stats"]["norm"]["mean"]).max() > 0
-    backbone = {k: jax.tree.map(jnp.shape, v) for k, v in variables["params"].items()}
-    del backbone["head"]
-    plain = zoo.create("patchtst_test", depth=1)
-    wanted = jax.eval_shape(plain.init, jax.random.key(0), series(1, 24, 3))["params"]
-    assert backbone == {k: jax.tree.map(jnp.shape, v) for k, v in wanted.items() if k != "head"}
 
 
 def test_official_names_of_both_heads_come_back():

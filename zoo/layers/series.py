@@ -117,6 +117,22 @@ def read_forecast(
     return (y.astype(jnp.float32) * deviation + mean).astype(model.dtype)
 
 
+def read_classes(
+    model: nn.Module,
+    x: Float[Array, "batch length channels"],
+    mask: Bool[Array, "batch length"] | None,
+    train: bool,
+) -> Float[Array, "batch classes"]:
+    """Logits `W flatten(GELU(x))`, with zeros where the mask, if there is one, has padding.
+
+    Called in the compact method of `model`, which gets `head`.
+    """
+    x = nn.Dropout(model.dropout)(gelu(x), deterministic=not train)
+    x = x if mask is None else jnp.where(mask[..., None], x, 0)
+    x = x.reshape(len(x), -1)
+    return _linear(model, model.num_classes, x.shape[-1], "head")(x)
+
+
 def _linear(model: nn.Module, width: int, fan_in: int, name: str) -> nn.Module:
     start = {"kernel_init": torch_default_init, "bias_init": bias_init(fan_in)}
     return Dense(width, name=name, dtype=model.dtype, param_dtype=model.param_dtype, **start)
@@ -234,6 +250,55 @@ def example_series(model: nn.Module, batch_size: int) -> dict[str, jax.ShapeDtyp
     sizes = {"series": model.variates} | ({"marks": model.marks} if model.marks else {})
     shape = (batch_size, model.context_length)
     return {name: jax.ShapeDtypeStruct((*shape, n), jnp.float32) for name, n in sizes.items()}
+
+
+def decodes(model: nn.Module) -> bool:
+    """Whether a model with an encoder has a decoder, too: not without layers, nor to classify."""
+    return model.decoder_depth > 0 and not model.num_classes
+
+
+def example_of_both(
+    model: nn.Module, batch_size: int, marks: jnp.dtype = jnp.float32
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of what an encoder takes, and a decoder where the model has one."""
+    shapes = {"series": (model.context_length, model.variates)}
+    if model.marks:
+        shapes["marks"] = (model.context_length, model.marks)
+    if model.marks and decodes(model):
+        shapes["future_marks"] = (model.horizon, model.marks)
+    if model.masked:
+        shapes["mask"] = (model.context_length,)
+    types = {"marks": marks, "future_marks": marks, "mask": jnp.bool_}
+    return {
+        name: jax.ShapeDtypeStruct((batch_size, *shape), types.get(name, jnp.float32))
+        for name, shape in shapes.items()
+    }
+
+
+def check_both(
+    model: nn.Module,
+    series: Float[Array, "batch time variates"],
+    marks: Array | None,
+    future_marks: Array | None,
+    mask: Bool[Array, "batch time"] | None,
+) -> None:
+    """Refuse what such a model does not take, and an encoder alone that is to forecast.
+
+    Raises:
+      ValueError: naming it and what to change.
+    """
+    check_series(model, series, model.context_length, model.variates)
+    check_marks(model, "marks", marks, len(series), model.context_length, model.marks)
+    count = model.marks if decodes(model) else 0
+    if count or future_marks is not None:
+        check_marks(model, "future_marks", future_marks, len(series), model.horizon, count)
+    check_mask(model, mask, series.shape[:2] if model.masked else None)
+    encodes = not decodes(model) and not model.num_classes
+    if encodes and model.horizon != model.context_length:
+        raise ValueError(
+            f"decoder_depth=0 reconstructs the context of {model.context_length} steps, and "
+            f"horizon={model.horizon}; create it with horizon={model.context_length}."
+        )
 
 
 def check_series(

@@ -50,12 +50,13 @@ from zoo.layers.series import (
     ProjectedAttention,
     attention_rules,
     bias_init,
-    check_marks,
-    check_mask,
-    check_series,
+    check_both,
+    decodes,
     decompose,
+    example_of_both,
     kaiming,
     mlp_rules,
+    read_classes,
     sinusoids_of,
 )
 from zoo.registry import Variant
@@ -225,22 +226,9 @@ class Autoformer(nn.Module):
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
-    @property
-    def decodes(self) -> bool:
-        """Whether there is a decoder."""
-        return self.decoder_depth > 0 and not self.num_classes
-
     def example_inputs(self, batch_size: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of the arguments of `__call__`."""
-        past, future = (batch_size, self.context_length), (batch_size, self.horizon)
-        shapes = {"series": jax.ShapeDtypeStruct((*past, self.variates), jnp.float32)}
-        if self.marks:
-            shapes["marks"] = jax.ShapeDtypeStruct((*past, self.marks), jnp.float32)
-        if self.marks and self.decodes:
-            shapes["future_marks"] = jax.ShapeDtypeStruct((*future, self.marks), jnp.float32)
-        if self.masked:
-            shapes["mask"] = jax.ShapeDtypeStruct(past, jnp.bool_)
-        return shapes
+        return example_of_both(self, batch_size)
 
     def __call__(
         self,
@@ -263,7 +251,7 @@ class Autoformer(nn.Module):
         train: bool = False,
     ) -> dict[str, Array]:
         """Every named intermediate (see the table above)."""
-        self._check(series, marks, future_marks, mask)
+        check_both(self, series, marks, future_marks, mask)
         start_marks = None
         if future_marks is not None:
             known = marks[:, self.context_length - self.label_length :]
@@ -289,9 +277,9 @@ class Autoformer(nn.Module):
             x = LayerNorm(epsilon=1e-5, name=name, **types)(x)
             return x - x.mean(1, keepdims=True)
 
-        def head(width: int, x: Array) -> Array:
+        def head(x: Array) -> Array:
             start = {"kernel_init": torch_default_init, "bias_init": bias_init(x.shape[-1])}
-            return Dense(width, name="head", **start, **types)(x)
+            return Dense(self.variates, name="head", **start, **types)(x)
 
         x = embedding(name="embed")(series, marks, train)
         for i in range(self.depth):
@@ -299,17 +287,15 @@ class Autoformer(nn.Module):
         x = season_norm("norm", x)
         out = {"encoder": x}
         if self.num_classes:
-            x = nn.Dropout(self.dropout)(gelu(x), deterministic=not train)
-            x = x if mask is None else jnp.where(mask[..., None], x, 0)
-            return out | {"logits": head(self.num_classes, x.reshape(len(x), -1))}
-        if not self.decodes:
-            return out | {"forecast": head(self.variates, x)}
+            return out | {"logits": read_classes(self, x, mask, train)}
+        if not decodes(self):
+            return out | {"forecast": head(x)}
         season, trend = self._decoder_inputs(series)
         y = embedding(name="decoder_embed")(season, start_marks, train)
         for i in range(self.decoder_depth):
             y, more = block(name=f"decoder_{i}")(y, train, x)
             trend = trend + more
-        out |= {"season": head(self.variates, season_norm("decoder_norm", y)), "trend": trend}
+        out |= {"season": head(season_norm("decoder_norm", y)), "trend": trend}
         forecast = (out["season"] + trend)[:, self.label_length :].astype(self.dtype)
         return out | {"forecast": forecast}
 
@@ -326,27 +312,6 @@ class Autoformer(nn.Module):
         season = jnp.concatenate([season, jnp.zeros(ahead, season.dtype)], axis=1)
         return season, jnp.concatenate([trend, mean], axis=1)
 
-    def _check(
-        self, series: Array, marks: Array | None, future_marks: Array | None, mask: Array | None
-    ) -> None:
-        """Refuse what does not fit the fields.
-
-        Raises:
-          ValueError: naming it and what to change.
-        """
-        check_series(self, series, self.context_length, self.variates)
-        check_marks(self, "marks", marks, len(series), self.context_length, self.marks)
-        count = self.marks if self.decodes else 0
-        if count or future_marks is not None:
-            check_marks(self, "future_marks", future_marks, len(series), self.horizon, count)
-        check_mask(self, mask, series.shape[:2] if self.masked else None)
-        encodes = not self.decodes and not self.num_classes
-        if encodes and self.horizon != self.context_length:
-            raise ValueError(
-                f"decoder_depth=0 reconstructs the context of {self.context_length} steps, and "
-                f"horizon={self.horizon}; create it with horizon={self.context_length}."
-            )
-
 
 # ---------------------------------------------------------------------------- checkpoints
 
@@ -361,7 +326,7 @@ def _embedding_rules(theirs: str, ours: str) -> list[Rule]:
 
 def _decoder_positions(model: Autoformer) -> np.ndarray | None:
     """A table that the code holds and never reads."""
-    return sinusoids_of(model) if model.decodes else None
+    return sinusoids_of(model) if decodes(model) else None
 
 
 def _naming(head: str, unused: tuple[str, ...] = ()) -> Rules:

@@ -17,6 +17,12 @@ reads its self-attention's heads out in another order than it wrote them (`mix`)
 heads mix. The measure of a causal query sees keys after it. Keys are drawn in evaluation too: with
 the rng stream `sample`, and without one always the same. InformerStack is not here.
 
+Heads beside the forecast are those of Time-Series-Library (MIT), of an encoder that does not
+distil. With `decoder_depth=0` every step of it is read out, which reconstructs (imputation, anomaly
+detection). With `num_classes` it classifies: W flatten(GELU(x)), with zeros where the `mask`, if it
+takes one, has padding. Without `marks` no time features are added. The library's own Informer is
+another: its encoder mixes heads and steps, too, and its embedding has no biases.
+
     features      informer_etth1_96_24
     encoder       48  512    after distilling
     decoder       72  512    48 known steps and the horizon
@@ -32,7 +38,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 import kernels_pallas
 from zoo.checkpoints.rules import Rule, Rules, conv, dense_rules, norm_rules
@@ -44,10 +50,12 @@ from zoo.layers.series import (
     ProjectedAttention,
     attention_rules,
     bias_init,
-    check_marks,
-    check_series,
+    check_both,
+    decodes,
+    example_of_both,
     kaiming,
     mlp_rules,
+    read_classes,
     sinusoids,
     sinusoids_of,
 )
@@ -110,7 +118,7 @@ class Embedding(nn.Module):
     def __call__(
         self,
         series: Float[Array, "batch time variates"],
-        marks: Array,
+        marks: Array | None,
         train: bool,
     ) -> Float[Array, "batch time channels"]:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
@@ -119,14 +127,19 @@ class Embedding(nn.Module):
         settings = dict(padding="CIRCULAR", kernel_init=kaiming, bias_init=bias, **types)
         x = nn.Conv(self.channels, (3,), name="conv", **settings)(series)
         x = x + sinusoids(series.shape[1], self.channels).astype(self.dtype)
-        if self.time_embedding == "features":
-            start = dict(kernel_init=torch_default_init, bias_init=bias_init(self.marks))
-            x = x + nn.Dense(self.channels, name="time", **start, **types)(marks)
-        else:
-            for i, (name, size) in enumerate(TABLES[: self.marks]):
-                x = x + self._table(name, size)[marks[..., i]].astype(self.dtype)
+        if marks is not None:
+            x = x + self._time(marks)
         x = nn.Dropout(self.dropout)(x, deterministic=not train)
         return constrain(x, "batch", "length", "channels")
+
+    def _time(self, marks: Array) -> Float[Array, "batch time channels"]:
+        if self.time_embedding == "features":
+            start = dict(kernel_init=torch_default_init, bias_init=bias_init(self.marks))
+            types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+            return nn.Dense(self.channels, name="time", **start, **types)(marks)
+        tables = enumerate(TABLES[: self.marks])
+        parts = (self._table(*table)[marks[..., i]] for i, table in tables)
+        return sum(part.astype(self.dtype) for part in parts)
 
     def _table(self, name: str, size: int) -> Float[Array, "size channels"]:
         shape = (size, self.channels)
@@ -196,14 +209,17 @@ class Informer(nn.Module):
     Attributes:
       context_length: steps of the past that the encoder sees.
       label_length: how many of them the decoder sees too.
-      horizon: steps that it forecasts.
-      marks: time features, or parts of the calendar, of a step.
+      horizon: steps that it forecasts; without a decoder those of the context.
+      marks: time features, or parts of the calendar, of a step; 0: none.
+      decoder_depth: layers of the decoder; 0: the encoder reconstructs the context.
       time_embedding: `features`: a linear map of them; `fixed`, `learned`: tables indexed by month,
         day, weekday, hour and quarter of an hour (`Windows(marks="calendar")`).
       sparse: ProbSparse self-attention; else softmax.
       factor: c of ProbSparse.
-      distil: halve the length between the encoder's layers.
+      distil: halve the length between the layers of an encoder that has a decoder.
       mix: the decoder's self-attention mixes heads and steps.
+      num_classes: logits of so many classes in place of a forecast, from the encoder; 0: none.
+      masked: a classifier that takes the `mask` of steps that are not padding.
     """
 
     context_length: int = 96
@@ -222,53 +238,54 @@ class Informer(nn.Module):
     distil: bool = True
     mix: bool = True
     activation: Callable = gelu
+    num_classes: int = 0
+    masked: bool = False
     dropout: float = 0.05
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
     def example_inputs(self, batch_size: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of the arguments of `__call__`."""
-        marks = jnp.float32 if self.time_embedding == "features" else jnp.int32
-        past, future = (batch_size, self.context_length), (batch_size, self.horizon)
-        return {
-            "series": jax.ShapeDtypeStruct((*past, self.variates), jnp.float32),
-            "marks": jax.ShapeDtypeStruct((*past, self.marks), marks),
-            "future_marks": jax.ShapeDtypeStruct((*future, self.marks), marks),
-        }
+        features = self.time_embedding == "features"
+        return example_of_both(self, batch_size, jnp.float32 if features else jnp.int32)
 
     def __call__(
         self,
         series: Float[Array, "batch context variates"],
-        marks: Array,
-        future_marks: Array,
+        marks: Array | None = None,
+        future_marks: Array | None = None,
+        mask: Bool[Array, "batch context"] | None = None,
         train: bool = False,
-    ) -> Float[Array, "batch horizon variates"]:
-        """The forecast."""
-        return self.features(series, marks, future_marks, train)["forecast"]
+    ) -> Float[Array, "batch horizon variates"] | Float[Array, "batch classes"]:
+        """The forecast, or logits."""
+        features = self.features(series, marks, future_marks, mask, train)
+        return features["logits" if self.num_classes else "forecast"]
 
     def features(
         self,
         series: Float[Array, "batch context variates"],
-        marks: Array,
-        future_marks: Array,
+        marks: Array | None = None,
+        future_marks: Array | None = None,
+        mask: Bool[Array, "batch context"] | None = None,
         train: bool = False,
     ) -> dict[str, Array]:
         """Every named intermediate (see the table above)."""
-        check_series(self, series, self.context_length, self.variates)
-        check_marks(self, "marks", marks, len(series), self.context_length, self.marks)
-        check_marks(self, "future_marks", future_marks, len(series), self.horizon, self.marks)
+        check_both(self, series, marks, future_marks, mask)
         label = self.context_length - self.label_length
         start = jnp.pad(series[:, label:], ((0, 0), (0, self.horizon), (0, 0)))
-        start_marks = jnp.concatenate([marks[:, label:], future_marks], axis=1)
-        return self.transform(series, marks, start, start_marks, train)
+        start_marks = None
+        if future_marks is not None:
+            start_marks = jnp.concatenate([marks[:, label:], future_marks], axis=1)
+        return self.transform(series, marks, start, start_marks, mask, train)
 
     @nn.compact
     def transform(
         self,
         series: Float[Array, "batch context variates"],
-        marks: Array,
+        marks: Array | None,
         start: Float[Array, "batch decoded variates"],
-        start_marks: Array,
+        start_marks: Array | None,
+        mask: Bool[Array, "batch context"] | None = None,
         train: bool = False,
         samples: Sequence[Int[Array, "queries sampled"]] | None = None,
     ) -> dict[str, Array]:
@@ -279,22 +296,31 @@ class Informer(nn.Module):
         )
         block = partial(Block, self.num_heads, self.mlp_dim, self.activation, self.dropout, **types)
         attend = partial(self._attend, samples, train)
-        softmax = self._softmax(False, train)
         x = embedding(name="embed")(series, marks, train)
         for i in range(self.depth):
             x = block(mix=False, name=f"layers_{i}")(x, attend(i, False), train)
-            if self.distil and i < self.depth - 1:
+            if self.distils and i < self.depth - 1:
                 x = Distil(name=f"distil_{i}", **types)(x, train)
         norm = partial(LayerNorm, epsilon=1e-5, **types)
-        memory = norm(name="norm")(x)
-        y = embedding(name="decoder_embed")(start, start_marks, train)
-        for i in range(self.decoder_depth):
-            layer = block(mix=self.mix, name=f"decoder_{i}")
-            y = layer(y, attend(self.depth + i, True), train, memory, softmax)
-        y = norm(name="decoder_norm")(y)
+        x = norm(name="norm")(x)
+        out = {"encoder": x}
+        if self.num_classes:
+            return out | {"logits": read_classes(self, x, mask, train)}
+        if decodes(self):
+            memory, softmax = x, self._softmax(False, train)
+            x = embedding(name="decoder_embed")(start, start_marks, train)
+            for i in range(self.decoder_depth):
+                layer = block(mix=self.mix, name=f"decoder_{i}")
+                x = layer(x, attend(self.depth + i, True), train, memory, softmax)
+            x = out["decoder"] = norm(name="decoder_norm")(x)
         head = dict(kernel_init=torch_default_init, bias_init=bias_init(self.embed_dim))
-        forecast = nn.Dense(self.variates, name="head", **head, **types)(y)[:, -self.horizon :]
-        return {"encoder": memory, "decoder": y, "forecast": forecast}
+        y = nn.Dense(self.variates, name="head", **head, **types)(x)
+        return out | {"forecast": y[:, -self.horizon :]}
+
+    @property
+    def distils(self) -> bool:
+        """Whether the length is halved."""
+        return self.distil and decodes(self)
 
     def _softmax(self, causal: bool, train: bool) -> Callable:
         """Attention with dropout."""
@@ -349,7 +375,11 @@ _DISTIL = "encoder.conv_layers.{i}"
 
 def _no_batches(model: Informer, i: int) -> np.ndarray | None:
     """BatchNorm's counter, which nothing uses."""
-    return np.zeros((), np.int64) if model.distil and i < model.depth - 1 else None
+    return np.zeros((), np.int64) if model.distils and i < model.depth - 1 else None
+
+
+def _decoder_positions(model: Informer) -> np.ndarray | None:
+    return sinusoids_of(model) if decodes(model) else None
 
 
 CHECKPOINT = {
@@ -373,7 +403,7 @@ CHECKPOINT = {
         ],
         derived={
             "enc_embedding.position_embedding.pe": sinusoids_of,
-            "dec_embedding.position_embedding.pe": sinusoids_of,
+            "dec_embedding.position_embedding.pe": _decoder_positions,
             f"{_DISTIL}.norm.num_batches_tracked": _no_batches,
         },
         fresh=("head/kernel", "head/bias"),

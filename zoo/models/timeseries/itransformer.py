@@ -32,18 +32,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from zoo.checkpoints.rules import Rules, dense_rules, norm_rules
-from zoo.layers.dense import Dense
 from zoo.layers.mlp import gelu
 from zoo.layers.norm import LayerNorm
-from zoo.layers.patch import torch_default_init
 from zoo.layers.series import (
     PostNormBlock,
-    bias_init,
     check_marks,
     check_series,
     embed_series,
     example_series,
     post_norm_rules,
+    read_classes,
     read_forecast,
     standardise,
 )
@@ -116,10 +114,7 @@ class ITransformer(nn.Module):
             x = out[f"layer{i}"] = PostNormBlock(*sizes, name=f"layers_{i}", **types)(x, train)
         x = out["norm"] = LayerNorm(epsilon=1e-5, name="norm", **types)(x)
         if self.num_classes:
-            x = nn.Dropout(self.dropout)(gelu(x), deterministic=not train).reshape(len(x), -1)
-            start = {"kernel_init": torch_default_init, "bias_init": bias_init(x.shape[-1])}
-            out["logits"] = Dense(self.num_classes, name="head", **start, **types)(x)
-            return out
+            return out | {"logits": read_classes(self, x, None, train)}
         out["forecast"] = read_forecast(self, x[:, : series.shape[-1]], mean, deviation)
         return out
 

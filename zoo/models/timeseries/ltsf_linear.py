@@ -10,7 +10,9 @@ published. With x_c the last L steps of variate c, and y_c its next H:
                                                              its ends repeated; season: the rest
 
 `individual` models have a W and b for every variate. Time-Series-Library's DLinear starts W at 1/L;
-here, as in the official code, all start as PyTorch's Linear does.
+here, as in the official code, all start as PyTorch's Linear does. Its tasks are those of that
+library (MIT), and here of all three: with `horizon` equal to the context they reconstruct
+(imputation, anomaly detection); with `num_classes` H is L, and W flatten(y) + b are the logits.
 
     features    dlinear_336_96
     season      336  7     (DLinear only)
@@ -24,6 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from zoo.checkpoints.rules import Rules, dense_rules
+from zoo.layers.dense import Dense
 from zoo.layers.partition import constrain
 from zoo.layers.patch import torch_default_init
 from zoo.layers.series import bias_init, check_series, decompose
@@ -79,12 +82,14 @@ class Linear(nn.Module):
       horizon: steps that it forecasts, H.
       variates: how many series there are; only with `individual` do weights depend on it.
       individual: weights of its own for every variate.
+      num_classes: logits of so many classes in place of a forecast; 0: a forecast.
     """
 
     context_length: int = 336
     horizon: int = 96
     variates: int = 7
     individual: bool = False
+    num_classes: int = 0
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -95,14 +100,24 @@ class Linear(nn.Module):
 
     def linear(self, name: str) -> TimeLinear:
         """A linear map over time called `name`."""
-        sizes = (self.context_length, self.horizon, self.variates, self.individual)
+        horizon = self.context_length if self.num_classes else self.horizon
+        sizes = (self.context_length, horizon, self.variates, self.individual)
         return TimeLinear(*sizes, self.dtype, self.param_dtype, name=name)
+
+    def read(self, y: Float[Array, "batch horizon variates"]) -> dict[str, Array]:
+        """The forecast, or logits of it."""
+        if not self.num_classes:
+            return {"forecast": y}
+        y = y.reshape(len(y), -1)
+        start = {"kernel_init": torch_default_init, "bias_init": bias_init(y.shape[-1])}
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        return {"logits": Dense(self.num_classes, name="head", **start, **types)(y)}
 
     def __call__(
         self, series: Float[Array, "batch context variates"], train: bool = False
-    ) -> Float[Array, "batch horizon variates"]:
-        """The forecast."""
-        return self.features(series, train)["forecast"]
+    ) -> Float[Array, "batch horizon variates"] | Float[Array, "batch classes"]:
+        """The forecast, or logits."""
+        return self.features(series, train)["logits" if self.num_classes else "forecast"]
 
     @nn.compact
     def features(
@@ -110,7 +125,7 @@ class Linear(nn.Module):
     ) -> dict[str, Array]:
         """The forecast; nothing of it depends on `train`."""
         check_series(self, series, self.context_length, self.variates)
-        return {"forecast": self.linear("linear")(series)}
+        return self.read(self.linear("linear")(series))
 
 
 class NLinear(Linear):
@@ -123,7 +138,7 @@ class NLinear(Linear):
         """The forecast."""
         check_series(self, series, self.context_length, self.variates)
         last = jax.lax.stop_gradient(series[:, -1:])
-        return {"forecast": self.linear("linear")(series - last) + last.astype(self.dtype)}
+        return self.read(self.linear("linear")(series - last) + last.astype(self.dtype))
 
 
 class DLinear(Linear):
@@ -142,8 +157,8 @@ class DLinear(Linear):
         """Both parts, and the forecast."""
         check_series(self, series, self.context_length, self.variates)
         season, trend = decompose(series, self.moving_average)
-        forecast = self.linear("season")(season) + self.linear("trend")(trend)
-        return {"season": season, "trend": trend, "forecast": forecast}
+        y = self.linear("season")(season) + self.linear("trend")(trend)
+        return {"season": season, "trend": trend} | self.read(y)
 
 
 # ---------------------------------------------------------------------------- checkpoints
@@ -158,6 +173,8 @@ CHECKPOINT = {
             for place, name in ((theirs, "shared"), (f"{theirs}.{{c}}", "variate_{c}"))
             for rule in dense_rules(place, f"{ours}/{name}")
         ]
+        + dense_rules("projection", "head"),
+        fresh=("head/kernel", "head/bias"),
     )
 }
 
