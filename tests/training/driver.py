@@ -1,7 +1,7 @@
 """train.py with one thing going wrong: `driver.py EVENT ... train.py's arguments`.
 
 kill:N    SIGKILL itself in the middle of writing checkpoint N
-die:N     SIGKILL itself at step N of this process
+die:N     SIGKILL itself at step N of this process, when there is a checkpoint
 term:N    SIGTERM itself after step N
 limit:N   no file may grow beyond N bytes
 slow:S    every step takes S seconds longer
@@ -14,6 +14,7 @@ import resource
 import signal
 import sys
 import time
+from pathlib import Path
 
 import jax
 from training import tiny
@@ -25,6 +26,7 @@ from zoo.training.program import Program
 
 def main(event, args):
     kind, _, number = event.partition(":")
+    kept = Path(args[args.index("--workdir") + 1]) / "checkpoints" if "--workdir" in args else None
     if kind == "kill":
         write = runs._Json.save
 
@@ -48,6 +50,8 @@ def main(event, args):
             if kind == "slow":
                 time.sleep(float(number))
             elif count[0] == int(number):
+                while kind == "die" and not any(p.name.isdigit() for p in kept.iterdir()):
+                    time.sleep(0.05)
                 os.kill(os.getpid(), signal.SIGKILL if kind == "die" else signal.SIGTERM)
             if kind == "term" and count[0] >= int(number) and jax.process_count() > 1:
                 time.sleep(1.5)  # JAX looks for the signal once a second
