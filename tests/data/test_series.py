@@ -1,5 +1,7 @@
 import datetime
 import importlib.util
+import sys
+import types
 import zipfile
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 from zoo.data import Data, eval_batches, series_archive, train_iterator
 from zoo.data.series import (
     FREQUENCIES,
+    DecomposedWindows,
     HideValues,
     Segments,
     Table,
@@ -293,3 +296,47 @@ def test_japanese_vowels_are_in_the_package():
     train, test = packaged_archive("JapaneseVowels")
     assert (len(train), len(test), len(train.classes)) == (270, 370, 9)
     assert train[0]["series"].shape == test[0]["series"].shape == (29, 12)
+
+
+# ------------------------------------------------------------------------------ decomposition
+
+
+def waves(r, c):
+    return str(np.sin(2 * np.pi * (r / 24 + c / 3)) + r / 100 + 0.1 * np.cos(r * r))
+
+
+def test_what_is_decomposed_ends_with_the_split(tmp_path, monkeypatch):
+    """A later row, which no training window shows, changes no part of one."""
+    table = Table(write(tmp_path / "a.csv", 200, cell=waves))
+    seen = []
+
+    class STL:
+        def __init__(self, x, period):
+            seen.append((x, period))
+
+        def fit(self):
+            (x, _), zeros = seen[-1], np.zeros(len(seen[-1][0]))
+            return types.SimpleNamespace(trend=x, seasonal=zeros, resid=zeros + 1)
+
+    monkeypatch.setitem(sys.modules, "statsmodels.tsa.seasonal", types.SimpleNamespace(STL=STL))
+    for split, stop in (("train", 140), ("val", 160), ("test", 200)):
+        windows = DecomposedWindows(table, split, 8, 4, period=12)
+        example = windows[1]
+        assert [(len(x), period) for x, period in seen[-3:]] == [(stop, 12)] * 3
+        np.testing.assert_array_equal(example["trend"], example["series"])
+        np.testing.assert_array_equal(example["noise"], np.ones((8, 3), "f"))
+        assert example["season"].shape == (8, 3) and example["season"].dtype == np.float32
+    monkeypatch.setitem(sys.modules, "statsmodels.tsa.seasonal", None)
+    with pytest.raises(FileNotFoundError, match="pip install statsmodels"):
+        DecomposedWindows(table, "train", 8, 4)[0]
+
+
+@needs("statsmodels")
+def test_stl_takes_a_trend_and_a_season_apart(tmp_path):
+    windows = DecomposedWindows(Table(write(tmp_path / "a.csv", 400, cell=waves)), "train", 48, 4)
+    example = windows[100]
+    parts = [example[name] for name in ("trend", "season", "noise")]
+    np.testing.assert_allclose(sum(parts), example["series"], atol=1e-5)
+    trend, season, noise = parts
+    assert np.all(np.diff(trend, axis=0) > 0) and np.abs(season.mean(0)).max() < 0.05
+    assert noise.std() < 0.2 * season.std()

@@ -15,7 +15,8 @@ import zoo
 from zoo.checkpoints.rules import CheckpointMismatch
 from zoo.layers.series import moving_average, standardise
 from zoo.models.timeseries import tempo
-from zoo.tasks import Forecasting
+from zoo.tasks import DecomposedForecasting, Forecasting
+from zoo.tasks.forecasting import decomposition_error
 
 
 def series(*shape, key=0):
@@ -133,9 +134,37 @@ def test_given_parts_are_standardised_before_they_are_compared():
     parts = {name: series(2, 32, 2, key=i) for i, name in enumerate(tempo.PARTS)}
     exact = {name: standardise(part)[0] for name, part in parts.items()}
     targets = {name: 3 * part - 2 for name, part in parts.items()}
-    wanted = sum(jnp.mean((parts[name] - exact[name]) ** 2) for name in tempo.PARTS)
-    np.testing.assert_allclose(tempo.decomposition_loss(parts, targets), wanted, rtol=1e-3)
-    assert tempo.decomposition_loss(exact, targets) < 1e-6 < 1e-2 < wanted
+    wanted = sum(jnp.mean((parts[name] - exact[name]) ** 2, (1, 2)) for name in tempo.PARTS)
+    np.testing.assert_allclose(decomposition_error(parts, targets), wanted, rtol=1e-3)
+    assert decomposition_error(exact, targets).max() < 1e-6 < 1e-2 < wanted.min()
+
+
+def test_what_the_loss_adds_reaches_the_maps_that_take_apart_alone(small):
+    model, variables, _ = small
+    model = model.clone(dropout=0.0, depth=1)
+    batch = {"series": series(4, 32, 2), "target": series(4, 12, 2, key=1)}
+    batch |= {name: series(4, 32, 2, key=i + 2) for i, name in enumerate(tempo.PARTS)}
+    both, plain = DecomposedForecasting(weight=10.0), Forecasting()
+
+    @jax.jit
+    def run(variables):
+        def added(variables):
+            loss, aux = both.loss(model, variables, batch, None, True)
+            without, _ = plain.loss(model, variables, batch, None, True)
+            return loss - without, aux["metrics"]["decomposition"].compute()
+
+        return jax.value_and_grad(added, has_aux=True)(variables)
+
+    (added, error), grads = run(variables)
+    np.testing.assert_allclose(added, 10 * error, rtol=1e-3)
+    largest = {name: max(np.abs(g).max() for g in jax.tree.leaves(tree))
+               for name, tree in grads["params"].items()}  # fmt: skip
+    own = {"trend", "season_mlp", "series_scale", "series_shift"}
+    assert all(largest[name] > 0.1 for name in own), largest
+    assert all(value < 1e-3 for name, value in largest.items() if name not in own), largest
+    lacking = {name: part for name, part in batch.items() if name != "noise"}
+    with pytest.raises(ValueError, match="the batch has no 'noise', which Decomposed"):
+        jax.eval_shape(lambda: both.loss(model, variables, lacking, None, True)[0])
 
 
 # ------------------------------------------------------------------------- a published GPT-2

@@ -367,6 +367,46 @@ class Windows:
 
 
 @dataclass(frozen=True)
+class DecomposedWindows(Windows):
+    """Windows that also have `trend`, `season` and `noise` of what was seen, `[context, variates]`.
+
+    Their sum is `series`. They are parts of the whole column up to the end of the split, by STL
+    (Cleveland et al., 1990) of the package statsmodels; the code of TEMPO, which needs them as
+    targets, decomposes the rows of later splits, too.
+
+    Attributes:
+      period: steps of the season. TEMPO: 24 for hours, 96 for quarters of an hour.
+
+    Raises:
+      FileNotFoundError: without the package, when the first window is read.
+    """
+
+    period: int = 24
+
+    @functools.cached_property
+    def _parts(self) -> dict[str, np.ndarray]:
+        try:
+            from statsmodels.tsa.seasonal import STL
+        except ImportError:
+            raise FileNotFoundError(
+                "STL is in the package statsmodels, which is not installed: pip install statsmodels"
+            ) from None
+        _, stop = self.table.rows(self.split)
+        each = [STL(x, self.period).fit() for x in self.table.scaled[:stop].T.astype(np.float64)]
+        names = {"trend": "trend", "season": "seasonal", "noise": "resid"}
+        return {
+            ours: np.stack([getattr(one, theirs) for one in each], 1).astype(np.float32)
+            for ours, theirs in names.items()
+        }
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = super().__getitem__(index)
+        start = self._first + index
+        rows = slice(start, start + self.context_length)
+        return example | {name: part[rows] for name, part in self._parts.items()}
+
+
+@dataclass(frozen=True)
 class Segments:
     """Windows to reconstruct, for anomaly detection: `series [length, variates]`, scaled.
 

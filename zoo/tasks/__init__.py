@@ -2,7 +2,7 @@
 
 from zoo.tasks.anomaly_detection import AnomalyDetection
 from zoo.tasks.classification import Classification
-from zoo.tasks.forecasting import Forecasting
+from zoo.tasks.forecasting import DecomposedForecasting, Forecasting
 from zoo.tasks.imputation import Imputation
 from zoo.tasks.language_modelling import LanguageModelling
 from zoo.tasks.masked_language_modelling import MaskedLanguageModelling
@@ -13,6 +13,7 @@ from zoo.tasks.series_classification import SeriesClassification
 __all__ = [
     "AnomalyDetection",
     "Classification",
+    "DecomposedForecasting",
     "Forecasting",
     "Imputation",
     "LanguageModelling",

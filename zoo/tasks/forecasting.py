@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from zoo.layers.series import standardise
 from zoo.tasks.apply import apply_model, zeros_like_inputs
 from zoo.tasks.metrics import Mean
 
@@ -96,6 +97,61 @@ class Forecasting:
         squared = Mean.of((error**2).mean((1, 2)), batch.get("valid"))
         absolute = Mean.of(jnp.abs(error).mean((1, 2)), batch.get("valid"))
         return {"loss": squared, "mse": squared, "mae": absolute}
+
+
+def decomposition_error(
+    parts: Mapping[str, Array], targets: Mapping[str, Float[Array, "batch context variates"]]
+) -> Float[Array, "batch"]:
+    """How far learned parts of a series are from given ones: the sum of their squared errors.
+
+    Args:
+      parts: what a model takes its series apart into, by name; others may be among them.
+      targets: what it should be, by the same names; each is standardised first, by itself.
+    """
+    errors = (parts[name] - standardise(target)[0] for name, target in targets.items())
+    return sum((error.astype(jnp.float32) ** 2).mean((1, 2)) for error in errors)
+
+
+@dataclass(frozen=True)
+class DecomposedForecasting(Forecasting):
+    """`Forecasting` of a model that learns to take its series apart, and is told how to (TEMPO).
+
+    The loss is the squared error plus `weight` times the `decomposition_error`; the metrics are
+    those of `Forecasting`. Batches for training are those of `zoo.data.series.DecomposedWindows`.
+
+    Attributes:
+      weight: of the decomposition. TEMPO's code: 0.01, its scripts 0.001.
+      parts: features of the model, and what the batch has for each under the same name.
+    """
+
+    weight: float = 0.01
+    parts: tuple[str, ...] = ("trend", "season", "noise")
+
+    def loss(
+        self,
+        model: nn.Module,
+        variables: Mapping[str, Any],
+        batch: Mapping[str, Array],
+        rng: Array | None,
+        train: bool,
+    ) -> tuple[Float[Array, ""], dict[str, Any]]:
+        """Both errors of the valid windows, weighted; aux as for every task.
+
+        Raises:
+          ValueError: if the model or the batch lacks a part.
+        """
+        out, collections = apply_model(model, variables, batch, rng, train, method="features")
+        for place, has in ((f"{type(model).__name__} gives", out), ("the batch has", batch)):
+            if missing := [name for name in self.parts if name not in has]:
+                raise ValueError(
+                    f"{place} no {missing[0]!r}, which {type(self).__name__} compares; use TEMPO "
+                    "and zoo.data.series.DecomposedWindows, or Forecasting."
+                )
+        error = decomposition_error(out, {name: batch[name] for name in self.parts})
+        metrics = self._metrics(model, out["forecast"], batch)
+        metrics["decomposition"] = Mean.of(error, batch.get("valid"))
+        loss = metrics["loss"].compute() + self.weight * metrics["decomposition"].compute()
+        return loss, {"metrics": metrics, "collections": collections}
 
 
 def draw_forecasts(

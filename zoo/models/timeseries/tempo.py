@@ -20,10 +20,12 @@ published GPT-2 like this, all that GPT-2 does not have at its initialisation:
     mask = trained(variables["params"])               what the authors train then
 
 Paper and code differ, and we follow the code: the paper decomposes by STL, the code learns to, and
-STL gives only targets (`decomposition_loss`, which they add to the squared error times 0.001 or
-0.01). The summary of the patches `[P, channels]` reads them as `[channels, P]` without transposing,
-and no gradient reaches keys and summary. The files hold maps that the model never uses (`unused`).
-Left out: forecasts as Student's t, heads that read the prompts, too, and models without prompts.
+STL gives only targets, whose error they add to the squared one times 0.001 or 0.01: here that is
+`zoo.tasks.DecomposedForecasting` on `zoo.data.series.DecomposedWindows`. (Their newest script adds
+it for some of its models only, not for the one it calls TEMPO.) The summary of the patches
+`[P, channels]` reads them as `[channels, P]` without transposing, and no gradient reaches keys and
+summary. The files hold maps that the model never uses (`unused`). Left out: forecasts as Student's
+t, heads that read the prompts, too, and models without prompts.
 
     features    tempo_80m_v1
     trend       336   1
@@ -312,20 +314,6 @@ class TEMPO(nn.Module):
                 f"than the {self.max_positions} positions of this GPT-2; choose a longer stride or "
                 "a shorter context_length."
             )
-
-
-def decomposition_loss(
-    features: Mapping[str, Array], targets: Mapping[str, Float[Array, "batch context variates"]]
-) -> Float[Array, ""]:
-    """How far the learned parts are from given ones: the sum of three mean squared errors.
-
-    Args:
-      features: of the model.
-      targets: trend, season and noise of its series, as STL or whoever made the series has them;
-        each is standardised first, by itself.
-    """
-    errors = (features[name] - standardise(targets[name])[0] for name in PARTS)
-    return sum(jnp.mean(error**2) for error in errors)
 
 
 def trained(params: Mapping[str, Any]) -> Any:
