@@ -97,10 +97,8 @@ def test_each_name_leads_to_the_file_that_defines_it(system):
     module = importlib.import_module(system)
     for name, variant in module.VARIANTS.items():
         assert zoo.info(name) is variant
-        home = registry.system(name)  # spiking networks have a file of their own beside LMUFormer
-        assert home is module or (system.endswith("lmuformer") and home.CHECKPOINT)
+        assert registry.system(name) is registry.system(variant.create()) is module
         assert variant.paper and variant.licence and variant.task
-        assert registry.system(variant.create()) is home
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,8 @@ SYSTEMS: dict[str, tuple[str, ...]] = {
     "zoo.models.timeseries.s_mamba": ("s_mamba_*",),
     "zoo.models.timeseries.gateformer": ("gateformer_*",),
     "zoo.models.timeseries.patchtst": ("patchtst_*",),
-    "zoo.models.signal.lmuformer": ("lmuformer_*", "slmu_rnn_*", "attn_ms_*"),
+    "zoo.models.signal.lmuformer": ("lmuformer_*",),
+    "zoo.models.signal.spiking": ("slmu_rnn_*", "attn_ms_*", "spiking_*"),
     "zoo.models.signal.dynamicformer": ("dynamicformer_*",),
 }
 

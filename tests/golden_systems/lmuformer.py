@@ -7,7 +7,7 @@ import golden
 
 from zoo.models.signal.lmu import impulse_response, legendre, memory_size
 from zoo.models.signal.lmuformer import LMUFormer
-from zoo.models.signal.spiking import PostLMUFormer, SpikingTransformer
+from zoo.models.signal.spiking import SpikingNetwork
 
 OTHERS = ("slmu_rnn_conv1d", "attn_ms_conv1d")
 MODELS = ("lmu_rnn_conv1d", "slmu_rnn_ms_conv1d", *OTHERS)
@@ -48,11 +48,7 @@ def _other(
     case: golden.Case, name: str, heads: int, fields: dict[str, Any]
 ) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     """The networks of `zoo.models.signal.spiking`."""
-    if name == "slmu_rnn_conv1d":
-        model = PostLMUFormer(**fields)
-    else:
-        del fields["theta"]
-        model = SpikingTransformer(num_heads=heads, **fields)
+    model = SpikingNetwork(num_heads=0 if name == "slmu_rnn_conv1d" else heads, **fields)
     run = golden.features(model, case.input("x"))
 
     def outputs(variables: dict) -> golden.Outputs:

@@ -51,12 +51,14 @@ def initialised(name):
     model = zoo.create(name)
     variables = jax.jit(model.init)(jax.random.key(0), **example(model, 1))
 
-    def grow(p):
+    def grow(path, p):
         if p.ndim == 2 and not np.any(p):  # no gradient passes LoRA's second matrix at first
             return 0.1 * jax.random.normal(jax.random.key(1), p.shape, p.dtype)
+        if re.search(r"fire\w*/norm/scale", jax.tree_util.keystr(path, simple=True, separator="/")):
+            return p * 5  # neurons fire
         return p * 4 if p.ndim > 1 and jnp.std(p) < 0.1 else p
 
-    return model, jax.tree.map(grow, variables)
+    return model, jax.tree_util.tree_map_with_path(grow, variables)
 
 
 def parameter_shapes(name):

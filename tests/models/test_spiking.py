@@ -71,6 +71,14 @@ def test_attention_sees_what_comes_later_and_memory_does_not():
         assert (before > 0) == sees
 
 
+def test_half_precision_fires_the_same_neurons():
+    model, variables, series = network("slmu_rnn_conv1d", "memory", theta=24.0)
+    exact, _ = spikes(model, variables, series)
+    rough, out = spikes(model.clone(dtype=jnp.bfloat16), variables, series)
+    assert out["logits"].dtype == jnp.bfloat16
+    jax.tree.map(np.testing.assert_array_equal, rough, exact)
+
+
 def test_gradients_pass_the_spikes():
     model, variables, series = network("slmu_rnn_conv1d", "memory", theta=24.0)
 

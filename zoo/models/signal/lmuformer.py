@@ -60,7 +60,6 @@ from zoo.models.signal.lmu import (
     stored_system,
     types_of,
 )
-from zoo.models.signal.spiking import PostLMUFormer, SpikingTransformer
 from zoo.registry import Variant
 
 # --------------------------------------------------------------------------------- blocks
@@ -330,11 +329,9 @@ CHECKPOINT = {
 # ------------------------------------------------------------------------------- variants
 
 
-def _variant(
-    params: int | None, accuracy: float | None, module: type[nn.Module] = LMUFormer, **fields: Any
-) -> Variant:
+def _variant(params: int | None, accuracy: float | None, **fields: Any) -> Variant:
     return Variant(
-        module=module,
+        module=LMUFormer,
         fields=fields,
         task="series_classification",
         params=params,
@@ -349,8 +346,6 @@ def _variant(
 VARIANTS = {
     "lmuformer_gsc": _variant(1_621_796, 96.53),
     "lmuformer_spiking_gsc": _variant(1_689_894, 96.12, spiking=True),
-    "slmu_rnn_conv1d": _variant(1_689_382, None, PostLMUFormer),
-    "attn_ms_conv1d": _variant(1_689_379, None, SpikingTransformer),
     "lmuformer_test": _variant(
         None, None, context_length=32, variates=6, num_classes=5, embed_dim=24, theta=32.0
     ),

@@ -2,8 +2,8 @@
 
 Liu et al., "LMUFormer: Low Complexity Yet Powerful Spiking Model With Legendre Memory Units", ICLR
 2024, arXiv 2402.04882. Official code: github.com/zeyuliu1037/LMUFormer (MIT), which we follow; no
-weights of these two are published. Their parts are those of `zoo.models.signal.lmu`, and their
-variants stand in `zoo.models.signal.lmuformer`; F is BatchNorm and then neurons:
+weights of these two are published. Their parts are those of `zoo.models.signal.lmu`; F is BatchNorm
+and then neurons:
 
     PostLMUFormer          `slmu_rnn_conv1d`: the spiking LMUFormer with each F behind its map
         embed              x = F(conv(x)) four times;  x + F(conv(x))
@@ -13,10 +13,12 @@ variants stand in `zoo.models.signal.lmuformer`; F is BatchNorm and then neurons
                            q, k, v = F(W F(x)), zeros and ones; no softmax; F' without BatchNorm
 
 The sum of spikes, and not spikes, is what goes from block to block of the first. q k^T v of the
-second is the same in both orders, to the bit: its terms are whole numbers. Time of the neurons is
-that of the series, but attention sees all of it, so that this network cannot stream; the first
-could, and is here in its parallel form only. The official embedding of the first drops its
-arguments and so has 128 mel bands and 256 channels whatever one asks for; ours has what one asks.
+second is the same in both orders, to the bit: its terms are whole numbers. Neurons and what feeds
+them are float32 whatever `dtype` says: a rounded current fires other neurons, and these others
+again. Time of the neurons is that of the series, but attention sees all of it, so that this network
+cannot stream; the first could, and is here in its parallel form only. The official embedding of the
+first drops its arguments and so has 128 mel bands and 256 channels whatever one asks for; ours has
+what one asks. Both are a `SpikingNetwork`, the second where it has heads.
 
     features    attn_ms_conv1d
     embed       128  256
@@ -51,6 +53,7 @@ from zoo.models.signal.lmu import (
     stored_system,
     types_of,
 )
+from zoo.registry import Variant
 
 
 def _fire(module: nn.Module, train: bool, name: str, x: Array) -> Array:
@@ -196,60 +199,31 @@ class AttentionBlock(nn.Module):
 # ----------------------------------------------------------------------------------- models
 
 
-class PostLMUFormer(nn.Module):
-    """Spiking LMUFormer with neurons behind its maps; fields are those of `LMUFormer`."""
+class SpikingNetwork(nn.Module):
+    """Either network.
+
+    Attributes:
+      context_length: frames of a series.
+      variates: numbers of a frame (mel bands).
+      num_heads: of the SpikingTransformer's attention; 0: the PostLMUFormer's memory.
+      theta: frames that the memory holds.
+    """
 
     context_length: int = 128
     variates: int = 128
     num_classes: int = 35
     embed_dim: int = 256
     depth: int = 1
+    num_heads: int = 0
     mlp_ratio: float = 4.0
     theta: float = 128.0
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
-    def example_inputs(self, batch_size: int = 1) -> dict[str, Any]:
+    def example_inputs(self, batch_size: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of the arguments of `__call__`."""
-        return _example_inputs(self, batch_size)
-
-    def __call__(
-        self, series: Float[Array, "batch length variates"], train: bool = False
-    ) -> Float[Array, "batch classes"]:
-        """Logits."""
-        return self.features(series, train)["logits"]
-
-    @nn.compact
-    def features(
-        self, series: Float[Array, "batch length variates"], train: bool = False
-    ) -> dict[str, Array]:
-        """Every named map."""
-        check_series(self, series, self.context_length, self.variates)
-        types = types_of(self)
-        x = PostEmbed(self.embed_dim, name="embed", **types)(series, train)
-        out = {"embed": x}
-        sizes = (int(self.embed_dim * self.mlp_ratio), self.theta)
-        for i in range(self.depth):
-            x = out[f"block{i + 1}"] = PostBlock(*sizes, name=f"layers_{i}", **types)(x, train)
-        return out | {"logits": _logits(self, x)}
-
-
-class SpikingTransformer(nn.Module):
-    """Spiking transformer: `SpikingAttention` in place of LMUFormer's memory."""
-
-    context_length: int = 128
-    variates: int = 128
-    num_classes: int = 35
-    embed_dim: int = 256
-    depth: int = 1
-    num_heads: int = 16
-    mlp_ratio: float = 4.0
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    def example_inputs(self, batch_size: int = 1) -> dict[str, Any]:
-        """Shapes of the arguments of `__call__`."""
-        return _example_inputs(self, batch_size)
+        shape = (batch_size, self.context_length, self.variates)
+        return {"series": jax.ShapeDtypeStruct(shape, jnp.float32)}
 
     def __call__(
         self, series: Float[Array, "batch length variates"], train: bool = False
@@ -263,25 +237,20 @@ class SpikingTransformer(nn.Module):
     ) -> dict[str, Array]:
         """Every named map (see the table above)."""
         check_series(self, series, self.context_length, self.variates)
-        types = types_of(self)
-        x, _ = Embed(self.embed_dim, True, name="embed", **types)(series, None, None, train)
+        types, attends = {"dtype": jnp.float32, "param_dtype": self.param_dtype}, self.num_heads > 0
+        hidden = int(self.embed_dim * self.mlp_ratio)
+        if attends:
+            block = partial(AttentionBlock, hidden, self.num_heads, **types)
+            x, _ = Embed(self.embed_dim, True, name="embed", **types)(series, None, None, train)
+        else:
+            block = partial(PostBlock, hidden, self.theta, **types)
+            x = PostEmbed(self.embed_dim, name="embed", **types)(series, train)
         out = {"embed": x}
-        sizes = (int(self.embed_dim * self.mlp_ratio), self.num_heads)
         for i in range(self.depth):
-            x = AttentionBlock(*sizes, name=f"layers_{i}", **types)(x, train)
-            out[f"block{i + 1}"] = x
-        return out | {"logits": _logits(self, _fire(self, train, "fire", x))}
-
-
-def _example_inputs(model: nn.Module, batch_size: int) -> dict[str, Any]:
-    shape = (batch_size, model.context_length, model.variates)
-    return {"series": jax.ShapeDtypeStruct(shape, jnp.float32)}
-
-
-def _logits(model: nn.Module, x: Float[Array, "batch length channels"]) -> Array:
-    """The head of the mean over time."""
-    head = nn.Dense(model.num_classes, kernel_init=init, name="head", **types_of(model))
-    return head(x.astype(jnp.float32).mean(1))
+            x = out[f"block{i + 1}"] = block(name=f"layers_{i}")(x, train)
+        x = Fire(name="fire", **types)(x, None, None, train)[0] if attends else x
+        head = nn.Dense(self.num_classes, kernel_init=init, name="head", **types_of(self))
+        return out | {"logits": head(x.astype(jnp.float32).mean(1))}
 
 
 # ---------------------------------------------------------------------------- checkpoints
@@ -322,12 +291,21 @@ def _rules(rules: list[Rule], norms: list[tuple[str, str]], more: dict[str, Any]
     return Rules(rules, derived=derived | more, fresh=("head/kernel", "head/bias"))
 
 
-def _system(name: str, model: PostLMUFormer, i: int) -> np.ndarray:
+def _system(name: str, model: SpikingNetwork, i: int) -> np.ndarray:
     order = memory_size(model.embed_dim, True)
     return stored_system(name, order, model.theta, model.context_length)
 
 
 CHECKPOINT = {
+    "memory": _rules(
+        [
+            *dense_rules(f"{_BLOCK}.attn.lmu.W_u", f"{_LAYER}/memory/write"),
+            *dense_rules(f"{_BLOCK}.attn.lmu.W_h", f"{_LAYER}/memory/read"),
+            *pointwise_rules(f"{_BLOCK}.attn.proj_conv", f"{_LAYER}/memory/out"),
+        ],
+        _POST_NORMS,
+        {f"{_BLOCK}.attn.lmu.{n}": partial(_system, n) for n in ("A", "B", "H", "fft_H")},
+    ),
     "attention": _rules(
         [
             *(
@@ -339,13 +317,25 @@ CHECKPOINT = {
         _ATTENTION_NORMS,
         {},
     ),
-    "memory": _rules(
-        [
-            *dense_rules(f"{_BLOCK}.attn.lmu.W_u", f"{_LAYER}/memory/write"),
-            *dense_rules(f"{_BLOCK}.attn.lmu.W_h", f"{_LAYER}/memory/read"),
-            *pointwise_rules(f"{_BLOCK}.attn.proj_conv", f"{_LAYER}/memory/out"),
-        ],
-        _POST_NORMS,
-        {f"{_BLOCK}.attn.lmu.{n}": partial(_system, n) for n in ("A", "B", "H", "fft_H")},
+}
+"""`zoo.export` of the SpikingTransformer wants `layout="attention"`."""
+
+# ------------------------------------------------------------------------------- variants
+
+_COMMON = dict(
+    module=SpikingNetwork,
+    task="series_classification",
+    paper="LMUFormer: Low Complexity Yet Powerful Spiking Model With Legendre Memory Units, "
+    "arXiv 2402.04882",
+    code="github.com/zeyuliu1037/LMUFormer",
+    licence="MIT",
+)
+
+VARIANTS = {
+    "slmu_rnn_conv1d": Variant(fields={}, params=1_689_382, **_COMMON),
+    "attn_ms_conv1d": Variant(fields=dict(num_heads=16), params=1_689_379, **_COMMON),
+    "spiking_test": Variant(
+        fields=dict(context_length=32, variates=6, num_classes=5, embed_dim=24, theta=32.0),
+        **_COMMON,
     ),
 }
