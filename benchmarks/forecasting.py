@@ -1,7 +1,7 @@
 """Every forecaster on one real series, with one budget, beside forecasts that learn nothing.
 
     pip install --no-deps hyperts==0.2.2         # carries the series
-    python benchmarks/forecasting.py             # all, three seeds: ten minutes on two quiet cores
+    python benchmarks/forecasting.py             # all, three seeds; half an hour on two busy cores
     python benchmarks/forecasting.py --models dlinear itransformer --seeds 1 --steps 100
 
 The series is that of `configs/timeseries/itransformer.py`: hourly network traffic, a day from the
@@ -101,7 +101,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, list[float]]:
 
 
 def baselines() -> dict[str, dict[str, list[float]]]:
-    """Errors of the last value, the day before, the week before and the mean, repeated."""
+    """Errors of the day before, the week before, the last value and the week's mean, repeated."""
     windows = Windows(network_traffic(), "test", CONTEXT, HORIZON)
     examples = [windows[i] for i in range(len(windows))]
     past, future = (np.stack([e[key] for e in examples]) for key in ("series", "target"))
@@ -109,7 +109,7 @@ def baselines() -> dict[str, dict[str, list[float]]]:
         "the day before": past[:, -DAY:],
         "the week before": past[:, -7 * DAY :][:, :HORIZON],
         "the last value": past[:, -1:],
-        "the mean of the week": past.mean(1, keepdims=True),
+        "the week's mean": past.mean(1, keepdims=True),
     }
     return {
         name: {"mse": [float(np.mean((y - future) ** 2))],

@@ -105,8 +105,17 @@ def test_examples_hold_every_number_of_the_genera():
     assert count == airy_rows(2, 3) and not example["airy"][count:].any()
 
 
+def test_a_bound_of_the_euler_characteristic_leaves_a_low_genus_more_points():
+    source = IntersectionNumbers((1, 2), 5, airy_rows(1, 4), euler=4)
+    sizes = {tuple(source[i]["sizes"].astype(int).tolist()) for i in range(len(source))}
+    assert sizes == {(1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2)}
+    assert source[0]["exponents"].shape == (5,)
+
+
 def test_data_that_cannot_be_is_refused():
     with pytest.raises(ValueError, match="rows=24 do not hold the 25 entries of B in genus 2"):
         IntersectionNumbers((1, 2), 3, 24)
+    with pytest.raises(ValueError, match=r"euler=0 leaves no number of genera=\(1, 2\); raise it"):
+        IntersectionNumbers((1, 2), 3, 24, euler=0)
     with pytest.raises(ValueError, match=r"genera=\(0, 1\) need to be positive"):
         IntersectionNumbers((0, 1), 3, 24)

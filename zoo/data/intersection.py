@@ -192,30 +192,42 @@ class IntersectionNumbers:
     Attributes:
       genera: 1 or more each.
       points: there are 1 to so many marked points.
-      rows: of `airy`; at least `airy_rows` of the largest genus.
+      rows: of `airy`; at least `airy_rows` of every genus and number of points.
+      euler: bound of 2g - 2 + n, so that a low genus may have more points; None: none.
 
     Raises:
-      ValueError: if a genus has no number with one marked point, or B has more rows.
+      ValueError: if a genus has no number with one marked point, no number is left, or B has more
+        rows.
     """
 
     genera: tuple[int, ...]
     points: int
     rows: int
+    euler: int | None = None
 
     def __post_init__(self) -> None:
         if not self.genera or min(self.genera) < 1:
             raise ValueError(f"genera={self.genera} need to be positive, and at least one.")
-        needed = airy_rows(max(self.genera), self.points)
-        if needed > self.rows:
+        if not self._sizes:
+            raise ValueError(
+                f"euler={self.euler} leaves no number of genera={self.genera}; raise it."
+            )
+        g, n = max(self._sizes, key=lambda size: 3 * size[0] + size[1])
+        if (needed := airy_rows(g, n)) > self.rows:
             raise ValueError(
                 f"rows={self.rows} do not hold the {needed} entries of B in genus "
-                f"{max(self.genera)} with {self.points} points; give as many rows."
+                f"{g} with {n} points; give as many rows."
             )
+
+    @property
+    def _sizes(self) -> list[tuple[int, int]]:
+        """Every genus with every number of points."""
+        sizes = product(self.genera, range(1, self.points + 1))
+        return [(g, n) for g, n in sizes if self.euler is None or 2 * g - 2 + n <= self.euler]
 
     @functools.cached_property
     def _exponents(self) -> list[tuple[int, ...]]:
-        sizes = product(self.genera, range(1, self.points + 1))
-        return [d for g, n in sizes for d in exponents(g, n)]
+        return [d for g, n in self._sizes for d in exponents(g, n)]
 
     def __len__(self) -> int:
         return len(self._exponents)
