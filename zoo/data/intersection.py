@@ -193,7 +193,8 @@ class IntersectionNumbers:
       genera: 1 or more each.
       points: there are 1 to so many marked points.
       rows: of `airy`; at least `airy_rows` of every genus and number of points.
-      euler: bound of 2g - 2 + n, so that a low genus may have more points; None: none.
+      euler: bound of 2g - 2 + n, so that a low genus may have more points (the authors': 35); None:
+        none.
 
     Raises:
       ValueError: if a genus has no number with one marked point, no number is left, or B has more
