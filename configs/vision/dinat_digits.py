@@ -7,8 +7,7 @@ minute on two CPU cores; expected accuracy on the held-out images 97 % (97.5 % m
 authors' code with this recipe: 97.2 %).
 """
 
-from zoo.data import Data, Digits
-from zoo.data.transforms import Normalize, Resize
+from zoo.data.digits import enlarged_digits
 from zoo.tasks import Classification
 from zoo.training import Checkpointing, Model, Optimizer, TrainConfig
 
@@ -18,18 +17,10 @@ STEPS = EPOCHS * 1437 // BATCH
 
 def get_config() -> TrainConfig:
     """The configuration."""
-    transforms = (Resize(SIZE, "bilinear"), Normalize((0.5,), (0.5,)))
     return TrainConfig(
         model=Model("dinat_test", {"in_channels": 1}),
         task=Classification(),
-        data=Data(
-            train=Digits("train"),
-            eval=Digits("test"),
-            train_transforms=transforms,
-            eval_transforms=transforms,
-            batch_size=BATCH,
-            eval_batch_size=120,
-        ),
+        data=enlarged_digits(SIZE, BATCH),
         optimizer=Optimizer(
             learning_rate=4e-3,
             schedule="one_cycle",
