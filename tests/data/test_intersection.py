@@ -106,7 +106,7 @@ def test_examples_hold_every_number_of_the_genera():
 
 
 def test_a_bound_of_the_euler_characteristic_leaves_a_low_genus_more_points():
-    source = IntersectionNumbers((1, 2), 5, airy_rows(1, 4), euler=4)
+    source = IntersectionNumbers((1, 2), 5, airy_rows(2, 2), euler=4)
     sizes = {tuple(source[i]["sizes"].astype(int).tolist()) for i in range(len(source))}
     assert sizes == {(1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2)}
     assert source[0]["exponents"].shape == (5,)
