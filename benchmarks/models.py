@@ -4,6 +4,7 @@
     python benchmarks/models.py              # ViT-S/16, Swin-T, BERT-base; batch 8, float32
     python benchmarks/models.py --models swin_tiny_patch4_window7_224 --rounds 21
     python benchmarks/models.py --models swin_tiny_patch244_window877_kinetics400_1k --batch 1
+    python benchmarks/models.py --static     # windowed backbones on a TPU v5e; no torch, no TPU
 
 Both run in this process on the same cores, with the same weights (converted by `zoo.convert`, and
 given back by `zoo.export` bit for bit, or the benchmark stops), in turn: torch, zoo, torch, zoo,
@@ -12,6 +13,14 @@ largest difference of the outputs beside their scale, the seconds XLA takes to c
 the seconds from a created model to the end of its first training step (tracing, compiling,
 initialising and running). A step is forward, cross-entropy loss, backward and an AdamW update of
 float32 parameters. Video Swin is measured against torchvision's, on clips of size `--clip`.
+
+`--static` compiles forward and the gradient of the loss for one v5e (needs libtpu), computing in
+bfloat16 with float32 parameters, once with the windows and neighbourhoods by XLA and once by the
+Pallas kernels. As `zoo plan` does, it stops each compile at the program that is scheduled and has
+its buffers: `HBM` is what XLA assigned, arguments and results included; `moved` is the traffic by
+the operands and results of that program's instructions, loops as often as they run
+(`zoo.training.hlo`). A kernel's call counts its operands and results once, whatever it reads in
+again: there Pallas looks better than it may be. Nothing here is a time.
 """
 
 import argparse
@@ -19,14 +28,27 @@ import json
 import os
 import platform
 import statistics
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # the compilation has to be measured, not found in a cache
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 
 MODELS = ("vit_small_patch16_224", "swin_tiny_patch4_window7_224", "bert_base_uncased")
+WINDOWED = (
+    "swin_tiny_patch4_window7_224",
+    "swin_vsa_tiny_window7_224",
+    "CSWin_64_12211_tiny_224",
+    "ViTAEv2_VSA_S",
+    "dinat_tiny",
+    "swin_tiny_patch244_window877_kinetics400_1k",
+)
 CLASSES, CLIP_CLASSES = 1000, 400
 
 
@@ -177,10 +199,81 @@ def interleaved(first: Callable, second: Callable, rounds: int) -> tuple[list, l
     return times
 
 
+def compile_static(name: str, backward: bool, implementation: str, batch: int, clip) -> None:
+    """Compile one pass of a model for a v5e, its windows and neighbourhoods by an implementation.
+
+    Only these: other attention runs as always on a TPU.
+    """
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    import kernels_pallas
+    import zoo
+    from kernels_pallas import aot
+
+    size = {"clip_size": tuple(clip)} if "patch244" in name else {}
+    model = zoo.create(name, drop_path=0.0, dtype=jnp.bfloat16, **size)
+    (inputs,) = model.example_inputs(batch).values()
+    variables = jax.eval_shape(model.init, jax.random.key(0), inputs)
+    labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
+
+    def loss(params, variables, inputs, labels):
+        logits = model.apply({**variables, "params": params}, inputs).astype(jnp.float32)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    def measured(variables, inputs, labels):
+        if not backward:
+            return model.apply(variables, inputs)
+        return jax.grad(loss)(variables["params"], variables, inputs, labels)
+
+    operations = {
+        operation: partial(getattr(kernels_pallas, operation), implementation=implementation)
+        for operation in ("window_attention", "neighborhood_attention")
+    }
+    with mock.patch.multiple(kernels_pallas, **operations):
+        aot.compile_for_tpu(measured, variables, inputs, labels, mesh=aot.tpu_mesh("v5e"))
+
+
+def static(names, batch: int, clip) -> dict:
+    """Prints Markdown rows, XLA beside Pallas; returns the figures, in bytes."""
+    from zoo.training import plan
+
+    print("| model | batch | pass | HBM MB: XLA | Pallas | moved MB: XLA | Pallas | kernel calls |")
+    print("|---|---|---|---|---|---|---|---|")
+    figures = {}
+    for name in names:
+        count = max(1, batch // 8) if "patch244" in name else batch
+        for backward in (False, True):
+            found = {}
+            for implementation in ("xla", "pallas_tpu"):
+                request = json.dumps([name, backward, implementation, count, clip])
+                command = [sys.executable, __file__, "--compile", request]
+                with tempfile.TemporaryDirectory() as folder:
+                    program = plan.scheduled(command, Path(folder), "measured")
+                    if program is None:
+                        log = (Path(folder) / "log.txt").read_text()
+                        raise SystemExit(f"{request} did not compile:\n{log[-2000:]}")
+                module, (hbm, _) = program
+                calls = sum(
+                    'custom_call_target="tpu_custom_call"' in instruction.text
+                    for computation in module.computations.values()
+                    for instruction in computation.instructions.values()
+                )
+                found[implementation] = {"hbm": hbm, "moved": module.traffic(), "kernels": calls}
+            xla, ours = found.values()
+            which = "gradient" if backward else "forward"
+            cells = (f"{f[k] / 1e6:,.0f}" for k in ("hbm", "moved") for f in (xla, ours))
+            row = (name, str(count), which, *cells, str(ours["kernels"]))
+            print(f"| {' | '.join(row)} |", flush=True)
+            figures[f"{name} {which}"] = found
+    return figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=MODELS)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--models", nargs="+", help="names (default: those named above)")
+    parser.add_argument("--batch", type=int, help="default: 8; static: 64, and an eighth of clips")
     parser.add_argument("--length", type=int, default=128, help="tokens a text")
     parser.add_argument(
         "--clip",
@@ -193,7 +286,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", help="also write the figures to this file")
+    parser.add_argument("--static", action="store_true", help="compile for a TPU, run nothing")
+    parser.add_argument("--compile", help=argparse.SUPPRESS)  # one program of --static
     args = parser.parse_args()
+    if args.compile:
+        return compile_static(*json.loads(args.compile))
+    figures = (
+        measure(args)
+        if not args.static
+        else static(args.models or WINDOWED, args.batch or 64, args.clip)
+    )
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(figures, file, indent=2)
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """Prints a row for each model, PyTorch beside the zoo; returns the figures."""
+    args.batch = args.batch or 8
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     import jax
@@ -210,7 +320,7 @@ def main() -> None:
     columns = ("torch", "zoo", "ratio", "torch", "zoo", "ratio", "s", "step s", "error")
     print(row.format("model", *columns))
     figures = {}
-    for name in args.models:
+    for name in args.models or MODELS:
         forward, step, state, want = torch_runs(name, args)
         zoo_forward, zoo_step, got, compile_s, first_s = zoo_runs(name, args, state)
         error = np.abs(got - want).max() / np.abs(want).max()
@@ -240,9 +350,7 @@ def main() -> None:
             "first_step_s": first_s,
             "relative_error": float(error),
         }
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(figures, file, indent=2)
+    return figures
 
 
 if __name__ == "__main__":

@@ -296,12 +296,23 @@ def find_chip(topology: str) -> Chip:
 # ---------------------------------------------------------------------------- the compiler
 
 
-DUMP = "dump/*.jit_train_step.*after_optimizations"
 OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED.*?\(?([\d.]+)([KMGT])\)? (?:exceeds|of)", re.S)
 
 
-def _compile(folder: Path) -> Any:
-    """Run `compile_in` in a process: the module and its memory, or the bytes it would need."""
+def scheduled(
+    command: Sequence[str], folder: Path, name: str
+) -> tuple[hlo.Module, tuple[int, int]] | None:
+    """Run a process until XLA has scheduled a function's program and assigned its buffers.
+
+    Args:
+      command: of the process, which compiles for TPU; its output goes to `log.txt`.
+      folder: an empty one for the compiler's files.
+      name: of the jitted function.
+
+    Returns:
+      The program, and the bytes it takes of the chip's and of the host's memory; None if the
+      process ended before.
+    """
     flags = f"--xla_dump_to={folder}/dump --xla_dump_hlo_as_text"
     env = {
         **os.environ,
@@ -310,19 +321,35 @@ def _compile(folder: Path) -> Any:
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}",
     }
-    code = f"from zoo.training.plan import compile_in; compile_in({str(folder)!r})"
+    dump = f"dump/*.jit_{name}.*after_optimizations"
     with open(folder / "log.txt", "w") as log:
-        process = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=log, stderr=log)
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
         try:
-            while process.poll() is None and not _finished(folder):
+            while process.poll() is None and not _finished(folder, dump):
                 time.sleep(0.1)
         finally:
             process.kill()
             process.wait()
-    if text := _finished(folder):
-        report = next(folder.glob(f"{DUMP}-memory-usage-report.txt")).read_text()
-        sizes = dict(re.findall(r"Memory Space: (\w+) .*\nTotal bytes: (\d+)", report))
-        return hlo.Module(text), (int(sizes["default"]), int(sizes.get("host", 0)))
+    if not (text := _finished(folder, dump)):
+        return None
+    report = next(folder.glob(f"{dump}-memory-usage-report.txt")).read_text()
+    sizes = dict(re.findall(r"Memory Space: (\w+) .*\nTotal bytes: (\d+)", report))
+    return hlo.Module(text), (int(sizes["default"]), int(sizes.get("host", 0)))
+
+
+def _finished(folder: Path, dump: str) -> str:
+    """The scheduled module as text, once it is written with all that belongs to it."""
+    for program in folder.glob(f"{dump}_after_buffer_assignment.txt"):
+        text = program.read_text()
+        return text if text.endswith("}\n\n") else ""
+    return ""
+
+
+def _compile(folder: Path) -> Any:
+    """Run `compile_in` in a process: the module and its memory, or the bytes it would need."""
+    code = f"from zoo.training.plan import compile_in; compile_in({str(folder)!r})"
+    if found := scheduled([sys.executable, "-c", code], folder, "train_step"):
+        return found
     if (folder / "error.json").exists():
         error = json.loads((folder / "error.json").read_text())
         if "bytes" in error:
@@ -330,14 +357,6 @@ def _compile(folder: Path) -> Any:
         raise NoPlan(error["sentence"])
     last = (folder / "log.txt").read_text().strip().splitlines()[-1:]
     raise NoPlan(f"The compiler stopped without a word; its last one was: {' '.join(last)}")
-
-
-def _finished(folder: Path) -> str:
-    """The scheduled module as text, once it is written with all that belongs to it."""
-    for program in folder.glob(f"{DUMP}_after_buffer_assignment.txt"):
-        text = program.read_text()
-        return text if text.endswith("}\n\n") else ""
-    return ""
 
 
 def compile_in(folder: str) -> None:
