@@ -2,13 +2,16 @@
 
 One program for a block of value columns of one head: it walks over the steps, sixteen at once,
 with its columns of the state in registers. Columns do not meet in any of the recurrences, so that
-blocks are independent; scores are formed again in each. Sixteen, whatever the chunk of the call:
-sums of decays are products of float32, which fill the registers where they are larger.
+blocks are independent; scores are formed again in each. With gates by channel (and no delta rule)
+blocks of 64 key channels do not meet either: they are heads here, whose outputs XLA adds, as more
+channels do not fit the registers. Sixteen steps, whatever the chunk of the call: sums of decays are
+products of float32, which fill the registers where they are larger.
 
 The backward first runs the forward again, for the states before every sixteen steps; then it walks
 from last to first and differentiates the arithmetic of a chunk (`tile.step`) inside the kernel. Its
 products take operands in the type of the values, cotangents too: Triton multiplies no two types,
-and in float32 they would not fit the registers. What belongs to several programs (queries, keys,
+and in float32 they would not fit the registers (of the gated delta rule's backward 96 bytes do
+not: it solves, and sums decays, in float32). What belongs to several programs (queries, keys,
 decays) comes back in parts, which XLA adds.
 """
 
@@ -26,6 +29,7 @@ from kernels_pallas.recurrence.tile import Gradients, Operands, Problem
 
 STEPS = 16  # done at once
 COLUMNS = 32  # of the values, in one program
+KEYS = 64  # most channels with their own gates in one program
 WARPS = 8
 NAMES = ("query", "key", "value", "log_decay", "beta")
 
@@ -48,25 +52,51 @@ class _Call:
         self.key_dim = x.key.shape[3]
         self.group = self.heads // x.key.shape[1]
         self.kept, self.inner = self.length // problem.chunk, problem.chunk // STEPS
-        self.keys, self.values = _power(self.key_dim), _power(self.value_dim)
+        self.vector = x.log_decay is not None and x.log_decay.shape[3] > 1
+        alone = self.vector and x.beta is None and self.group == 1
+        self.split = -(-self.key_dim // KEYS) if alone else 1
+        self.keys = _power(self.key_dim) if self.split == 1 else KEYS
+        self.programs, self.dtype = self.heads * self.split, x.value.dtype
+        self.part_dtype = self.dtype if self.split == 1 else jnp.float32
+        self.values = _power(self.value_dim)
         self.columns = min(COLUMNS, self.values)
         self.blocks = self.values // self.columns
         self.names = [name for name in NAMES if getattr(x, name) is not None]
-        self.vector = x.log_decay is not None and x.log_decay.shape[3] > 1
         self.arrays = []
         for name in self.names:
             t = getattr(x, name)
             if name == "value":
                 t = _pad(t, 3, self.values)
             elif t.shape[3] > 1:
-                t = _pad(t, 3, self.keys)
+                t = self.by_keys(t, 3) if self.split > 1 else _pad(t, 3, self.keys)
             else:
                 t = t[..., 0]
             self.arrays.append(t)
 
+    def by_keys(self, t, axis):
+        """`[batch, heads, ..., key_dim, ...]` with its blocks of keys as heads."""
+        axis %= t.ndim
+        t = _pad(t, axis, self.split * self.keys)
+        t = t.reshape(*t.shape[:axis], self.split, self.keys, *t.shape[axis + 1 :])
+        t = jnp.moveaxis(t, axis, 2)
+        return t.reshape(self.batch, self.programs, *t.shape[3:])
+
+    def joined(self, t, axis):
+        """The way back."""
+        axis %= t.ndim
+        t = t.reshape(self.batch, self.heads, self.split, *t.shape[2:])
+        t = jnp.moveaxis(t, 2, axis)
+        t = t.reshape(*t.shape[:axis], -1, *t.shape[axis + 2 :])
+        return lax.slice_in_dim(t, 0, self.key_dim, axis=axis)
+
+    def added(self, t):
+        """What blocks of keys give to one `[batch, heads, length, value_dim]`, as `value` is."""
+        t = t.reshape(self.batch, self.heads, self.split, *t.shape[2:])
+        return t.sum(2)[..., : self.value_dim].astype(self.dtype)
+
     def state(self, t):
         """A state, or several, padded."""
-        return _pad(_pad(t, -1, self.values), -2, self.keys)
+        return self.by_keys(_pad(t, -1, self.values), -2)
 
     def here(self):
         """`(block of columns, its columns, head, batch row)` of a program."""
@@ -85,25 +115,26 @@ class _Call:
             if name in ("query", "key"):
                 found[name] = ref[b, group, at, :]
             elif name == "value":
-                found[name] = ref[b, h, at, columns]
+                found[name] = ref[b, quotient(h, self.split), at, columns]
             elif len(ref.shape) == 4:
                 found[name] = ref[b, h, at, :]
             else:
                 found[name] = ref[b, h, at][:, None]
         return found
 
-    def step(self, values, state, product=None):
+    def step(self, values, state, product=None, scores=tile.scores_in_a_loop):
         """`tile.step` on what `read` gives."""
         if "log_decay" not in values:
             values = {**values, "log_decay": jnp.zeros((STEPS, 1), jnp.float32)}
-        return tile.step(self.problem, *(values.get(name) for name in NAMES), state, product)
+        operands = (values.get(name) for name in NAMES)
+        return tile.step(self.problem, *operands, state, product, scores)
 
     def run(self, kernel, name, outputs, interpret):
         """The pallas_call; `outputs` are `(shape, dtype)`."""
         pl, triton = compat.pallas(), compat.triton()
         return pl.pallas_call(
             kernel,
-            grid=(self.blocks, self.heads, self.batch),
+            grid=(self.blocks, self.programs, self.batch),
             out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in outputs],
             compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=1),
             name=f"recurrence_{name}",
@@ -136,15 +167,14 @@ def forward(problem: Problem, x: Operands, *, keep=False, interpret=False):
         start = initial[b, h, :, columns]
         final[b, h, :, columns] = lax.fori_loop(0, call.kept, chunk, start)
 
-    per_head, state = (call.batch, call.heads), (call.keys, call.values)
+    per_head, state = (call.batch, call.programs), (call.keys, call.values)
     outputs = [
-        ((*per_head, call.length, call.values), x.value.dtype),
+        ((*per_head, call.length, call.values), call.part_dtype),
         ((*per_head, *state), jnp.float32),
     ]
     outputs += [((*per_head, call.kept, *state), jnp.float32)] if keep else []
     out, *states = call.run(kernel, "forward", outputs, interpret)
-    states = (t[..., : call.key_dim, : call.value_dim] for t in states)
-    return out[..., : call.value_dim], *states
+    return call.added(out), *(call.joined(t, -2)[..., : call.value_dim] for t in states)
 
 
 def backward(problem: Problem, x: Operands, states, d_out, d_final, *, interpret=False):
@@ -155,7 +185,7 @@ def backward(problem: Problem, x: Operands, states, d_out, d_final, *, interpret
     call.arrays += [call.state(states), _pad(d_out, 3, call.values), call.state(d_final)]
     n = len(call.names)
     product = partial(tile.product_of_one_type, x.value.dtype, problem.precision)
-    step = partial(call.step, product=product)
+    step = partial(call.step, product=product, scores=tile.scores_with_derivative)
 
     def kernel(*refs):
         before, d_out, d_final = refs[n : n + 3]
@@ -168,7 +198,8 @@ def backward(problem: Problem, x: Operands, states, d_out, d_final, *, interpret
             values = call.read(refs[:n], b, h, c, columns)
             values = {name: t.astype(jnp.float32) for name, t in values.items()}
             _, pull = jax.vjp(step, values, before[b, h, c, :, columns])
-            found, d_state = pull((d_out[b, h, at, columns].astype(jnp.float32), d_state))
+            of_out = d_out[b, quotient(h, call.split), at, columns]
+            found, d_state = pull((of_out.astype(jnp.float32), d_state))
             for name, ref in zip(call.names, grads, strict=True):
                 grad = found[name].astype(ref.dtype)
                 if name == "value":
@@ -182,9 +213,9 @@ def backward(problem: Problem, x: Operands, states, d_out, d_final, *, interpret
         start = d_final[b, h, :, columns]
         d_initial[b, h, :, columns] = lax.fori_loop(0, call.kept, chunk, start)
 
-    steps = (call.batch, call.heads, call.length)
+    steps = (call.batch, call.programs, call.length)
     parts = {name: ((call.blocks, *steps, call.keys), jnp.float32) for name in NAMES}
-    parts["value"] = ((*steps, call.values), x.value.dtype)
+    parts["value"] = ((*steps, call.values), call.part_dtype)
     parts["beta"] = ((call.blocks, *steps), jnp.float32)
     if not call.vector:
         parts["log_decay"] = parts["beta"]
@@ -194,11 +225,15 @@ def backward(problem: Problem, x: Operands, states, d_out, d_final, *, interpret
     named = dict(zip(call.names, grads, strict=True))
     for name, t in named.items():
         like = getattr(x, name)
-        if name in ("query", "key"):
+        if name == "value":
+            t = call.added(t)
+        elif call.split > 1:
+            t = call.joined(t.sum(0), 3)
+        elif name in ("query", "key"):
             t = t.sum(0).reshape(call.batch, -1, call.group, call.length, call.keys).sum(2)
-        elif name != "value":
+        else:
             t = t.sum(0)
             t = t[..., None] if t.ndim == 3 else t
         named[name] = t[..., : like.shape[3]].astype(like.dtype)
-    d_state = d_state[..., : call.key_dim, : call.value_dim]
+    d_state = call.joined(d_state, -2)[..., : call.value_dim]
     return Gradients(**{"log_decay": None, "beta": None, **named, "state": d_state})

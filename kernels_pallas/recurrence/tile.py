@@ -64,7 +64,7 @@ class Gradients(NamedTuple):
     state: Array
 
 
-def step(problem: Problem, q, k, v, g, beta, state, product=None):
+def step(problem: Problem, q, k, v, g, beta, state, product=None, vector_scores=None):
     """One chunk.
 
     Args:
@@ -76,6 +76,7 @@ def step(problem: Problem, q, k, v, g, beta, state, product=None):
       beta: float32 `[C, 1]` for the delta rule, else None.
       state: float32 `[K, V]` before the chunk.
       product: `(a, b, contract)` of the large products; None multiplies in the type of `v`.
+      vector_scores: how scores with decays of channels are formed; None is `scores_by_halving`.
 
     Returns:
       `o` `[C, V]` in float32 and the state after the chunk.
@@ -84,7 +85,7 @@ def step(problem: Problem, q, k, v, g, beta, state, product=None):
     vector = g is not None and g.shape[1] > 1
     if vector:
         prefix, suffix, total = column_sums(g)
-        scores = vector_scores(product, q, k, g)
+        scores = (vector_scores or scores_by_halving)(product, q, k, g)
         q_in, k_out = q * jnp.exp(prefix), k * jnp.exp(suffix)
     else:
         decay, prefix, suffix, total = scalar_decays(g, *q.shape)
@@ -181,7 +182,7 @@ def column_sums(g):
     return prefix, suffix, as_column(g.sum(0, keepdims=True))
 
 
-def vector_scores(product, q, k, g):
+def scores_by_halving(product, q, k, g):
     """A_ts = sum_c q_tc k_sc e^(d_tsc) for s <= t, by halving.
 
     A pair t > s is told apart at exactly one of the scales 1, 2, 4 ... C/2: s in the first, t in
@@ -189,22 +190,65 @@ def vector_scores(product, q, k, g):
     its own, so that the sum over channels is a matrix product with both exponents <= 0.
     """
     size = q.shape[0]
-    row, column = indices(size)
-    scores = jnp.where(row == column, (q * k).astype(jnp.float32).sum(1, keepdims=True), 0.0)
-    half = 1
-    while half < size:
-        same = row // half == column // half
-        leading = exact((same & (row >= column)).astype(jnp.float32), g)
-        following = exact((same & (row < column)).astype(jnp.float32), g)
-        part = product(q * jnp.exp(leading), k * jnp.exp(following), (1, 1))
-        scores = scores + jnp.where(_halves(row, column, half), part, 0.0)
-        half *= 2
+    scores = _same_step(q, k)
+    for level in range(size.bit_length() - 1):
+        scores = scores + _of_level(product, level, q, k, g)
     return scores
 
 
-def _halves(row, column, half):
-    """Whether row and column are in the second and the first half of one block of `2 half`."""
-    return (row // (2 * half) == column // (2 * half)) & (row // half == column // half + 1)
+def _same_step(q, k):
+    row, column = indices(q.shape[0])
+    return jnp.where(row == column, (q * k).astype(jnp.float32).sum(1, keepdims=True), 0.0)
+
+
+def _of_level(product, level, q, k, g):
+    row, column = indices(q.shape[0])
+    same = (row >> level) == (column >> level)
+    leading = exact((same & (row >= column)).astype(jnp.float32), g)
+    following = exact((same & (row < column)).astype(jnp.float32), g)
+    part = product(q * jnp.exp(leading), k * jnp.exp(following), (1, 1))
+    return jnp.where(_halves(row, column, level), part, 0.0)
+
+
+def scores_in_a_loop(product, q, k, g):
+    """`scores_by_halving`, one scale after the other: fewer arrays are in registers at once."""
+
+    def add(level, scores):
+        return scores + _of_level(product, level, q, k, g)
+
+    return lax.fori_loop(0, q.shape[0].bit_length() - 1, add, _same_step(q, k))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def scores_with_derivative(product, q, k, g):
+    """`scores_in_a_loop` whose derivative is a loop, too; of `product_of_one_type`."""
+    return scores_in_a_loop(product, q, k, g)
+
+
+def _scores_forward(product, q, k, g):
+    plain = partial(_product, *product.args)
+    return scores_in_a_loop(plain, q, k, g), (q, k, g)
+
+
+def _scores_backward(product, saved, d_out):
+    q, k, g = saved
+    _, pull = jax.vjp(_same_step, q, k)
+
+    def add(level, sums):
+        _, pull = jax.vjp(partial(_of_level, product, level), q, k, g)
+        return tuple(a + b for a, b in zip(sums, pull(d_out), strict=True))
+
+    start = (*pull(d_out), jnp.zeros_like(g))
+    return lax.fori_loop(0, q.shape[0].bit_length() - 1, add, start)
+
+
+scores_with_derivative.defvjp(_scores_forward, _scores_backward)
+
+
+def _halves(row, column, level):
+    """Whether row and column are in the second and the first half of one block of `2 << level`."""
+    row, column = row >> level, column >> level
+    return (row == column + 1) & (row & 1 == 1)
 
 
 @jax.custom_jvp
@@ -230,7 +274,7 @@ def inverse(n):
     x = lax.fori_loop(0, block - 1, substitute, x)
     x = x.reshape(size, size)
     while block < size:
-        below = jnp.where(_halves(row, column, block), n, 0.0)
+        below = jnp.where(_halves(row, column, block.bit_length() - 1), n, 0.0)
         x = x - exact(x, exact(below, x))
         block *= 2
     return x
