@@ -350,7 +350,8 @@ def choices(table: list[str]) -> dict[str, dict]:
     """Rows of the dispatch table for TPU, by operation, that follow from the static figures.
 
     A kernel is chosen from the size of the smallest case on from which on it costs less (the larger
-    of its cycles and its traffic) than XLA's traffic alone, on both chips and in both passes.
+    of its cycles and its traffic) than XLA's traffic alone, in every case of that size, on both
+    chips and in both passes.
     """
     ratios = {name: {} for name in OPERATIONS.values()}
     for row in table:
@@ -369,19 +370,20 @@ def choices(table: list[str]) -> dict[str, dict]:
         )
     found = {}
     for operation, sizes in ratios.items():
-        least, text = None, "the estimator gives no cycles on both chips"
+        least, why = None, "the estimator gives no cycles on both chips"
         for size in sorted(sizes, reverse=True):
-            every = 2 * len(CLOCK)
-            known = [r for r in sizes[size].values() if None not in r and len(r) == every]
-            if not known:
-                text = f"the estimator gives no cycles on both chips at {size} keys"
+            every = [ratio for case in sizes[size].values() for ratio in case]
+            known = None not in every and len(every) == 2 * len(CLOCK) * len(sizes[size])
+            better = known and max(every) < 1
+            text = f"the estimator gives no cycles on both chips in every case of {size} keys"
+            if known:
+                cost = f"the kernel costs {max(every):.2f} of XLA's traffic"
+                text = f"static figures: at {size} keys {cost}"
+            if better or least is None:
+                least, why = (size if better else None), text
+            if not better:
                 break
-            worst = max(ratio for case in sizes[size].values() for ratio in case if ratio)
-            text = f"static figures: at {size} keys the kernel costs {worst:.2f} of XLA's traffic"
-            if worst >= 1:
-                break
-            least = size
-        why = f"{text}; {'no device has measured it' if least else 'XLA until a device decides'}"
+        why += "; no device has measured it" if least else "; XLA until a device decides"
         found[operation] = {"min_keys": least, "why": why}
     return found
 
