@@ -11,9 +11,15 @@ import pytest
 
 CASES = sorted(golden.FOLDER.glob("*/*.npz"))
 SMALL = golden.FOLDER / "vit" / "tiny_rect_dim48.npz"
+LONG = ("delta_net_340m", "swin_t_k400_32x224")  # tens of seconds each
 
 
-@pytest.mark.parametrize("path", CASES, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def parametrized(path):
+    marks = [pytest.mark.slow] if path.stem in LONG else []
+    return pytest.param(path, id=f"{path.parent.name}/{path.stem}", marks=marks)
+
+
+@pytest.mark.parametrize("path", [parametrized(path) for path in CASES])
 def test_outputs_equal_the_reference(path):
     try:
         report = golden.check(path)

@@ -199,9 +199,16 @@ def test_scan_and_loop_and_remat_are_one_model(pretraining):
     scanned = {"params": stack_layers(variables["params"])}
     got, got_grads = value_and_grads(model.clone(scan_layers=True, remat=True), scanned)
     np.testing.assert_allclose(got, value, rtol=1e-4)
-    assert_trees_close(got_grads["params"], stack_layers(grads["params"]), 2e-4)
+    wanted = stack_layers(grads["params"])
+    assert_trees_close(but_key_biases(got_grads["params"]), but_key_biases(wanted), 2e-4)
     got, got_grads = value_and_grads(model.clone(remat=True), variables)
-    assert_trees_close(got_grads, grads, 2e-5)
+    assert_trees_close(but_key_biases(got_grads), but_key_biases(grads), 2e-5)
+
+
+def but_key_biases(grads):
+    """Gradients by path but those that are rounding only: a bias of all keys moves no softmax."""
+    leaves = {jax.tree_util.keystr(path): g for path, g in jax.tree.leaves_with_path(grads)}
+    return {path: g for path, g in leaves.items() if not path.endswith("['key']['bias']")}
 
 
 def test_every_parameter_gets_a_finite_gradient_in_training(pretraining):
