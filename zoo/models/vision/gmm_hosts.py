@@ -46,7 +46,7 @@ from zoo.checkpoints.rules import (
 from zoo.layers.dense import Dense
 from zoo.layers.hierarchy import PatchMerging, Stage
 from zoo.layers.mlp import Mlp
-from zoo.layers.patch import PatchEmbed
+from zoo.layers.patch import PatchEmbed, check_image_size
 from zoo.layers.position import relative_position_index
 from zoo.layers.stack import remat_block
 from zoo.layers.window import (
@@ -61,7 +61,6 @@ from zoo.models.vision.gmm_vit import (
     GridAttention,
     LayerNorm,
     MaskedAttention,
-    check_size,
     end_rules,
     gmm_variant,
     grid_distances,
@@ -229,7 +228,7 @@ class GmmCaiT(nn.Module):
         self, images: Float[Array, "batch height width in_channels"], train: bool = False
     ) -> dict[str, Array]:
         """Every named intermediate: those of `GmmViT`, and `class_block0 ...`."""
-        check_size(self, images.shape)
+        check_image_size(self, images.shape)
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         out = {}
         x = PatchEmbed(self.embed_dim, self.patch_size, name="embed", **types)(images)
@@ -316,7 +315,7 @@ class GmmSwin(nn.Module):
         self, images: Float[Array, "batch height width in_channels"], train: bool = False
     ) -> dict[str, Array]:
         """Every named map (see the table above): `stage1 ...` is the pyramid, before merging."""
-        check_size(self, images.shape)
+        check_image_size(self, images.shape)
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         out = {}
         x = PatchEmbed(self.embed_dim, self.patch_size, name="embed", **types)(images)

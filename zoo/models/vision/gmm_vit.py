@@ -52,7 +52,7 @@ from zoo.layers.dense import Dense
 from zoo.layers.mlp import Mlp
 from zoo.layers.norm import LayerNorm as _LayerNorm
 from zoo.layers.partition import constrain
-from zoo.layers.patch import PatchEmbed
+from zoo.layers.patch import PatchEmbed, check_image_size
 from zoo.layers.stack import remat_block
 from zoo.layers.stochastic import DropPath
 from zoo.registry import Preprocessing, Variant
@@ -323,7 +323,7 @@ class GmmViT(nn.Module):
         self, images: Float[Array, "batch height width in_channels"], train: bool = False
     ) -> dict[str, Array]:
         """Every named intermediate (see the table above)."""
-        check_size(self, images.shape)
+        check_image_size(self, images.shape)
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         out = {}
         x = PatchEmbed(self.embed_dim, self.patch_size, name="embed", **types)(images)
@@ -357,16 +357,6 @@ class GmmViT(nn.Module):
             x = nn.Dense(self.num_classes, kernel_init=init, name="head", **types)(x)
         out["logits"] = x
         return out
-
-
-def check_size(model: nn.Module, shape: tuple[int, ...]) -> None:
-    """Raises ValueError unless images of this shape are what the model was made for."""
-    if shape[1:] != (*model.image_size, model.in_channels):
-        raise ValueError(
-            f"This {type(model).__name__} takes images of shape (batch, {model.image_size[0]}, "
-            f"{model.image_size[1]}, {model.in_channels}), not {shape}; resize them, or create "
-            "the model with another image_size."
-        )
 
 
 # ---------------------------------------------------------------------------- checkpoints

@@ -63,6 +63,7 @@ from zoo.layers.hierarchy import ConvMerging, Stage
 from zoo.layers.mlp import Mlp
 from zoo.layers.norm import LayerNorm as _LayerNorm
 from zoo.layers.partition import constrain
+from zoo.layers.patch import check_image_size
 from zoo.layers.stack import remat_block
 from zoo.layers.stochastic import DropPath
 from zoo.registry import Preprocessing, Variant
@@ -369,12 +370,7 @@ class SVT(nn.Module):
         self, images: Float[Array, "batch height width in_channels"], train: bool = False
     ) -> dict[str, Array]:
         """Every named map (see the table above): `stage1 ...` is the pyramid, before merging."""
-        if images.shape[1:] != (*self.image_size, self.in_channels):
-            raise ValueError(
-                f"This SVT takes images of shape (batch, {self.image_size[0]}, "
-                f"{self.image_size[1]}, {self.in_channels}), not {images.shape}; resize them, or "
-                "create the model with another image_size."
-            )
+        check_image_size(self, images.shape)
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = partial(LayerNorm, **types)
         out = {}

@@ -41,7 +41,7 @@ from zoo.layers.hierarchy import PatchMerging, Stage
 from zoo.layers.mlp import Mlp
 from zoo.layers.norm import LayerNorm as _LayerNorm
 from zoo.layers.partition import constrain
-from zoo.layers.patch import PatchEmbed
+from zoo.layers.patch import PatchEmbed, check_image_size
 from zoo.layers.position import relative_position_index, resize_grid, resize_table
 from zoo.layers.stack import remat_block
 from zoo.layers.stochastic import DropPath
@@ -161,12 +161,7 @@ class Swin(nn.Module):
         self, images: Float[Array, "batch height width in_channels"], train: bool = False
     ) -> dict[str, Array]:
         """Every named map (see the table above): `stage1 ...` is the pyramid, before merging."""
-        if images.shape[1:] != (*self.image_size, self.in_channels):
-            raise ValueError(
-                f"This Swin takes images of shape (batch, {self.image_size[0]}, "
-                f"{self.image_size[1]}, {self.in_channels}), not {images.shape}; resize them, or "
-                "create the model with another image_size."
-            )
+        check_image_size(self, images.shape)
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         out = {}
         x = PatchEmbed(self.embed_dim, self.patch_size, name="embed", **types)(images)

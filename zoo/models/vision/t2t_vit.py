@@ -45,6 +45,7 @@ from zoo.layers.dense import Dense
 from zoo.layers.mlp import Mlp
 from zoo.layers.norm import LayerNorm as _LayerNorm
 from zoo.layers.partition import constrain
+from zoo.layers.patch import check_image_size
 from zoo.layers.position import resize_table, sinusoids
 from zoo.layers.stack import remat_block
 from zoo.registry import File, Preprocessing, Variant
@@ -234,12 +235,7 @@ class T2TViT(nn.Module):
         return out
 
     def _check(self, shape: tuple[int, ...]) -> None:
-        if shape[1:] != (*self.image_size, self.in_channels):
-            raise ValueError(
-                f"This T2T-ViT takes images of shape (batch, {self.image_size[0]}, "
-                f"{self.image_size[1]}, {self.in_channels}), not {shape}; resize them, or "
-                "create the model with another image_size."
-            )
+        check_image_size(self, shape)
         if any(size % 16 for size in self.image_size):
             raise ValueError(f"image_size={self.image_size} is no multiple of 16 on both sides.")
         if self.performer and self.token_dim % 2:

@@ -50,7 +50,7 @@ from zoo.checkpoints.rules import (
 from zoo.layers.block import Block
 from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
-from zoo.layers.patch import PatchEmbed
+from zoo.layers.patch import PatchEmbed, check_image_size
 from zoo.layers.position import resize_table
 from zoo.layers.stack import remat_block
 from zoo.registry import File, Preprocessing, Variant
@@ -251,12 +251,7 @@ class VisionTransformer(nn.Module):
         return [*list(stacked)[:-1], last]  # training reads, and so keeps, the last alone
 
     def _check(self, shape: tuple[int, ...]) -> None:
-        if shape[1:] != (*self.image_size, self.in_channels):
-            raise ValueError(
-                f"This ViT takes images of shape (batch, {self.image_size[0]}, "
-                f"{self.image_size[1]}, {self.in_channels}), not {shape}; resize them, or "
-                "create the model with another image_size."
-            )
+        check_image_size(self, shape)
         for field, value, known in (
             ("pool", self.pool, tuple(POOLS)),
             ("position", self.position, ("all", "patches", "none")),
