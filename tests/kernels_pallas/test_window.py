@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,27 +64,30 @@ def test_the_layout_that_pads_least_decides_between_the_tpu_bodies(shape):
     assert tpu_lanes.layout(fused, mask, heads) == (shape.split(",")[0] if lanes else None)
 
 
+def fused_case(shape):
+    """`(qkv, bias, mask, d_out)`."""
+    q, k, v, bias, mask = arrays(**shape)
+    q, k, v = (t.reshape(*t.shape[:2], -1) for t in (q, k, v))
+    d_out = jnp.asarray(np.random.default_rng(1).normal(size=q.shape), jnp.float32)
+    return jnp.concatenate([q, k, v], axis=-1), bias, mask, d_out
+
+
+@partial(jax.jit, static_argnums=4)
+def both_passes(qkv, bias, mask, d_out, implementation):
+    def call(qkv, bias):
+        return kernels_pallas.window_attention(
+            qkv, num_heads=len(bias), bias=bias, mask=mask, precision="highest",
+            implementation=implementation,
+        )  # fmt: skip
+
+    out, pullback = jax.vjp(call, qkv, bias)
+    return out, *pullback(d_out)
+
+
 @pytest.mark.parametrize("shape", FUSED)
 def test_the_tpu_kernel_equals_the_definition_on_fused_arrays(shape):
-    q, k, v, bias, mask = arrays(**FUSED[shape])
-    windows, tokens, heads, head_dim = q.shape
-    width = heads * head_dim
-    fused = jnp.concatenate([t.reshape(windows, tokens, width) for t in (q, k, v)], axis=-1)
-    d_out = jnp.asarray(np.random.default_rng(1).normal(size=(windows, tokens, width)), jnp.float32)
-
-    def call(qkv, bias, d_out, implementation):
-        def ours(qkv, bias):
-            return kernels_pallas.window_attention(
-                qkv, num_heads=heads, bias=bias, mask=mask, precision="highest",
-                implementation=implementation,
-            )  # fmt: skip
-
-        out, pullback = jax.vjp(ours, qkv, bias)
-        return out, *pullback(d_out)
-
-    got, want = (
-        jax.jit(call, static_argnums=3)(fused, bias, d_out, name) for name in ("pallas_tpu", "xla")
-    )
+    case = fused_case(FUSED[shape])
+    got, want = (both_passes(*case, name) for name in ("pallas_tpu", "xla"))
     for a, b in zip(got, want, strict=True):
         near(a, b, 6e-6)
 
@@ -96,27 +101,15 @@ STRICT = {
 @pytest.mark.parametrize("order", STRICT)
 def test_the_strict_interpreter_finds_no_race_and_no_stray_access_in_lanes(order):
     """Two blocks of windows: one ragged, with blocks of queries; or two heads, and copies out."""
-    q, k, v, bias, mask = arrays(**STRICT[order])
-    windows, tokens, heads, head_dim = q.shape
-    fused = jnp.concatenate([t.reshape(windows, tokens, -1) for t in (q, k, v)], axis=-1)
-    assert tpu_lanes.layout(fused, mask, heads) == order
-    d_out = q.reshape(windows, tokens, -1)
-
-    options = dict(heads=heads, scale=head_dim**-0.5, interpret=compat.strict_interpreter())
-    out = tpu_lanes.forward(fused, bias, mask, **options)
-    got = out, *tpu_lanes.backward(fused, bias, mask, d_out, **options)
+    qkv, bias, mask, d_out = fused_case(STRICT[order])
+    heads = len(bias)
+    assert tpu_lanes.layout(qkv, mask, heads) == order
+    scale = STRICT[order]["head_dim"] ** -0.5
+    options = dict(heads=heads, scale=scale, interpret=compat.strict_interpreter())
+    out = tpu_lanes.forward(qkv, bias, mask, **options)
+    got = out, *tpu_lanes.backward(qkv, bias, mask, d_out, **options)
     assert not compat.races_found()
-
-    @jax.jit
-    def xla(fused, bias, d_out):
-        def call(fused, bias):
-            options = dict(bias=bias, mask=mask, precision="highest", implementation="xla")
-            return kernels_pallas.window_attention(fused, num_heads=heads, **options)
-
-        out, pullback = jax.vjp(call, fused, bias)
-        return out, *pullback(d_out)
-
-    for a, b in zip(got, xla(fused, bias, d_out), strict=True):
+    for a, b in zip(got, both_passes(qkv, bias, mask, d_out, "xla"), strict=True):
         near(a, b, 6e-6)
 
 
