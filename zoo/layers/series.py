@@ -98,7 +98,7 @@ def embed_series(
     Called in the compact method of `model`, which gets `embed`.
     """
     x = x.swapaxes(1, 2)
-    x = _linear(model, model.embed_dim, x.shape[-1], "embed")(x)
+    x = torch_linear(model, model.embed_dim, x.shape[-1], "embed")(x)
     x = nn.Dropout(model.dropout)(x, deterministic=not train)
     return constrain(x, "batch", "length", "channels")
 
@@ -113,7 +113,7 @@ def read_forecast(
 
     Called in the compact method of `model`, which gets `head`.
     """
-    y = _linear(model, model.horizon, x.shape[-1], "head")(x).swapaxes(1, 2)
+    y = torch_linear(model, model.horizon, x.shape[-1], "head")(x).swapaxes(1, 2)
     return (y.astype(jnp.float32) * deviation + mean).astype(model.dtype)
 
 
@@ -130,10 +130,11 @@ def read_classes(
     x = nn.Dropout(model.dropout)(gelu(x), deterministic=not train)
     x = x if mask is None else jnp.where(mask[..., None], x, 0)
     x = x.reshape(len(x), -1)
-    return _linear(model, model.num_classes, x.shape[-1], "head")(x)
+    return torch_linear(model, model.num_classes, x.shape[-1], "head")(x)
 
 
-def _linear(model: nn.Module, width: int, fan_in: int, name: str) -> nn.Module:
+def torch_linear(model: nn.Module, width: int, fan_in: int, name: str) -> nn.Module:
+    """A dense layer of the model's types that starts as PyTorch's Linear does."""
     start = {"kernel_init": torch_default_init, "bias_init": bias_init(fan_in)}
     return Dense(width, name=name, dtype=model.dtype, param_dtype=model.param_dtype, **start)
 

@@ -26,10 +26,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from zoo.checkpoints.rules import Rules, dense_rules
-from zoo.layers.dense import Dense
 from zoo.layers.partition import constrain
 from zoo.layers.patch import torch_default_init
-from zoo.layers.series import bias_init, check_series, decompose
+from zoo.layers.series import bias_init, check_series, decompose, torch_linear
 from zoo.registry import Variant
 
 
@@ -109,9 +108,7 @@ class Linear(nn.Module):
         if not self.num_classes:
             return {"forecast": y}
         y = y.reshape(len(y), -1)
-        start = {"kernel_init": torch_default_init, "bias_init": bias_init(y.shape[-1])}
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        return {"logits": Dense(self.num_classes, name="head", **start, **types)(y)}
+        return {"logits": torch_linear(self, self.num_classes, y.shape[-1], "head")(y)}
 
     def __call__(
         self, series: Float[Array, "batch context variates"], train: bool = False
