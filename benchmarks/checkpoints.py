@@ -39,7 +39,7 @@ def write_files(name: str, folder: Path) -> list[Path]:
     from zoo.checkpoints import files, rules, tensor
     from zoo.registry import system
 
-    shapes = rules.manifest(system(name).CHECKPOINT, zoo.create(name))
+    shapes = rules.manifest(system(name).layouts, zoo.create(name))
 
     def values(i: int, struct) -> np.ndarray:
         rng = np.random.default_rng(i)

@@ -126,7 +126,7 @@ def given_back(model, params, state: dict) -> bool:
     import zoo
     from zoo.registry import system
 
-    for layout in system(model).CHECKPOINT:
+    for layout in system(model).layouts:
         try:
             back = zoo.export(model, {"params": params}, layout)
         except ValueError:  # a naming that has no place for some part of the model

@@ -371,7 +371,7 @@ def check_export(case: Case, state: Mapping[str, np.ndarray], model: Any, variab
     Tensors that a layout drops on loading (other heads of the same file) do not come back.
     """
     best = None
-    for layout, rules in zoo.registry.system(model).CHECKPOINT.items():
+    for layout, rules in zoo.registry.system(model).layouts.items():
         with contextlib.suppress(ValueError):  # a layout without a place for a part of this model
             exported = zoo.export(model, variables, layout)
             dropped = {name for name in state if matches(rules.unused, name)} - set(exported)

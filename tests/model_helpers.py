@@ -21,7 +21,7 @@ def representatives(names):
     """
     systems: dict[str, list[str]] = {}
     for name in sorted(names, key=lambda name: zoo.info(name).params or 10**12):
-        systems.setdefault(zoo.registry.system(name).__name__, []).append(name)
+        systems.setdefault(zoo.registry.file_of(name), []).append(name)
     quick = {found for group in systems.values() for found in group[:1]}
     quick |= {name for name in names if name.endswith("_test")}
     others = pytest.mark.variants
@@ -35,7 +35,7 @@ def random_images(model, batch=2, key=0):
 
 def filled_state_dict(model, layout=None):
     """A published state dict of unit-scale numbers, without tensors that can be recomputed."""
-    layouts = zoo.registry.system(model).CHECKPOINT
+    layouts = zoo.registry.system(model).layouts
     derived = layouts[layout or next(iter(layouts))].derived
     return {
         name: fill.weight(name, spec.shape)

@@ -185,10 +185,10 @@ def test_verify_fails_where_the_count_is_not_the_published_one(capsys, monkeypat
 
 def test_verify_finds_rules_that_lose_a_leaf(monkeypatch):
     model = zoo.create("swin_test")
-    rules = swin.CHECKPOINT["timm"]
+    rules = swin.LAYOUTS["timm"]
     kept = tuple(rule for rule in rules.rules if rule.target != "head/bias")
     lossy = {"timm": dataclasses.replace(rules, rules=kept)}
-    monkeypatch.setattr(swin, "CHECKPOINT", lossy)
+    monkeypatch.setattr(swin, "SYSTEM", dataclasses.replace(swin.SYSTEM, layouts=lossy))
     (check,) = cli.check_layouts(model, cli.fill(cli.shapes(model)[0]))
     assert check.passed is False and "timm" in check.detail
 

@@ -97,7 +97,7 @@ def test_each_name_leads_to_the_file_that_defines_it(system):
     module = importlib.import_module(system)
     for name, variant in module.VARIANTS.items():
         assert zoo.info(name) is variant
-        assert registry.system(name) is registry.system(variant.create()) is module
+        assert registry.system(name) is registry.system(variant.create()) is module.SYSTEM
         assert variant.paper and variant.licence and variant.task
 
 

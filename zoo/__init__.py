@@ -15,7 +15,8 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from zoo.registry import File, Preprocessing, Variant, create, info, list_models, system
+from zoo.registry import create, info, list_models, system
+from zoo.system import File, Preprocessing, Variant
 
 if TYPE_CHECKING:
     import flax.linen as nn
@@ -74,7 +75,7 @@ def load(
         return model, runs.load_variables(source, model, sharding=sharding)
     state = files.open_checkpoint(files.resolve(source))
     variables = rules.convert(
-        system(model).CHECKPOINT, state, model, adapt=adapt, sharding=sharding, rng=rng
+        system(model).layouts, state, model, adapt=adapt, sharding=sharding, rng=rng
     )
     return model, variables
 
@@ -103,7 +104,7 @@ def convert(
 
     module = create(model) if isinstance(model, str) else model
     return rules.convert(
-        system(module).CHECKPOINT, state_dict, module, adapt=adapt, sharding=sharding, rng=rng
+        system(module).layouts, state_dict, module, adapt=adapt, sharding=sharding, rng=rng
     )
 
 
@@ -115,10 +116,10 @@ def export(
     Args:
       model: a variant's name or a module made by `create`.
       variables: what `load`, `convert` or `model.init` gave.
-      layout: which published naming (a key of the system's `CHECKPOINT`); default the official
+      layout: which published naming (a key of the system's `layouts`); default the official
         one.
     """
     from zoo.checkpoints import rules
 
     module = create(model) if isinstance(model, str) else model
-    return rules.export(system(module).CHECKPOINT, variables, module, layout=layout)
+    return rules.export(system(module).layouts, variables, module, layout=layout)

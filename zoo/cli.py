@@ -95,7 +95,7 @@ def describe(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "name": name,
         "task": variant.task,
-        "module": f"{system.__name__}.{type(model).__name__}",
+        "module": f"{registry.file_of(name)}.{type(model).__name__}",
         "parameters": count(variables),
         "published parameters": variant.params,
         "flops": variant.flops,
@@ -104,7 +104,7 @@ def describe(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
         "source": variant.code,
         "licence": variant.licence,
         "files": {file.name: file.sha256 for file in variant.files},
-        "layouts": list(system.CHECKPOINT),
+        "layouts": list(system.layouts),
         "preprocessing": variant.preprocessing and dataclasses.asdict(variant.preprocessing),
         "input": input_shapes(model),
         "fields": {
@@ -180,7 +180,7 @@ def convert(
         raise RequestError(f"{out!r} is a directory; give the name of a file.")
     if not as_file and target.exists():
         raise RequestError(f"{out!r} exists already; give the name of a new directory.")
-    layouts = list(registry.system(name).CHECKPOINT)
+    layouts = list(registry.system(name).layouts)
     if layout is not None and layout not in layouts:
         raise RequestError(f"{name} has no layout {layout!r}; it has {', '.join(layouts)}.")
     model, variables = zoo.load(name, source, adapt=adapt, **overrides)
@@ -264,7 +264,7 @@ def check_layouts(model: "nn.Module", variables: Any) -> Iterator[Check]:
     import jax
     import numpy as np
 
-    layouts = registry.system(model).CHECKPOINT
+    layouts = registry.system(model).layouts
     written = 0
     for layout in layouts:
         try:
@@ -354,7 +354,7 @@ def check_goldens(model: "nn.Module", weights: str | None) -> Iterator[Check]:
 
 def reference_cases(model: "nn.Module") -> tuple[Path, list[Path]]:
     """The program that compares, and the golden files of the model's system."""
-    system = registry.system(model).__name__.rpartition(".")[2]
+    system = type(model).__module__.rpartition(".")[2]
     tests = Path(zoo.__file__).parent.parent / "tests"
     program = tests / "golden.py"
     return program, sorted((tests / "golden" / system).glob("*.npz")) if program.exists() else []

@@ -1,19 +1,14 @@
 """Variant names and where they live; creating a model from its name.
 
-A model file under `zoo/models` ends in two tables: `VARIANTS` (name -> `Variant`) and `CHECKPOINT`
-(layout -> rules). `SYSTEMS` below says which names a file may define, so that asking for one name
-imports one file.
+A model file under `zoo/models` ends in `SYSTEM` (see `zoo.system`). `SYSTEMS` below says which
+names a file may define, so that asking for one name imports one file.
 """
 
-import dataclasses
-import difflib
 import fnmatch
 import importlib
-import numbers
-import sys
-from collections.abc import Mapping
-from types import ModuleType, NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any
+
+from zoo.system import System, Variant, closest, of
 
 if TYPE_CHECKING:
     import flax.linen as nn
@@ -53,87 +48,6 @@ SYSTEMS: dict[str, tuple[str, ...]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class File:
-    """A published checkpoint file: its official name and, where known, its SHA-256."""
-
-    name: str
-    sha256: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Preprocessing:
-    """How the authors feed images at evaluation.
-
-    Resize the shorter side to `image size / crop` (both sides if `crop` is 1), cut the centre,
-    scale to [0, 1], subtract `mean`, divide by `std` (both RGB).
-    """
-
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    crop: float = 0.875
-    interpolation: str = "bicubic"
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """One published configuration of a system.
-
-    Attributes:
-      module: the Linen module class.
-      fields: its fields for this variant.
-      task: what it is for, e.g. `image_classification`.
-      params: the number of parameters, as published or as the authors' code counts them.
-      flops: multiply-adds of one example, counted as the authors count.
-      metric: the authors' figure with its data set.
-      paper: title and arXiv number.
-      code: the official repository.
-      licence: licence of the published weights.
-      files: the official checkpoint files.
-      preprocessing: input pipeline of images; None for other inputs.
-    """
-
-    module: "type[nn.Module]"
-    fields: Mapping[str, Any]
-    task: str
-    params: int | None = None
-    flops: float | None = None
-    metric: str = ""
-    paper: str = ""
-    code: str = ""
-    licence: str = ""
-    files: tuple[File, ...] = ()
-    preprocessing: Preprocessing | None = None
-
-    def create(self, **overrides: Any) -> "nn.Module":
-        """The module with `overrides` in place of the variant's fields (see `zoo.create`)."""
-        known = [
-            f.name for f in dataclasses.fields(self.module) if f.name not in ("parent", "name")
-        ]
-        for key in overrides:
-            if key not in known:
-                raise ValueError(
-                    f"{self.module.__name__} has no field {key!r}{_closest(key, known)} "
-                    f"Its fields are {', '.join(known)}."
-                )
-        fields = {**self.fields, **overrides}
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-        if isinstance(fields.get("image_size"), int):
-            fields["image_size"] = (fields["image_size"],) * 2
-        for key in ("dtype", "param_dtype"):
-            if isinstance(fields.get(key), str):
-                fields[key] = _dtype(key, fields[key])
-        types = {f.name: f.type for f in dataclasses.fields(self.module)}
-        for key in overrides:
-            if not _fits(fields[key], types[key]):
-                wanted = getattr(types[key], "__name__", "")
-                wanted = wanted if isinstance(types[key], type) else str(types[key])
-                raise ValueError(
-                    f"{self.module.__name__} takes {key} as {wanted}, not {overrides[key]!r}."
-                )
-        return self.module(**fields)
-
-
 def list_models(pattern: str = "*", task: str | None = None) -> list[str]:
     """Names of all variants that match a shell wildcard (`swin*`) and, if given, a task, sorted."""
     literal = _literal(pattern)
@@ -141,7 +55,7 @@ def list_models(pattern: str = "*", task: str | None = None) -> list[str]:
     for path, globs in SYSTEMS.items():
         stems = [_literal(g) for g in globs]
         if any(stem.startswith(literal) or literal.startswith(stem) for stem in stems):
-            for name, variant in importlib.import_module(path).VARIANTS.items():
+            for name, variant in importlib.import_module(path).SYSTEM.variants.items():
                 if fnmatch.fnmatchcase(name, pattern) and task in (None, variant.task):
                     names.append(name)
     return sorted(names)
@@ -158,13 +72,21 @@ def info(name: str) -> Variant:
     Raises:
       ValueError: if there is no such variant; the sentence gives the closest names.
     """
+    return system(name).variants[name]
+
+
+def file_of(name: str) -> str:
+    """The dotted name of the file that defines a variant.
+
+    Raises:
+      ValueError: if there is no such variant; the sentence gives the closest names.
+    """
     for path, globs in SYSTEMS.items():
         if any(fnmatch.fnmatchcase(name, g) for g in globs):
-            variants = importlib.import_module(path).VARIANTS
-            if name in variants:
-                return variants[name]
+            if name in importlib.import_module(path).SYSTEM.variants:
+                return path
     raise ValueError(
-        f"There is no model {name!r}{_closest(name, list_models())} "
+        f"There is no model {name!r}{closest(name, list_models())} "
         "zoo.list_models() gives all names; it takes wildcards such as 'swin*'."
     )
 
@@ -182,46 +104,18 @@ def create(name: str, **overrides: Any) -> "nn.Module":
     return info(name).create(**overrides)
 
 
-def system(model: "nn.Module | str") -> ModuleType:
-    """The model file that defines a module (or a variant): it has `VARIANTS` and `CHECKPOINT`."""
-    cls = info(model).module if isinstance(model, str) else type(model)
-    return sys.modules[cls.__module__]
+def system(model: "nn.Module | str") -> System:
+    """The system of a module or of a variant's name.
 
-
-def _dtype(key: str, name: str) -> Any:
-    import jax.numpy as jnp
-
-    try:
-        return jnp.dtype(name)
-    except TypeError:
-        raise ValueError(f"{key}={name!r} is no number type; use float32 or bfloat16.") from None
-
-
-def _fits(value: Any, wanted: Any) -> bool:
-    """Whether a value is of a field's type; types other than plain numbers and text always fit."""
-    parts = get_args(wanted)
-    if get_origin(wanted) in (Union, UnionType):
-        return any(_fits(value, part) for part in parts)
-    if get_origin(wanted) is tuple:
-        if not isinstance(value, tuple):
-            return False
-        if len(parts) == 2 and parts[1] is Ellipsis:
-            return all(_fits(item, parts[0]) for item in value)
-        return len(value) == len(parts) and all(map(_fits, value, parts))
-    if wanted is NoneType:
-        return value is None
-    plain = {int: numbers.Integral, float: numbers.Real, bool: bool, str: str}
-    if wanted not in plain:
-        return value is not None
-    return isinstance(value, plain[wanted]) and (wanted is bool or not isinstance(value, bool))
-
-
-def _closest(name: str, known: list[str]) -> str:
-    """What may have been meant: close names, or names that begin closely."""
-
-    def likeness(other: str) -> float:
-        parts = (other, other[: len(name)])
-        return max(difflib.SequenceMatcher(None, name, part).ratio() for part in parts)
-
-    close = sorted((k for k in known if likeness(k) > 0.6), key=likeness, reverse=True)[:3]
-    return f"; did you mean {' or '.join(close)}?" if close else "."
+    Raises:
+      ValueError: for an unknown name, or a module that no model file defines or wraps.
+    """
+    if isinstance(model, str):
+        return importlib.import_module(file_of(model)).SYSTEM
+    found = of(model)
+    if found is None:
+        raise ValueError(
+            f"{type(model).__name__} belongs to no system of the zoo: its file has no SYSTEM and "
+            "it wraps no module that has one."
+        )
+    return found

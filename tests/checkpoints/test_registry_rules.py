@@ -16,7 +16,7 @@ from zoo.checkpoints.plan import choose_layout, make_plan
 from zoo.checkpoints.rules import convert, export, manifest
 from zoo.checkpoints.ruleset import matches
 from zoo.layers.stack import stack_layers
-from zoo.registry import SYSTEMS, system
+from zoo.registry import SYSTEMS, file_of, system
 
 NAMES = zoo.list_models()
 QUICK = 100_000_000  # parameters that stream in a second or two
@@ -33,7 +33,7 @@ def size(name: str) -> int:
 
 def layouts_of(model) -> list[str]:
     """The layouts that have a name for every leaf of the model; the first one must."""
-    layouts = system(model).CHECKPOINT
+    layouts = system(model).layouts
     manifest(layouts, model)
     names = []
     for layout in layouts:
@@ -59,7 +59,7 @@ def official(model, layout: str | None) -> dict[str, Tensor]:
     leaves = model_leaves(model)
     zeros = {p: np.broadcast_to(np.zeros((), x.dtype), x.shape) for p, x in leaves.stored.items()}
     variables = nested(zeros, leaves.collections)
-    state = export(system(model).CHECKPOINT, variables, model, layout)
+    state = export(system(model).layouts, variables, model, layout)
     first: dict[int, str] = {}
     tensors = {}
     for name, x in state.items():
@@ -81,7 +81,7 @@ def assert_same_bits(got: dict, source: dict, ignored: set[str]) -> None:
 
 def round_trip(name: str, layout: str | None = None, **fields) -> None:
     model = zoo.create(name, **fields)
-    layouts = system(model).CHECKPOINT
+    layouts = system(model).layouts
     source = official(model, layout)
     rules = layouts[choose_layout(layouts, source, model_leaves(model))]
     derived = {n for n in source if matches(rules.derived, n)}
@@ -92,7 +92,7 @@ def round_trip(name: str, layout: str | None = None, **fields) -> None:
 @pytest.mark.parametrize("name", representatives(NAMES))
 def test_every_leaf_is_filled_once_and_every_name_used_once(name):
     model = zoo.create(name)
-    layouts, leaves = system(model).CHECKPOINT, model_leaves(model)
+    layouts, leaves = system(model).layouts, model_leaves(model)
     for layout in layouts_of(model):
         source = official(model, layout)
         found = choose_layout(layouts, source, leaves)
@@ -114,7 +114,7 @@ def test_bits_come_back_in_every_layout(name):
 
 @pytest.mark.parametrize("path", SYSTEMS)
 def test_bits_come_back_for_the_smallest_published(path):
-    published = [n for n in NAMES if system(n).__name__ == path and not n.endswith("_test")]
+    published = [n for n in NAMES if file_of(n) == path and not n.endswith("_test")]
     smallest = min(published, key=size)
     if size(smallest) > QUICK:
         pytest.skip(f"{smallest} is large: the run of every variant has it")
@@ -128,7 +128,7 @@ def test_bits_come_back_for_every_variant(name):
 
 
 def test_a_system_has_a_variant_for_tests():
-    tested = {system(n).__name__ for n in NAMES if n.endswith("_test")}
+    tested = {file_of(n) for n in NAMES if n.endswith("_test")}
     assert tested == set(SYSTEMS)
 
 
@@ -137,7 +137,7 @@ def test_the_scanned_form_takes_the_same_file(name):
     model = zoo.create(name)
     if "scan_layers" not in {f.name for f in dataclasses.fields(model)}:
         pytest.skip("its layers are not alike")
-    layouts = system(model).CHECKPOINT
+    layouts = system(model).layouts
     scanned = model.clone(scan_layers=True)
     want = stack_layers(convert(layouts, official(model, None), model)["params"])
     got = convert(layouts, official(model, None), scanned)["params"]

@@ -269,7 +269,7 @@ def test_masked_words_of_periodic_text_are_learned():
 
 # ---------------------------------------------------------------------------- checkpoints
 
-WITH_HEADS = [name for name in bert.CHECKPOINT if name.endswith(("_heads", "_torch"))]
+WITH_HEADS = [name for name in bert.LAYOUTS if name.endswith(("_heads", "_torch"))]
 
 
 @pytest.mark.parametrize("layout", WITH_HEADS)
@@ -350,7 +350,7 @@ def test_every_variant_exports_what_it_takes_in_its_official_layout():
     heads |= {"sentence": "pooler.dense.bias"}
     for name, variant in bert.VARIANTS.items():
         if variant.fields["embed_dim"] <= 384:  # shapes alone: the rules are the same for all
-            names = rules.manifest(bert.CHECKPOINT, variant.create())
+            names = rules.manifest(bert.LAYOUTS, variant.create())
             assert heads[variant.fields.get("head")] in names, name
     for head in ("masked_lm", "classification"):
         model = zoo.create("bert_test", head=head, pooler=head == "classification")

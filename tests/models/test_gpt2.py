@@ -124,7 +124,7 @@ def test_published_matrices_are_not_transposed(small):
     assert state[name].shape == (32, 96) and "lm_head.weight" not in state
 
 
-@pytest.mark.parametrize("layout", gpt2.CHECKPOINT)
+@pytest.mark.parametrize("layout", gpt2.LAYOUTS)
 def test_files_of_every_era_give_the_same_model(small, layout):
     model, variables, _ = small
     state = zoo.export(model, variables, layout)

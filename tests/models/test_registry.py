@@ -24,6 +24,7 @@ from model_helpers import assert_trees_close, representatives, sin_loss
 import zoo
 from zoo.registry import SYSTEMS, system
 from zoo.training.partition import place
+from zoo.training.tree import path_of
 
 NAMES = zoo.list_models()
 SMALL = zoo.list_models("*_test")
@@ -82,22 +83,22 @@ def test_the_number_of_parameters_is_the_published_one(name):
 
 @pytest.mark.parametrize("path", SYSTEMS)
 def test_names_match_the_patterns_of_their_file_and_one_is_for_tests(path):
-    module = importlib.import_module(path)
-    for name in module.VARIANTS:
+    variants = importlib.import_module(path).SYSTEM.variants
+    for name in variants:
         assert any(fnmatch.fnmatchcase(name, pattern) for pattern in SYSTEMS[path]), name
         others = [p for p in SYSTEMS if p != path]
         assert not any(fnmatch.fnmatchcase(name, g) for p in others for g in SYSTEMS[p]), name
-    assert sum(name.endswith("_test") for name in module.VARIANTS) == 1
+    assert sum(name.endswith("_test") for name in variants) == 1
 
 
 @pytest.mark.parametrize("name", representatives(NAMES))
 def test_matrices_of_every_block_are_cut_over_the_tensor_axis(name):
     shapes = parameter_shapes(name)
-    extra = getattr(system(name), "PARTITION", None)
+    extra = system(name).partition
     placed = place(shapes, {"data": 2, "fsdp": 2, "tensor": 2}, extra)
     assert len(placed) == len(jax.tree.leaves(shapes))
     cut = {p.path for p in placed if "tensor" in p.spec}
-    own = [re.compile(pattern) for pattern in extra or {}]  # a file may keep a matrix whole
+    own = [re.compile(pattern) for pattern in extra]  # a file may keep a matrix whole
     free = [p.path for p in placed if not any(o.fullmatch(p.path) for o in own)]
     matrices = {path for path in free if MATRIX.search(path)}
     assert matrices <= cut
@@ -160,7 +161,7 @@ def test_a_call_gives_what_features_hold_and_every_gradient(name):
         where = jax.tree_util.keystr(path)
         assert np.isfinite(g).all(), where
         only_in_features = "pooler" in where  # without a head, BERT's logits are hidden states
-        frozen = any(part in where for part in getattr(system(name), "FROZEN", ()))
+        frozen = system(name).is_frozen(path_of(path))
         assert only_in_features or (np.abs(g).max() > 0) != frozen, where
 
 
@@ -262,7 +263,7 @@ def compare_on_eight_devices(names):
         model, variables = initialised(name)
         inputs = example(model)
         expected = jax.device_get(features_of(name)(variables, inputs))
-        extra = getattr(system(name), "PARTITION", None)
+        extra = system(name).partition
         with jax.set_mesh(mesh):
             specs = shardings(variables["params"], mesh, Partition(), extra)
             params = jax.device_put(variables["params"], specs)

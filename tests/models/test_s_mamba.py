@@ -137,7 +137,7 @@ def test_it_learns_one_series_from_another():
 
 def test_what_the_official_code_never_calls_is_dropped_and_may_be_written_as_zeros():
     name = "s_mamba_ettm1_96_192"
-    model, layouts = zoo.create(name), s_mamba.CHECKPOINT
+    model, layouts = zoo.create(name), s_mamba.LAYOUTS
     count = lambda shapes: sum(int(np.prod(x.shape)) for x in shapes.values())  # noqa: E731
     assert count(manifest(layouts, model, "official")) == zoo.info(name).params == 314_944
     assert count(manifest(layouts, model, "unused_too")) == 319_872

@@ -1,9 +1,9 @@
 """Declarative, invertible rules from published tensor names to ours.
 
-A system's file ends in `CHECKPOINT`, a table from the name of a layout (the official repository's,
+A system's file has `LAYOUTS`, a table from the name of a layout (the official repository's,
 timm's, ...) to its `Rules`:
 
-    CHECKPOINT = {
+    LAYOUTS = {
         "official": Rules(
             (
                 Rule("patch_embed.proj.weight", "embed/kernel", conv),

@@ -9,7 +9,6 @@ the real step for devices that need not be there.
 import contextlib
 import dataclasses
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import zoo
 from zoo.errors import ConfigError
+from zoo.system import of as system_of
 from zoo.training import partition
 from zoo.training.config import Model, TrainConfig, resolve
 from zoo.training.offload import leaf_by_leaf, on_host
@@ -301,5 +301,6 @@ def _with_remat(model: nn.Module, how: str) -> nn.Module:
 
 
 def _partition_rules(model: nn.Module) -> Mapping[str, Any]:
-    """`PARTITION` of the file that defines the model, or nothing."""
-    return getattr(sys.modules[type(model).__module__], "PARTITION", {})
+    """What the model's system says of where its leaves live, or nothing."""
+    found = system_of(model)
+    return {} if found is None else found.partition

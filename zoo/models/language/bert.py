@@ -44,7 +44,7 @@ from zoo.layers.mlp import Mlp, gelu
 from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
 from zoo.layers.stack import remat_block
-from zoo.registry import File, Variant
+from zoo.system import File, System, Variant
 
 init = nn.initializers.truncated_normal(0.02)
 
@@ -439,7 +439,7 @@ def _layout(
 _OTHER_HEADS = ("cls.*", "classifier.*", "qa_outputs.*")
 _OLD_NORM = ("gamma", "beta")
 
-CHECKPOINT = {
+LAYOUTS = {
     # What transformers writes today: the encoder alone, models with a head, their torch files.
     "huggingface": _layout(),
     "huggingface_heads": _layout("bert."),
@@ -602,3 +602,5 @@ VARIANTS = {
         licence="none: no published weights",
     ),
 }
+
+SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS)

@@ -33,7 +33,7 @@ from zoo.layers.decoder import Decoder, ShortConv, init
 from zoo.layers.dense import Dense
 from zoo.layers.partition import constrain
 from zoo.models.language.gla import PROJECTIONS, fla_layouts
-from zoo.registry import File, Variant
+from zoo.system import File, System, Variant
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -185,7 +185,7 @@ class DeltaNet(Decoder):
         )
 
 
-CHECKPOINT = fla_layouts(PROJECTIONS | {"b_proj": "beta", "o_norm": "norm"})
+LAYOUTS = fla_layouts(PROJECTIONS | {"b_proj": "beta", "o_norm": "norm"})
 
 PARTITION = {r".*attention/output_gate/kernel": ("channels", "heads")}
 
@@ -216,3 +216,5 @@ VARIANTS: dict[str, Variant] = {
         **_COMMON,
     ),
 }  # fmt: skip
+
+SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS, partition=PARTITION)

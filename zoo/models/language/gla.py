@@ -32,7 +32,7 @@ from zoo.checkpoints.rules import Rule, Rules, chain, conv, linear, split, tied
 from zoo.layers.decoder import Decoder, ShortConv, init
 from zoo.layers.dense import Dense
 from zoo.layers.partition import constrain
-from zoo.registry import File, Variant
+from zoo.system import File, System, Variant
 
 FEATURE_MAPS: dict[str, Callable[[Array], Array]] = {
     "identity": lambda x: x,
@@ -233,7 +233,7 @@ PROJECTIONS = {
 }
 """fla's names of what its mixers share."""
 
-CHECKPOINT = fla_layouts(
+LAYOUTS = fla_layouts(
     PROJECTIONS
     | {
         "gk_proj.0": "decay_down",
@@ -272,3 +272,5 @@ VARIANTS: dict[str, Variant] = {
         **_COMMON,
     ),
 }  # fmt: skip
+
+SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS, partition=PARTITION)

@@ -37,7 +37,7 @@ from zoo.layers.mlp import Mlp
 from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
 from zoo.layers.stack import remat_block
-from zoo.registry import File, Variant
+from zoo.system import File, System, Variant
 
 init = nn.initializers.normal(0.02)
 
@@ -314,7 +314,7 @@ def _layout(prefix: str, *, masks: bool = False, head: bool = False) -> Rules:
     )
 
 
-CHECKPOINT = {
+LAYOUTS = {
     # What transformers writes today, without and with the second name of the embedding.
     "huggingface": _layout("transformer."),
     "huggingface_torch": _layout("transformer.", head=True),
@@ -360,3 +360,5 @@ VARIANTS: dict[str, Variant] = {
         **_COMMON,
     ),
 }  # fmt: skip
+
+SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS)

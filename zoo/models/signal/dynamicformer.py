@@ -47,7 +47,7 @@ from zoo.layers.dense import Dense
 from zoo.layers.partition import constrain
 from zoo.layers.patch import torch_default_init
 from zoo.layers.series import bias_init
-from zoo.registry import Variant
+from zoo.system import System, Variant
 
 # ----------------------------------------------------------------------------- activation
 
@@ -453,7 +453,7 @@ def _encoder_rules(theirs: str, ours: str) -> list[Rule]:
     ]
 
 
-CHECKPOINT = {
+LAYOUTS = {
     "official": Rules(
         [
             *_mlp_rules("gn_mlp", "sizes_mlp"),
@@ -502,3 +502,5 @@ VARIANTS = {
         **_COMMON,
     ),
 }  # fmt: skip
+
+SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS)

@@ -60,7 +60,7 @@ from zoo.models.signal.lmu import (
     stored_system,
     types_of,
 )
-from zoo.registry import Variant
+from zoo.system import System, Variant
 
 # --------------------------------------------------------------------------------- blocks
 
@@ -319,7 +319,7 @@ def _rules(spiking: bool, prefix: str = "") -> Rules:
     return Rules(rules, derived=derived, fresh=("head/kernel", "head/bias"))
 
 
-CHECKPOINT = {
+LAYOUTS = {
     "official": _rules(False),
     "spiking": _rules(True),
     "data_parallel": _rules(False, "module."),
@@ -350,3 +350,5 @@ VARIANTS = {
         None, None, context_length=32, variates=6, num_classes=5, embed_dim=24, theta=32.0
     ),
 }
+
+SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS)

@@ -53,7 +53,7 @@ from zoo.models.signal.lmu import (
     stored_system,
     types_of,
 )
-from zoo.registry import Variant
+from zoo.system import System, Variant
 
 
 def _fire(module: nn.Module, train: bool, name: str, x: Array) -> Array:
@@ -296,7 +296,7 @@ def _system(name: str, model: SpikingNetwork, i: int) -> np.ndarray:
     return stored_system(name, order, model.theta, model.context_length)
 
 
-CHECKPOINT = {
+LAYOUTS = {
     "memory": _rules(
         [
             *dense_rules(f"{_BLOCK}.attn.lmu.W_u", f"{_LAYER}/memory/write"),
@@ -339,3 +339,5 @@ VARIANTS = {
         **_COMMON,
     ),
 }
+
+SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS)

@@ -59,7 +59,7 @@ from zoo.layers.series import (
     read_classes,
     sinusoids_of,
 )
-from zoo.registry import Variant
+from zoo.system import System, Variant
 
 
 def kept(length: int, factor: int) -> int:
@@ -354,7 +354,7 @@ def _naming(head: str, unused: tuple[str, ...] = ()) -> Rules:
     )
 
 
-CHECKPOINT = {
+LAYOUTS = {
     "official": _naming("decoder.projection"),
     # Time-Series-Library's, of models without a decoder; those without marks hold a map of them.
     "encoder": _naming("projection", ("enc_embedding.temporal_embedding.embed.weight",)),
@@ -420,3 +420,5 @@ VARIANTS: dict[str, Variant] = {
         **_COMMON,
     )
 }  # fmt: skip
+
+SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS)

@@ -53,7 +53,7 @@ from zoo.layers.series import (
     standardise,
 )
 from zoo.models.timeseries.patchtst import patches
-from zoo.registry import Variant
+from zoo.system import System, Variant
 
 
 def attention_init(key: Array, shape: tuple[int, int], dtype: jnp.dtype) -> Array:
@@ -198,7 +198,7 @@ def _block_rules(theirs: str, ours: str) -> list[Rule]:
     ]
 
 
-CHECKPOINT = {
+LAYOUTS = {
     "official": Rules(
         [
             *dense_rules("project_embedding.value_embedding", "embed"),
@@ -261,3 +261,5 @@ VARIANTS: dict[str, Variant] = {
         **_COMMON,
     )
 }  # fmt: skip
+
+SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS)

@@ -59,10 +59,7 @@ from zoo.layers.series import (
     sinusoids,
     sinusoids_of,
 )
-from zoo.registry import Variant
-
-FROZEN = ("_table",)
-"""The tables of `time_embedding="fixed"`, which the official checkpoints hold as parameters."""
+from zoo.system import System, Variant
 
 TABLES = (("month", 13), ("day", 32), ("weekday", 7), ("hour", 24), ("minute", 4))
 
@@ -382,7 +379,7 @@ def _decoder_positions(model: Informer) -> np.ndarray | None:
     return sinusoids_of(model) if decodes(model) else None
 
 
-CHECKPOINT = {
+LAYOUTS = {
     "official": Rules(
         [
             *_embedding_rules("enc_embedding", "embed"),
@@ -438,3 +435,5 @@ VARIANTS: dict[str, Variant] = {
         **_COMMON,
     )
 }  # fmt: skip
+
+SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS, frozen=(r".*_table",))

@@ -45,7 +45,7 @@ from zoo.layers.series import (
     read_forecast,
     standardise,
 )
-from zoo.registry import Variant
+from zoo.system import System, Variant
 
 
 class ITransformer(nn.Module):
@@ -135,7 +135,7 @@ def _naming(head: str) -> Rules:
     )
 
 
-CHECKPOINT = {"official": _naming("projector"), "tslib": _naming("projection")}
+LAYOUTS = {"official": _naming("projector"), "tslib": _naming("projection")}
 
 _COMMON = dict(
     module=ITransformer,
@@ -181,3 +181,5 @@ VARIANTS: dict[str, Variant] = {
         **_COMMON,
     )
 }  # fmt: skip
+
+SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS)

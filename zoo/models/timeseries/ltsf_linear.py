@@ -29,7 +29,7 @@ from zoo.checkpoints.rules import Rules, dense_rules
 from zoo.layers.partition import constrain
 from zoo.layers.patch import torch_default_init
 from zoo.layers.series import bias_init, check_series, decompose, torch_linear
-from zoo.registry import Variant
+from zoo.system import System, Variant
 
 
 class Weights(nn.Module):
@@ -162,7 +162,7 @@ class DLinear(Linear):
 
 _PARTS = {"Linear": "linear", "Linear_Seasonal": "season", "Linear_Trend": "trend"}
 
-CHECKPOINT = {
+LAYOUTS = {
     "official": Rules(
         [
             rule
@@ -216,3 +216,5 @@ VARIANTS: dict[str, Variant] = {
         module=DLinear, fields=dict(context_length=48, horizon=24, variates=3), **_COMMON
     )
 }
+
+SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS)

@@ -51,7 +51,7 @@ from zoo.layers.series import (
     sinusoids_of,
     standardise,
 )
-from zoo.registry import Variant
+from zoo.system import System, Variant
 
 
 def patch_count(length: int, patch_length: int, stride: int) -> int:
@@ -186,7 +186,7 @@ def _naming(head: str) -> Rules:
     )
 
 
-CHECKPOINT = {"forecaster": _naming("head.linear"), "classifier": _naming("projection")}
+LAYOUTS = {"forecaster": _naming("head.linear"), "classifier": _naming("projection")}
 """Both are the library's; `zoo.export` of a classifier wants `layout="classifier"`."""
 
 _COMMON = dict(
@@ -275,3 +275,5 @@ VARIANTS["patchtst_test"] = Variant(
     task="forecasting",
     **_COMMON,
 )  # fmt: skip
+
+SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS)

@@ -55,7 +55,7 @@ from zoo.layers.series import (
     read_forecast,
     standardise,
 )
-from zoo.registry import Variant
+from zoo.system import System, Variant
 
 State = dict[str, Array]
 
@@ -279,7 +279,7 @@ def _zeros(shape: tuple[int, ...], model: SMamba, i: int) -> np.ndarray | None:
     return np.zeros(shape, np.float32) if i < model.depth else None
 
 
-CHECKPOINT = {
+LAYOUTS = {
     "official": Rules(_RULES, unused=[f"{_LAYER}.{name}.*" for name in _UNUSED], fresh=_FRESH),
     "unused_too": Rules(
         _RULES,
@@ -349,3 +349,5 @@ VARIANTS: dict[str, Variant] = _variants() | {
         **_COMMON,
     )
 }  # fmt: skip
+
+SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS, partition=PARTITION)

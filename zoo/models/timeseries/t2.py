@@ -37,7 +37,7 @@ from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
 from zoo.layers.position import sinusoids
 from zoo.layers.series import check_series
-from zoo.registry import File, Variant
+from zoo.system import File, System, Variant
 
 init = nn.initializers.glorot_uniform()
 
@@ -187,7 +187,7 @@ _BLOCK = (
 _DEPTH = 8  # layers that the numbered names are written out for
 _VALUE = ".ATTRIBUTES/VARIABLE_VALUE"
 
-CHECKPOINT = {
+LAYOUTS = {
     "keras": Rules(
         [
             Rule("embedding.conv1d.kernel", "embed/kernel", squeeze(0)),
@@ -252,3 +252,5 @@ VARIANTS = {
         mlp_dim=64, depth=2, aux_features=2, dropout=0.0,
     ),
 }  # fmt: skip
+
+SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS)

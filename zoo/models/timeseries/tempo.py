@@ -56,9 +56,7 @@ from zoo.layers.patch import torch_default_init
 from zoo.layers.series import bias_init, check_series, moving_average, standardise
 from zoo.models.language.gpt2 import GPT2Block, init, residual_init, trunk_rules
 from zoo.models.timeseries.patchtst import patch_count, patches
-from zoo.registry import File, Variant
-
-FROZEN = ("unused",)
+from zoo.system import File, System, Variant
 
 PARTS = ("trend", "season", "noise")
 _PREDICT = (47, 17407, 262, 2003, 640, 2239, 1813, 262)
@@ -383,7 +381,7 @@ def _official(base: str) -> Rules:
     return Rules(rules, derived=dict.fromkeys(masks))
 
 
-CHECKPOINT = {
+LAYOUTS = {
     "official": _official(".base_layer"),
     "official_peft_0.5": _official(""),
     # A published GPT-2, whose first blocks are taken; the rest starts afresh (`adapt=True`).
@@ -422,3 +420,5 @@ VARIANTS: dict[str, Variant] = {
         **_COMMON,
     ),
 }  # fmt: skip
+
+SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS, partition=PARTITION, frozen=(r"unused/.*",))

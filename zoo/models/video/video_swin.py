@@ -55,7 +55,7 @@ from zoo.layers.window import (
     window_merge,
     window_partition,
 )
-from zoo.registry import File, Preprocessing, Variant
+from zoo.system import File, Preprocessing, System, Variant
 
 LayerNorm = partial(_LayerNorm, epsilon=1e-5)
 Size = tuple[int, int, int]
@@ -316,7 +316,7 @@ def _naming(
     )
 
 
-CHECKPOINT = {
+LAYOUTS = {
     "official": _naming(
         "backbone.",
         "cls_head.fc_cls",
@@ -429,3 +429,5 @@ VARIANTS = dict(
         preprocessing=Preprocessing(crop=1.0, interpolation="bilinear"),
     ),
 }  # fmt: skip
+
+SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS)

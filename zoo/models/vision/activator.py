@@ -35,7 +35,7 @@ from zoo.layers.norm import LayerNorm as _LayerNorm
 from zoo.layers.partition import constrain
 from zoo.layers.patch import PatchEmbed, torch_default_init
 from zoo.layers.stack import remat_block
-from zoo.registry import Preprocessing, Variant
+from zoo.system import Preprocessing, System, Variant
 
 LayerNorm = partial(_LayerNorm, epsilon=1e-5)
 
@@ -144,7 +144,7 @@ class Activator(nn.Module):
         return out
 
 
-CHECKPOINT = {
+LAYOUTS = {
     "official": Rules(
         (
             Rule("patcher.weight", "embed/kernel", conv),
@@ -182,3 +182,5 @@ VARIANTS = {
     "activator_only_geglu_cifar10": _variant(1_599_242, has_mlp=False),
     "activator_test": _variant(None, embed_dim=64, hidden=128, depth=2, dropout=0.0),
 }
+
+SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS)

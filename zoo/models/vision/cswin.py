@@ -54,7 +54,7 @@ from zoo.layers.patch import torch_default_init
 from zoo.layers.stack import remat_block
 from zoo.layers.stochastic import DropPath
 from zoo.layers.window import window_merge, window_partition
-from zoo.registry import File, Preprocessing, Variant
+from zoo.system import File, Preprocessing, System, Variant
 
 LayerNorm = partial(_LayerNorm, epsilon=1e-5)
 init = nn.initializers.normal(0.02)  # the official truncation, at 100 deviations, never acts
@@ -314,7 +314,7 @@ def _rules() -> list[Rule]:
     return rules
 
 
-CHECKPOINT = {"official": Rules(tuple(_rules()), fresh=("head/kernel", "head/bias"))}
+LAYOUTS = {"official": Rules(tuple(_rules()), fresh=("head/kernel", "head/bias"))}
 
 # ------------------------------------------------------------------------------- variants
 
@@ -395,3 +395,5 @@ VARIANTS = dict(
         preprocessing=Preprocessing(crop=1.0),
     )
 }
+
+SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS)

@@ -65,7 +65,7 @@ from zoo.layers.position import resize_grid
 from zoo.layers.stack import remat_block
 from zoo.layers.stochastic import DropPath
 from zoo.layers.window import pad_map, pad_to_multiple
-from zoo.registry import File, Preprocessing, Variant
+from zoo.system import File, Preprocessing, System, Variant
 
 LayerNorm = partial(_LayerNorm, epsilon=1e-5)
 init = nn.initializers.normal(0.02)  # the official truncation, at 100 deviations, never acts
@@ -400,7 +400,7 @@ def _hugging_face(prefix: str) -> Rules:
     )
 
 
-CHECKPOINT = {
+LAYOUTS = {
     "isotropic": _layout(
         "patch_embed.proj",
         "patch_embed.norm",
@@ -548,3 +548,5 @@ VARIANTS = dict(
         preprocessing=Preprocessing(crop=1.0),
     )
 }
+
+SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS)

@@ -62,7 +62,7 @@ from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
 from zoo.layers.stack import remat_block
 from zoo.layers.stochastic import DropPath
-from zoo.registry import Preprocessing, Variant
+from zoo.system import Preprocessing, System, Variant
 
 WINDOW = 7
 
@@ -363,7 +363,7 @@ def _rules() -> list[Rule]:
     return rules
 
 
-CHECKPOINT = {"official": Rules(tuple(_rules()), fresh=("head/kernel", "head/bias"))}
+LAYOUTS = {"official": Rules(tuple(_rules()), fresh=("head/kernel", "head/bias"))}
 
 # ------------------------------------------------------------------------------- variants
 
@@ -418,3 +418,5 @@ VARIANTS = dict(
         **_SOURCE,
     )
 }
+
+SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS)

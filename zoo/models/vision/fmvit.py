@@ -56,7 +56,7 @@ from zoo.layers.partition import constrain
 from zoo.layers.stack import remat_block
 from zoo.layers.stochastic import DropPath
 from zoo.layers.window import pad_to_multiple
-from zoo.registry import Preprocessing, Variant
+from zoo.system import Preprocessing, System, Variant
 
 EPSILON = 1e-5
 GROUPS = (1, 2, 4)
@@ -471,7 +471,7 @@ def _model() -> Rules:
     return Rules(tuple(rules), fresh=("head/kernel", "head/bias"))
 
 
-CHECKPOINT = {"ours": _model(), "layer": Rules(tuple(_rep("", "", 1)))}
+LAYOUTS = {"ours": _model(), "layer": Rules(tuple(_rep("", "", 1)))}
 
 # ------------------------------------------------------------------------------- variants
 
@@ -505,3 +505,5 @@ VARIANTS = {
         drop_path=0.0,
     ),
 }
+
+SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS, partition=PARTITION)

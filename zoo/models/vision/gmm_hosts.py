@@ -73,6 +73,7 @@ from zoo.models.vision.gmm_vit import (
     patch_rules,
     unit_init,
 )
+from zoo.system import System
 
 table_init = nn.initializers.normal(0.02)
 
@@ -448,7 +449,7 @@ def _shift_mask(model: GmmSwin, s: int, b: int) -> np.ndarray | None:
     return shifted_window_mask(size, (window,) * 2, (shift,) * 2)
 
 
-CHECKPOINT = {"cait": _cait(), "swin": _swin()}
+LAYOUTS = {"cait": _cait(), "swin": _swin()}
 
 # ------------------------------------------------------------------------------- variants
 
@@ -461,3 +462,5 @@ VARIANTS = {
         GmmSwin, embed_dim=24, depths=(1, 1), num_heads=(2, 4), drop_path=0.0, patch_size=4
     ),
 }
+
+SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS)

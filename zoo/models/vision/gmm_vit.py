@@ -55,7 +55,7 @@ from zoo.layers.partition import constrain
 from zoo.layers.patch import PatchEmbed, check_image_size
 from zoo.layers.stack import remat_block
 from zoo.layers.stochastic import DropPath
-from zoo.registry import Preprocessing, Variant
+from zoo.system import Preprocessing, System, Variant
 
 LayerNorm = partial(_LayerNorm, epsilon=1e-5)
 init = nn.initializers.xavier_normal()
@@ -440,7 +440,7 @@ def _vit() -> Rules:
     )
 
 
-CHECKPOINT = {"official": _vit()}
+LAYOUTS = {"official": _vit()}
 
 # ------------------------------------------------------------------------------- variants
 
@@ -468,3 +468,5 @@ VARIANTS = {
         GmmViT, embed_dim=48, depth=3, num_heads=4, head_dim=12, drop_path=0.0
     ),
 }
+
+SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS)

@@ -58,7 +58,7 @@ from zoo.layers.patch import torch_default_init
 from zoo.layers.position import resize_grid
 from zoo.layers.stack import remat_block
 from zoo.layers.stochastic import DropPath
-from zoo.registry import File, Preprocessing, Variant
+from zoo.system import File, Preprocessing, System, Variant
 
 LayerNorm = partial(_LayerNorm, epsilon=1e-6)
 
@@ -434,7 +434,7 @@ def _rules() -> list[Rule]:
     return rules
 
 
-CHECKPOINT = {
+LAYOUTS = {
     "official": Rules(
         tuple(_rules()),
         derived={
@@ -517,3 +517,5 @@ VARIANTS = dict(
         **_SOURCE,
     )
 }
+
+SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS, partition=PARTITION)

@@ -66,7 +66,7 @@ from zoo.layers.partition import constrain
 from zoo.layers.patch import check_image_size
 from zoo.layers.stack import remat_block
 from zoo.layers.stochastic import DropPath
-from zoo.registry import Preprocessing, Variant
+from zoo.system import Preprocessing, System, Variant
 
 LayerNorm = partial(_LayerNorm, epsilon=1e-6)
 init = nn.initializers.normal(0.02)  # the official truncation, at 100 deviations, never acts
@@ -469,7 +469,7 @@ def _filter(model: SVT, b: int, *, s: int, name: str) -> np.ndarray | None:
     return filters()[name][::-1].reshape(1, 1, -1, 1).astype(np.float32)
 
 
-CHECKPOINT = {
+LAYOUTS = {
     "official": Rules(
         (
             *_stem(),
@@ -551,3 +551,5 @@ VARIANTS = {
         drop_path=0.0,
     ),
 }
+
+SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS)

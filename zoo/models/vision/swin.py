@@ -52,7 +52,7 @@ from zoo.layers.window import (
     window_merge,
     window_partition,
 )
-from zoo.registry import File, Preprocessing, Variant
+from zoo.system import File, Preprocessing, System, Variant
 
 LayerNorm = partial(_LayerNorm, epsilon=1e-5)
 init = nn.initializers.normal(0.02)  # the official truncation, at 100 deviations, never acts
@@ -283,7 +283,7 @@ def _naming(
     )
 
 
-CHECKPOINT = {
+LAYOUTS = {
     "official": _naming(
         "patch_embed.proj",
         "patch_embed.norm",
@@ -398,3 +398,5 @@ VARIANTS = dict(
         preprocessing=Preprocessing(crop=1.0),
     )
 }
+
+SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS)

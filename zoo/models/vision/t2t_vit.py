@@ -48,11 +48,10 @@ from zoo.layers.partition import constrain
 from zoo.layers.patch import check_image_size
 from zoo.layers.position import resize_table, sinusoids
 from zoo.layers.stack import remat_block
-from zoo.registry import File, Preprocessing, Variant
+from zoo.system import File, Preprocessing, System, Variant
 
 LayerNorm = partial(_LayerNorm, epsilon=1e-5)
 init = nn.initializers.normal(0.02)  # the official truncation, at 100 deviations, never acts
-FROZEN = ("position_embedding", "random_features")
 
 
 def unfold(
@@ -284,7 +283,7 @@ def _official(*names: str | tuple[str, str]) -> Rules:
     )
 
 
-CHECKPOINT = {
+LAYOUTS = {
     "performer": _official("kqv", "proj", ("mlp.0", "mlp.2")),
     "transformer": _official("attn.qkv", "attn.proj", ("mlp.fc1", "mlp.fc2")),
 }
@@ -363,3 +362,7 @@ VARIANTS = dict(
         preprocessing=Preprocessing(crop=1.0),
     )
 }
+
+SYSTEM = System(
+    variants=VARIANTS, layouts=LAYOUTS, frozen=("position_embedding", r".*random_features")
+)

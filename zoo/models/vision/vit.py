@@ -53,7 +53,7 @@ from zoo.layers.partition import constrain
 from zoo.layers.patch import PatchEmbed, check_image_size
 from zoo.layers.position import resize_table
 from zoo.layers.stack import remat_block
-from zoo.registry import File, Preprocessing, Variant
+from zoo.system import File, Preprocessing, System, Variant
 
 init = nn.initializers.normal(0.02)  # timm's truncation, at 100 deviations, never acts
 tiny_init = nn.initializers.normal(1e-6)
@@ -410,7 +410,7 @@ def _google() -> Rules:
     )
 
 
-CHECKPOINT = {
+LAYOUTS = {
     "timm": _timm(),
     "huggingface": _hugging_face("vit."),
     "huggingface_encoder": _hugging_face(""),
@@ -564,3 +564,5 @@ VARIANTS = dict(
         preprocessing=Preprocessing(crop=1.0),
     )
 }
+
+SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS)

@@ -62,7 +62,7 @@ from zoo.layers.position import relative_position_index
 from zoo.layers.stack import remat_block
 from zoo.layers.stochastic import DropPath
 from zoo.layers.window import pad_to_multiple, window_merge, window_partition
-from zoo.registry import Preprocessing, Variant
+from zoo.system import Preprocessing, System, Variant
 
 init = nn.initializers.truncated_normal(0.02)
 
@@ -542,7 +542,7 @@ def _no_batches(model: nn.Module, **_: int) -> np.ndarray:
 
 _REDUCTION, _NORMAL = "layers.{s}.RC", "layers.{s}.NC.{b}"
 
-CHECKPOINT = {
+LAYOUTS = {
     "official": Rules(
         (
             Rule(f"{_REDUCTION}.PRM.convs.{{k}}.0.weight", "reduce_{s}/branches_{k}/kernel", conv),
@@ -631,3 +631,5 @@ VARIANTS = {
         **_SOURCE,
     ),
 }
+
+SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS)

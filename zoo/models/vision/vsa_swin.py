@@ -42,7 +42,7 @@ from zoo.layers.patch import PatchEmbed, check_image_size
 from zoo.layers.stack import remat_block
 from zoo.layers.stochastic import DropPath
 from zoo.models.vision.vsa import VariedSizeWindowAttention, attention_rules, index_table
-from zoo.registry import Preprocessing, Variant
+from zoo.system import Preprocessing, System, Variant
 
 LayerNorm = partial(_LayerNorm, epsilon=1e-5)
 init = nn.initializers.truncated_normal(0.02)
@@ -179,7 +179,7 @@ class SwinVSA(nn.Module):
 _THEIRS, _OURS = "layers.{s}.blocks.{b}", "stages_{s}/layers_{b}"
 
 # No file of this model is published: names are those of official Swin, and of ViTAE-VSA inside.
-CHECKPOINT = {
+LAYOUTS = {
     "swin": Rules(
         (
             Rule("patch_embed.proj.weight", "embed/kernel", conv),
@@ -240,3 +240,5 @@ VARIANTS = {
         **_SOURCE,
     ),
 }
+
+SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS)
