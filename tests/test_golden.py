@@ -62,7 +62,7 @@ def test_numbers_are_made_from_names_alone():
 
 
 def changed(tmp_path, name="case.npz", folder="vit", reference=None, source=None, **config):
-    """The small ViT case with some of its header or references replaced."""
+    """The small ViT case with some of its header, references or stored inputs replaced."""
     with np.load(SMALL) as data:
         arrays = dict(data)
     header = json.loads(bytes(arrays.pop("header")))
@@ -117,6 +117,58 @@ def test_what_cannot_be_compared_is_said_in_a_sentence(tmp_path, capsys, config,
     assert golden.main([str(changed(tmp_path, **config))]) == 1
     out = capsys.readouterr().out
     assert sentence in out and "Traceback" not in out
+
+
+def test_an_input_that_is_not_passed_on_is_refused(tmp_path, capsys):
+    path = changed(tmp_path, "lengths.npz", reference={"in/lengths": np.ones(2)})
+    assert golden.main([str(path)]) == 1
+    assert "lengths" in capsys.readouterr().out
+    given = {"x": {"shape": [2, 3]}, "y": [[4], "uniform"], "z": None, "words": "as in the paper"}
+    case = golden.Case.read(changed(tmp_path, inputs=given))
+    assert case.names == ("x", "y")
+    case.config = golden.Config({"inputs": given})
+    case.input("x")
+    with pytest.raises(golden.Unsupported, match="gives the input y, which the harness does not"):
+        case.finish()
+    case.unread("y")
+    case.finish()
+
+
+@pytest.mark.parametrize(
+    "described, number",
+    [
+        ([2, 3], lambda u: u),
+        ([[2, 3], "uniform upstream gradient"], lambda u: u),
+        ({"shape": [2, 3], "how": "fill.uniform, time-major"}, lambda u: u),
+        ({"shape": [2, 3], "made": "0.5*fill.uniform('in/x', shape)+0.5"}, lambda u: 0.5 * u + 0.5),
+        ({"shape": [2, 3], "how": "sqrt(3)*fill.uniform('in/x', shape)"}, lambda u: 3**0.5 * u),
+        ('[2,3] = 6*fill.uniform("in/x")', lambda u: 6 * u),
+        ({"shape": [2, 3], "how": "zeros"}, np.zeros_like),
+    ],
+)
+def test_an_input_is_made_as_described(tmp_path, described, number):
+    case = golden.Case.read(changed(tmp_path, inputs={"x": described}))
+    wanted = number(fill.uniform("in/x", (2, 3)))
+    np.testing.assert_allclose(case.input("x"), wanted, rtol=1e-6)
+    np.testing.assert_array_equal(case.uniform("x"), fill.uniform("in/x", (2, 3)))
+
+
+@pytest.mark.parametrize("how", ["amplitude*fill.uniform", "fill.uniform * linspace(0, 1)"])
+def test_an_input_made_in_an_unknown_way_is_refused(tmp_path, how):
+    case = golden.Case.read(changed(tmp_path, inputs={"x": {"shape": [2, 3], "how": how}}))
+    with pytest.raises(golden.Unsupported, match="which the harness cannot do"):
+        case.input("x")
+
+
+def test_a_file_may_hold_every_second_number_of_an_output():
+    output = np.arange(7.0)
+    described = {"shape": [7], "stride": 2}
+    np.testing.assert_array_equal(golden.thinned("y", output, described, 4), [0, 2, 4, 6])
+    np.testing.assert_array_equal(golden.thinned("y", output, {}, 7), output)
+    with pytest.raises(golden.Unsupported, match="stride 2 holds 7 numbers"):
+        golden.thinned("y", output, described, 7)
+    with pytest.raises(golden.Unsupported, match=r"has shape \(7,\), not \(8,\)"):
+        golden.thinned("y", output, {"shape": [8]}, 8)
 
 
 def test_settings_of_training_change_nothing(tmp_path):

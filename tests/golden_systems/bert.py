@@ -78,8 +78,9 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
             ("token_types", "token_type_ids"),
             ("mask", "attention_mask"),
         )
-        if theirs in {**case.inputs, **case.config.entries.get("inputs", {})}
+        if theirs in case.names
     }
+    check_lengths(case, inputs)
     run = jax.jit(lambda v, x: model.apply(v, **x, method="features"))
 
     def outputs(variables: dict) -> golden.Outputs:
@@ -108,6 +109,16 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
         )
 
     return model, outputs
+
+
+def check_lengths(case: golden.Case, inputs: dict[str, np.ndarray]) -> None:
+    """The reference's offsets of packed examples, if it has them, have to be those of the mask."""
+    if "cu_seqlens" not in case.names:
+        return
+    rows, length = inputs["tokens"].shape
+    lengths = inputs["mask"].sum(1) if "mask" in inputs else np.full(rows, length)
+    if case.input("cu_seqlens").tolist() != [0, *np.cumsum(lengths).tolist()]:
+        raise golden.Unsupported("its cu_seqlens are not the running sums of its attention_mask")
 
 
 def made_by(case: golden.Case) -> bool:

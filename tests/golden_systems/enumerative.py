@@ -1,9 +1,9 @@
 """Intersection numbers of psi classes, and DynamicFormer, which learns their logarithms."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
-import fill
 import golden
 import jax
 import numpy as np
@@ -24,11 +24,11 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
 
 
 def _numbers(case: golden.Case) -> golden.Outputs:
-    """Exactly the fractions of the file, and their logarithms."""
+    """Exactly the fractions of the file, which may be a part of all, and their logarithms."""
     rows = [tuple(int(e) for e in row if e >= 0) for row in case.inputs["d"]]
     sizes = list(zip(case.inputs["g"].tolist(), case.inputs["n"].tolist(), strict=True))
     assert [(genus(d), len(d)) for d in rows] == sizes
-    assert {d for size in set(sizes) for d in exponents(*size)} == set(rows)
+    assert set(rows) <= {d for size in set(sizes) for d in exponents(*size)}
     values = [intersection_number(d) for d in rows]
     stored = zip(case.inputs["num"], case.inputs["den"], strict=True)
     assert [(str(v.numerator), str(v.denominator)) for v in values] == [
@@ -40,13 +40,14 @@ def _numbers(case: golden.Case) -> golden.Outputs:
 def _parts(case: golden.Case) -> golden.Outputs:
     scalars = case.config.take("dra")
     typical = np.float32([case.config.take("average_n")])
-    x = 6 * fill.uniform("in/x", (64,))
+    x = case.input("x")
     out = {
         "dra_model": dra(x, **scalars),
         "dra_package": package_dra(x, **scalars),
-        "lepna": pool(fill.uniform("in/set", (2, 11, 5)), typical),
+        "lepna": pool(case.input("set"), typical),
     }
-    for g, n in ((1, 3), (2, 2), (3, 1)):
+    tables = (re.fullmatch(r"[BC]_coo_(\d+)_(\d+)", name) for name in case.header["outputs"])
+    for g, n in {(int(found[1]), int(found[2])) for found in tables if found}:
         b = airy_b(3 * g - 3 + n)
         out[f"B_coo_{g}_{n}"] = np.concatenate([b[:, :3], np.log(1 + 100 * b[:, 3:])], 1)
         out[f"C_coo_{g}_{n}"] = airy_c(3 * g - 3 + n)
