@@ -19,7 +19,7 @@ bfloat16 with float32 parameters, once with the windows and neighbourhoods by XL
 Pallas kernels. As `zoo plan` does, it stops each compile at the program that is scheduled and has
 its buffers: `HBM` is what XLA assigned, arguments and results included; `moved` is the traffic by
 the operands and results of that program's instructions, loops as often as they run
-(`zoo.training.hlo`). A kernel's call counts its operands and results once, whatever it reads in
+(`zoo.planning.hlo`). A kernel's call counts its operands and results once, whatever it reads in
 again: there Pallas looks better than it may be. Nothing here is a time.
 """
 
@@ -237,7 +237,7 @@ def compile_static(name: str, backward: bool, implementation: str, batch: int, c
 
 def static(names, batch: int, clip) -> dict:
     """Prints Markdown rows, XLA beside Pallas; returns the figures, in bytes."""
-    from zoo.training import plan
+    from zoo.planning import compiler
 
     print("| model | batch | pass | HBM MB: XLA | Pallas | moved MB: XLA | Pallas | kernel calls |")
     print("|---|---|---|---|---|---|---|---|")
@@ -250,7 +250,7 @@ def static(names, batch: int, clip) -> dict:
                 request = json.dumps([name, backward, implementation, count, clip])
                 command = [sys.executable, __file__, "--compile", request]
                 with tempfile.TemporaryDirectory() as folder:
-                    program = plan.scheduled(command, Path(folder), "measured")
+                    program = compiler.scheduled(command, Path(folder), "measured")
                     if program is None:
                         log = (Path(folder) / "log.txt").read_text()
                         raise SystemExit(f"{request} did not compile:\n{log[-2000:]}")

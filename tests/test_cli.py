@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import zoo
-from zoo import cli
+from zoo import cli, verify
 from zoo.checkpoints import files
 from zoo.models.vision import swin
+from zoo.shapes import shapes
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 def published(tmp_path_factory):
     """A file in timm's names, and its contents."""
     model = zoo.create("swin_test")
-    variables = cli.fill(cli.shapes(model)[0])
+    variables = verify.fill(shapes(model)[0])
     state = zoo.export(model, variables, "timm")
     path = tmp_path_factory.mktemp("published") / "timm.safetensors"
     files.save_safetensors(path, state)
@@ -160,7 +161,7 @@ def test_what_cannot_be_converted_leaves_nothing_behind(
 @pytest.fixture
 def one_case(monkeypatch):
     case = ROOT / "tests" / "golden" / "vit" / "tiny_rect_dim48.npz"
-    monkeypatch.setattr(cli, "reference_cases", lambda model: (ROOT / "tests/golden.py", [case]))
+    monkeypatch.setattr(verify, "reference_cases", lambda model: (ROOT / "tests/golden.py", [case]))
 
 
 def test_verify_checks_rules_gradients_and_goldens(capsys, one_case):
@@ -174,9 +175,11 @@ def test_verify_checks_rules_gradients_and_goldens(capsys, one_case):
 def test_verify_fails_where_the_count_is_not_the_published_one(capsys, monkeypatch):
     wrong = dataclasses.replace(swin.VARIANTS["swin_test"], params=77_327)
     monkeypatch.setitem(swin.VARIANTS, "swin_test", wrong)
-    monkeypatch.setattr(cli, "check_layouts", lambda *_: [])
-    monkeypatch.setattr(cli, "check_gradient", lambda *_: cli.Check("gradient", True, "finite"))
-    monkeypatch.setattr(cli, "check_goldens", lambda *_: [])
+    monkeypatch.setattr(verify, "check_layouts", lambda *_: [])
+    monkeypatch.setattr(
+        verify, "check_gradient", lambda *_: verify.Check("gradient", True, "finite")
+    )
+    monkeypatch.setattr(verify, "check_goldens", lambda *_: [])
     status, out, _ = run(capsys, "verify", "swin_test")
     assert status == 1
     assert "FAILED   parameters" in out and "77,326, published 77,327" in out
@@ -189,7 +192,7 @@ def test_verify_finds_rules_that_lose_a_leaf(monkeypatch):
     kept = tuple(rule for rule in rules.rules if rule.target != "head/bias")
     lossy = {"timm": dataclasses.replace(rules, rules=kept)}
     monkeypatch.setattr(swin, "SYSTEM", dataclasses.replace(swin.SYSTEM, layouts=lossy))
-    (check,) = cli.check_layouts(model, cli.fill(cli.shapes(model)[0]))
+    (check,) = verify.check_layouts(model, verify.fill(shapes(model)[0]))
     assert check.passed is False and "timm" in check.detail
 
 

@@ -161,7 +161,8 @@ def test_overrides_may_be_written_as_people_write_them():
 @pytest.fixture(scope="module")
 def state():
     """The official state dict of `swin_test`."""
-    from zoo.cli import fill, shapes
+    from zoo.shapes import shapes
+    from zoo.verify import fill
 
     model = zoo.create("swin_test")
     return zoo.export(model, fill(shapes(model)[0]))

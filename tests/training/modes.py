@@ -9,9 +9,9 @@ import numpy as np
 from training import tiny
 
 from zoo.data import train_iterator
+from zoo.planning.collectives import grouped
+from zoo.planning.hlo import Module
 from zoo.training import Model, Partition
-from zoo.training.hlo import Module
-from zoo.training.plan import _grouped
 from zoo.training.program import make_program
 
 STEPS = 4
@@ -58,7 +58,7 @@ def run(partition, optimizer, devices, dropout, steps=STEPS):
     if partition.fsdp == 8:
         with program.context():
             compiled = program.train_step.lower(program.abstract, program.abstract_batch())
-        rows = _grouped(Module(compiled.compile().as_text()).collectives())
+        rows = grouped(Module(compiled.compile().as_text()).collectives())
         collectives = sorted({(row.kind, row.what) for row in rows})
     kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.opt_state) if leaf.shape}
     lowered = ""

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from zoo.training.flow import Flow
+from zoo.planning.flow import Flow, captured
 
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "c64": 8, "c128": 16}
 """Bytes of an element, where the name of its type does not say its bits."""
@@ -93,7 +93,7 @@ class Collective:
         one iteration of it.
       group: chips (slices, between these) that take part together (0: all).
       source: the operation of the model that it serves.
-      of_parameters: of each of the shapes, whether it is of the parameters (`zoo.training.flow`).
+      of_parameters: of each of the shapes, whether it is of the parameters (`zoo.planning.flow`).
     """
 
     kind: str
@@ -182,8 +182,7 @@ class Module:
         if stated:
             return int(stated.group(1))
         names = {
-            kind: re.search(rf"{kind}=%?([\w.\-]+)", loop.text).group(1)
-            for kind in ("condition", "body")
+            kind: captured(rf"{kind}=%?([\w.\-]+)", loop.text) for kind in ("condition", "body")
         }
         condition, body = (self.computations[names[kind]] for kind in ("condition", "body"))
         test = condition.root
@@ -288,7 +287,7 @@ class Module:
         for i in inside.instructions.values():
             if i.opcode != "parameter":
                 continue
-            number = int(re.search(r"parameter\((\d+)\)", i.text).group(1))
+            number = int(captured(r"parameter\((\d+)\)", i.text))
             if number >= len(whole) or not whole[number]:
                 continue
             parts = []
@@ -351,6 +350,8 @@ def parse(text: str) -> dict[str, Computation]:
 def _instruction(name: str, rest: str, root: bool) -> Instruction:
     rest = re.sub(r"/\*.*?\*/", "", rest)
     opcode = _OPCODE.search(rest)
+    if opcode is None:
+        raise ValueError(f"An instruction without an operation is not HLO as XLA writes it: {rest}")
     result, arguments = rest[: opcode.start()], _closed(rest[opcode.end() :])
     operands = tuple(re.findall(r"%([\w.\-]+)", arguments))
     return Instruction(name, opcode.group(1), tuple(_shapes(result)), operands, rest, root, result)

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from zoo.training.hlo import Module
-from zoo.training.plan import _grouped
+from zoo.planning.collectives import grouped
+from zoo.planning.hlo import Module
 
 STEP = """HloModule jit_train_step, input_output_alias={ {0}: (0, {}, may-alias) }
 
@@ -73,7 +73,7 @@ ENTRY %main (p0: f32[8,8], p1: f32[8,8]) -> (f32[8,8], f32[]) {
 
 def labels(text):
     return {
-        (row.kind, row.what, row.count, row.bytes) for row in _grouped(Module(text).collectives())
+        (row.kind, row.what, row.count, row.bytes) for row in grouped(Module(text).collectives())
     }
 
 

@@ -16,7 +16,7 @@ the gradient of a bias. So for what is gathered, not summed, no path may sum ove
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from typing import Any
 
 Value = tuple[str, str, int]  # computation, instruction, which array of its tuple
@@ -38,7 +38,7 @@ class Flow:
         """Follow every value.
 
         Args:
-          computations: as `zoo.training.hlo.parse` gives them.
+          computations: as `zoo.planning.hlo.parse` gives them.
           header: the first line of the module's text, which says what arguments are given back.
         """
         self.computations = computations
@@ -149,7 +149,7 @@ class Flow:
         elif i.opcode == "get-tuple-element":
             (source,) = i.operands
             counts = _element_sizes(computation.instructions[source])
-            place = int(re.search(r"index=(\d+)", i.text).group(1))
+            place = int(captured(r"index=(\d+)", i.text))
             first = sum(counts[:place])
             self._edges(given[0][first : first + counts[place]], results)
         elif i.opcode == "tuple" or i.opcode in _ONE_TO_ONE:
@@ -171,8 +171,8 @@ class Flow:
 def _closure(
     start: Iterable[Value],
     edges: dict[Value, list[Value]],
-    barred: set[Value] = frozenset(),
-    forbidden: set[tuple[Value, Value]] = frozenset(),
+    barred: Set[Value] = frozenset(),
+    forbidden: Set[tuple[Value, Value]] = frozenset(),
 ) -> set[Value]:
     """All values that edges lead to, not through those barred, not along those forbidden."""
     found = set(start)
@@ -188,12 +188,24 @@ def _closure(
     return found
 
 
+def captured(pattern: str, text: str) -> str:
+    """The first group of a pattern in an instruction that must have it.
+
+    Raises:
+      ValueError: if it does not.
+    """
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"An instruction without {pattern!r} is not HLO as XLA writes it: {text}")
+    return found.group(1)
+
+
 def _parameters(computation: Any) -> list[Any]:
     return [i for i in computation.instructions.values() if i.opcode == "parameter"]
 
 
 def _number(parameter: Any) -> int:
-    return int(re.search(r"parameter\((\d+)\)", parameter.text).group(1))
+    return int(captured(r"parameter\((\d+)\)", parameter.text))
 
 
 def _message(i: Any) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from zoo.training import plan
+from zoo.planning import budgets, plan
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs/budgets").glob("*.json"))
@@ -32,13 +32,13 @@ def name(value):
 def test_a_budget_is_kept_and_five_per_cent_or_a_new_collective_are_not():
     file = ROOT / f"configs/budgets/{QUICK[0]}.json"
     found, allowed = compiled(file, QUICK[1])
-    assert plan.over_budget(found, allowed) == []
+    assert budgets.over_budget(found, allowed) == []
     less = {**allowed, "hbm_bytes": int(found.hbm / 1.06)}
-    assert "MiB a chip" in plan.over_budget(found, less)[0]
+    assert "MiB a chip" in budgets.over_budget(found, less)[0]
     before = copy.deepcopy(allowed)
     largest = max(before["collective_bytes"], key=before["collective_bytes"].get)
     del before["collective_bytes"][largest]
-    assert largest in plan.over_budget(found, before)[0]
+    assert largest in budgets.over_budget(found, before)[0]
 
 
 def marked():
@@ -52,4 +52,4 @@ def marked():
 
 @pytest.mark.parametrize(("file", "topology"), list(marked()), ids=name)
 def test_every_budget_is_kept(file, topology):
-    assert plan.over_budget(*compiled(file, topology)) == []
+    assert budgets.over_budget(*compiled(file, topology)) == []

@@ -1,0 +1,43 @@
+"""The program `zoo`: reads a command line, runs one command, says what went wrong."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+import zoo
+from zoo.cli import convert, plan, show, verify
+from zoo.cli import list as list_models
+from zoo.cli.arguments import Parser
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="zoo", description="Published transformer systems in JAX.")
+    parser.add_argument("--version", action="version", version=f"zoo {zoo.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in (list_models, show, convert, verify, plan):
+        command.add(commands)
+    return parser
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        where = f" {error.filename!r}" if error.filename else ""
+        return f"Cannot read or write{where}: {error.strerror.lower()}."
+    return str(error)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    try:
+        options = _parser().parse_args(arguments)
+        return options.run(options)
+    except BrokenPipeError:  # the reader of our output has gone, as in `zoo list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError, ImportError) as error:
+        print(f"zoo: {_sentence(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("zoo: interrupted", file=sys.stderr)
+        return 130
