@@ -25,7 +25,7 @@ def get_config() -> TrainConfig:
             {
                 "context_length": train.length,
                 "variates": 12,
-                "marks": 0,
+                "time_features": 0,
                 "num_classes": len(train.classes),
                 "embed_dim": 64,
                 "mlp_dim": 128,

@@ -40,8 +40,8 @@ def get_config() -> TrainConfig:
         ),
         task=Forecasting(),
         data=Data(
-            train=Windows(table, "train", CONTEXT, HORIZON, marks=None),
-            eval=Windows(table, "test", CONTEXT, HORIZON, marks=None),
+            train=Windows(table, "train", CONTEXT, HORIZON, time_features=None),
+            eval=Windows(table, "test", CONTEXT, HORIZON, time_features=None),
             batch_size=32,
             eval_batch_size=64,
         ),

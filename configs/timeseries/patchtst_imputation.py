@@ -39,8 +39,8 @@ def get_config() -> TrainConfig:
         ),
         task=Imputation(),
         data=Data(
-            train=Windows(table, "train", CONTEXT, 0, marks=None),
-            eval=Windows(table, "test", CONTEXT, 0, marks=None),
+            train=Windows(table, "train", CONTEXT, 0, time_features=None),
+            eval=Windows(table, "test", CONTEXT, 0, time_features=None),
             train_transforms=(HideValues(0.25),),
             eval_transforms=(HideValues(0.25, seed=0),),
             batch_size=32,

@@ -103,10 +103,11 @@ def test_a_window_holds_what_was_seen_and_what_came_next(tmp_path):
     np.testing.assert_array_equal(example["series"], table.scaled[rows[:8]])
     np.testing.assert_array_equal(example["target"], table.scaled[rows[8:]])
     features = time_features(table.dates)
-    np.testing.assert_array_equal(example["marks"], features[rows[:8]])
-    np.testing.assert_array_equal(example["future_marks"], features[rows[8:]])
-    assert Windows(table, "val", 8, 4, marks="calendar")[0]["marks"].dtype == np.int32
-    assert set(Windows(table, "val", 8, 0, marks=None)[0]) == {"series"}
+    np.testing.assert_array_equal(example["time_features"], features[rows[:8]])
+    np.testing.assert_array_equal(example["future_time_features"], features[rows[8:]])
+    dated = Windows(table, "val", 8, 4, time_features="calendar")[0]
+    assert dated["time_features"].dtype == np.int32
+    assert set(Windows(table, "val", 8, 0, time_features=None)[0]) == {"series"}
 
 
 def test_evaluation_sees_every_window_once(tmp_path):

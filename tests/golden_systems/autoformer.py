@@ -18,7 +18,7 @@ def fields(case: golden.Case) -> dict[str, Any]:
         context_length="seq_len", label_length="label_len", horizon="pred_len", factor="factor",
         moving_average="moving_avg", embed_dim="d_model", num_heads="n_heads", depth="e_layers",
         decoder_depth="d_layers", mlp_dim="d_ff", variates="enc_in",
-    ) | {"marks": 5 if config.entries["freq"] == "t" else 4}  # fmt: skip
+    ) | {"time_features": 5 if config.entries["freq"] == "t" else 4}  # fmt: skip
 
 
 def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:

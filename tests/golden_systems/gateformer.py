@@ -15,7 +15,7 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     named = {"context_length": "seq_len", "horizon": "pred_len", "variates": "enc_in",
              "patch_length": "patch_len", "stride": "stride", "embed_dim": "d_model",
              "mlp_dim": "d_ff", "num_heads": "n_heads", "depth": "e_layers"}  # fmt: skip
-    config.ignore("dropout", "embed", "freq")  # no marks: `embed` and `freq` shape nothing
+    config.ignore("dropout", "embed", "freq")  # no time_features: `embed` and `freq` shape nothing
     model = zoo.create("gateformer_test", **config.rename(**named))
 
     def outputs(variables: dict) -> golden.Outputs:

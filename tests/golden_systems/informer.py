@@ -29,14 +29,14 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
         **fields,
         sparse=config.entries["attn"] == "prob",
         time_embedding="features" if embed == "timeF" else embed,
-        marks=5 if config.entries["freq"] == "t" else 4,
+        time_features=5 if config.entries["freq"] == "t" else 4,
         activation=ACTIVATIONS[config.entries["activation"]],
     )
-    marks = [case.input("x_mark_enc"), case.input("x_mark_dec")]
+    time_features = [case.input("x_mark_enc"), case.input("x_mark_dec")]
     if embed != "timeF":
-        marks = [m.astype("int32") for m in marks]
+        time_features = [m.astype("int32") for m in time_features]
     samples = [case.input(f"index_sample.{i}") for i in range(config.entries["n_prob_calls"])]
-    inputs = (case.input("x_enc"), marks[0], case.input("x_dec"), marks[1])
+    inputs = (case.input("x_enc"), time_features[0], case.input("x_dec"), time_features[1])
 
     def outputs(variables: dict) -> golden.Outputs:
         run = jax.jit(lambda v, x, s: model.apply(v, *x, samples=s, method="transform"))

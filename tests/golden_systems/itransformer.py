@@ -5,43 +5,47 @@ from typing import Any
 
 import golden
 import jax
+from golden_systems import _series
 
 import zoo
-from zoo.layers.mlp import gelu
-
-ACTIVATIONS = {"gelu": gelu, "relu": jax.nn.relu}
 
 
-def fields(case: golden.Case) -> dict[str, Any]:
-    """Our fields from what both repositories share."""
+def inverted_fields(case: golden.Case) -> dict[str, Any]:
+    """Fields of models whose tokens are whole series, from what their repositories share."""
     config = case.config
-    marks = config.entries["inputs"].get("x_mark_enc")
-    named = {"context_length": "seq_len", "embed_dim": "d_model", "depth": "e_layers",
-             "mlp_dim": "d_ff", "num_heads": "n_heads", "standardise": "use_norm"}  # fmt: skip
-    activation = config.take("activation", "gelu")
-    # `factor`, `class_strategy`, `embed` and `freq` shape nothing in the model but the marks.
-    config.ignore("dropout", "output_attention", "factor", "class_strategy", "embed", "freq")
-    return config.rename(**named) | {
-        "activation": ACTIVATIONS.get(activation, gelu),
-        "marks": marks["shape"][-1] if isinstance(marks, dict) else 0,
+    config.ignore(*_series.UNUSED, "embed", "label_len", "d_layers", "moving_avg", "distil")
+    features = _series.time_features(case)
+    return {
+        **_series.take(config, "context_length", "horizon", "embed_dim", "depth", "mlp_dim"),
+        **_series.variates(case),
+        "activation": _series.activation(config),
+        "standardise": bool(config.take("use_norm", True)),
+        "time_features": 0 if features is None else features.shape[-1],
     }
 
 
+def inverted_inputs(case: golden.Case) -> dict[str, Any]:
+    """The series and, if the case has any, its time features."""
+    features = _series.time_features(case)
+    return {"series": case.input("x_enc")} | (
+        {} if features is None else {"time_features": features}
+    )
+
+
 def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
-    """The forecaster and its last attention map."""
-    config = case.config
-    config.expect(activation=("gelu", "relu"))
-    sizes = config.rename(horizon="pred_len", variates="n_variates")
-    model = zoo.info("itransformer_test").create(**fields(case), **sizes)
-    inputs = {"series": case.input("x_enc")}
-    if model.marks:
-        inputs["marks"] = case.input("x_mark_enc")
+    """The forecaster and its attention maps."""
+    case.config.ignore("factor")  # of other kinds of attention
+    heads = _series.take(case.config, "num_heads")
+    model = zoo.info("itransformer_test").create(**inverted_fields(case), **heads)
+    inputs = inverted_inputs(case)
 
     def outputs(variables: dict) -> golden.Outputs:
         run = jax.jit(lambda v, x: model.apply(v, **x, mutable=["intermediates"]))
         forecast, state = run(variables, inputs)
-        last = state["intermediates"][f"layers_{model.depth - 1}"]["attention"]["attention"][0]
-        return {"pred": forecast, "attn_last": last}
+        layers = (state["intermediates"][f"layers_{i}"] for i in range(model.depth))
+        maps = [layer["attention"]["attention"][0] for layer in layers]
+        named = {f"attn_{i}": attention for i, attention in enumerate(maps)}
+        return {"pred": forecast, "attn_last": maps[-1], **named}
 
     return model, outputs
 

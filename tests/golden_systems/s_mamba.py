@@ -6,12 +6,14 @@ from typing import Any
 import golden
 import jax
 import jax.numpy as jnp
+from golden_systems.itransformer import inverted_fields, inverted_inputs
 
 import zoo
 from zoo.checkpoints.rules import Rules
 from zoo.models.timeseries.s_mamba import Mamba, mamba_rules
+from zoo.system import System
 
-CHECKPOINT = {"mamba": Rules(mamba_rules("", ""))}  # of `Alone`
+SYSTEM = System(variants={}, layouts={"mamba": Rules(mamba_rules("", ""))})  # of `Alone`
 
 
 class Alone(Mamba):
@@ -29,17 +31,10 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     config = case.config
     if "seq_len" not in config.entries:
         return build_block(case)
-    named = {"context_length": "seq_len", "horizon": "pred_len", "variates": "n_variates",
-             "embed_dim": "d_model", "mlp_dim": "d_ff", "depth": "e_layers",
-             "state_size": "d_state", "standardise": "use_norm"}  # fmt: skip
-    config.expect(activation="gelu", d_conv=2, expand=1)
-    config.ignore("dropout", "output_attention", "class_strategy", "embed", "freq")
-    marks = config.entries["inputs"]["x_mark_enc"]
-    count = marks["shape"][-1] if marks else 0
-    model = zoo.create("s_mamba_test", **config.rename(**named), marks=count)
-    inputs = {"series": case.input("x_enc")}
-    if count:
-        inputs["marks"] = case.input("x_mark_enc")
+    sizes = config.rename(state_size="d_state", conv_size="d_conv", expand="expand")
+    config.ignore("n_heads", "factor")  # of the other models of the repository
+    model = zoo.info("s_mamba_test").create(**{"state_size": 32, **sizes}, **inverted_fields(case))
+    inputs = inverted_inputs(case)
 
     def outputs(variables: dict) -> golden.Outputs:
         blocks = lambda module, _: isinstance(module, Mamba)  # noqa: E731
@@ -55,8 +50,13 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
 
 def build_block(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     """A block of the library's own sizes; its states are those after the last single step."""
-    channels, x = case.config.take("d_model"), case.input("x")
-    model = Alone(shape=x.shape)
+    config, x = case.config, case.input("x")
+    channels = config.take("d_model", x.shape[-1])
+    config.expect(dt_rank=("auto", -(-channels // 16)), conv_bias=True, bias=False)
+    config.ignore("dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "use_fast_path")
+    config.ignore("layer_idx")
+    sizes = config.rename(state_size="d_state", conv_size="d_conv", expand="expand")
+    model = Alone(shape=x.shape, **sizes)
 
     def outputs(variables: dict) -> golden.Outputs:
         @jax.jit

@@ -7,7 +7,7 @@ import golden
 import jax
 import numpy as np
 from golden_systems.autoformer import fields as official_autoformer_fields
-from golden_systems.itransformer import fields as itransformer_fields
+from golden_systems.itransformer import inverted_fields as itransformer_fields
 
 import zoo
 from zoo.tasks.anomaly_detection import point_adjust, scores, threshold
@@ -32,12 +32,19 @@ def autoformer_fields(case: golden.Case) -> dict[str, Any]:
     case.config.ignore("min_topk_gap")
     imputes = case.config.entries["task_name"] == "imputation"
     fields = official_autoformer_fields(case) | {"decoder_depth": 0}
-    return fields if imputes else fields | {"marks": 0}
+    return fields if imputes else fields | {"time_features": 0}
+
+
+def inverted_fields(case: golden.Case) -> dict[str, Any]:
+    """One token a series."""
+    case.config.ignore("factor")
+    heads = case.config.rename(num_heads="n_heads")
+    return itransformer_fields(case) | heads
 
 
 FIELDS = {
     "PatchTST": patchtst_fields,
-    "iTransformer": itransformer_fields,
+    "iTransformer": inverted_fields,
     "Autoformer": autoformer_fields,
 }
 
@@ -66,7 +73,7 @@ def head(case: golden.Case, name: str) -> tuple[Any, Callable[[dict], golden.Out
         if name == "PatchTST":
             fields["masked"], inputs["mask"] = True, mask
         else:
-            inputs["marks"] = case.input("x_mark_enc")
+            inputs["time_features"] = case.input("x_mark_enc")
     if task == "classification" and name == "Autoformer":
         fields["masked"], inputs["mask"] = True, case.input("x_mark_enc") == 1
     model = zoo.info(f"{name.lower()}_test").create(**fields)

@@ -125,7 +125,7 @@ def test_a_level_moves_the_forecast_with_its_trend_alone():
 
 
 def test_the_encoder_alone_reconstructs_and_classifies():
-    model = zoo.create("autoformer_test", decoder_depth=0, marks=0, horizon=20)
+    model = zoo.create("autoformer_test", decoder_depth=0, time_features=0, horizon=20)
     variables, x = filled(model), series(2, 20, 3)
     assert jax.jit(model.apply)(variables, x).shape == (2, 20, 3)
     assert not any("decoder" in name for name in variables["params"])
@@ -133,7 +133,7 @@ def test_the_encoder_alone_reconstructs_and_classifies():
     assert state["projection.weight"].shape == (3, 32) and not any("dec" in n[:3] for n in state)
     again = zoo.convert(model, state)
     jax.tree.map(np.testing.assert_array_equal, again, variables)
-    model = zoo.create("autoformer_test", num_classes=4, marks=0, masked=True)
+    model = zoo.create("autoformer_test", num_classes=4, time_features=0, masked=True)
     variables = filled(model)
     run = jax.jit(lambda mask: model.apply(variables, x, mask=mask))
     mask = jnp.arange(20) < jnp.array([[20], [12]])
@@ -144,17 +144,19 @@ def test_the_encoder_alone_reconstructs_and_classifies():
 
 def test_what_does_not_fit_is_refused():
     x, key = series(1, 20, 3), jax.random.key(0)
-    with pytest.raises(ValueError, match=r"takes marks of shape \(batch, 20, 4\), not None; give"):
+    with pytest.raises(
+        ValueError, match=r"takes time_features of shape \(batch, 20, 4\), not None; give"
+    ):
         zoo.create("autoformer_test").init(key, x)
-    with pytest.raises(ValueError, match=r"takes future_marks of shape \(batch, 10, 4\), not"):
+    with pytest.raises(ValueError, match=r"takes future_time_features of shape \(batch, 10, 4\)"):
         zoo.create("autoformer_test").init(key, x, series(1, 20, 4))
-    with pytest.raises(ValueError, match="takes no future_marks; create it with marks=4"):
+    with pytest.raises(ValueError, match="takes no future_time_features; create it with time"):
         zoo.create("autoformer_test", num_classes=2).init(
             key, x, series(1, 20, 4), series(1, 10, 4)
         )
     with pytest.raises(ValueError, match="reconstructs the context of 20 steps, and horizon=10"):
-        zoo.create("autoformer_test", decoder_depth=0, marks=0).init(key, x)
-    with pytest.raises(ValueError, match=r"takes a mask of shape \(1, 20\), not None; give"):
-        zoo.create("autoformer_test", num_classes=2, marks=0, masked=True).init(key, x)
+        zoo.create("autoformer_test", decoder_depth=0, time_features=0).init(key, x)
+    with pytest.raises(ValueError, match=r"takes a mask of shape \(1, 20\), not None"):
+        zoo.create("autoformer_test", num_classes=2, time_features=0, masked=True).init(key, x)
     with pytest.raises(ValueError, match="width 4 has no middle; choose an odd width"):
         decompose(x, 4)

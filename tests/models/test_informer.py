@@ -94,16 +94,16 @@ def test_the_decoder_sees_the_last_label_steps_and_future_marks():
     run = jax.jit(lambda x: model.apply(variables, **x))
     first = run(x)
     assert first.shape == (2, 8, 3)
-    later = {**x, "future_marks": x["future_marks"].at[:, -1].add(1.0)}
+    later = {**x, "future_time_features": x["future_time_features"].at[:, -1].add(1.0)}
     assert np.abs(run(later) - first).max() > 1e-3
-    with pytest.raises(ValueError, match=r"takes future_marks of shape \(batch, 8, 4\)"):
-        model.apply(variables, **{**x, "future_marks": x["future_marks"][:, :4]})
+    with pytest.raises(ValueError, match=r"takes future_time_features of shape \(batch, 8, 4\)"):
+        model.apply(variables, **{**x, "future_time_features": x["future_time_features"][:, :4]})
 
 
 def test_the_encoder_alone_reconstructs_and_classifies():
     """At the full length: only a forecaster distils."""
     x = jax.random.normal(jax.random.key(0), (2, 24, 3))
-    model = zoo.create("informer_test", decoder_depth=0, marks=0, horizon=24)
+    model = zoo.create("informer_test", decoder_depth=0, time_features=0, horizon=24)
     variables = filled(model)
     out = jax.jit(lambda: model.apply(variables, x, method="features"))()
     assert out["encoder"].shape == (2, 24, 32) and out["forecast"].shape == (2, 24, 3)
@@ -112,7 +112,7 @@ def test_the_encoder_alone_reconstructs_and_classifies():
     assert state["projection.weight"].shape == (3, 32) and not any("dec_" in n for n in state)
     jax.tree.map(np.testing.assert_array_equal, zoo.convert(model, state), variables)
 
-    model = zoo.create("informer_test", num_classes=4, marks=0, masked=True)
+    model = zoo.create("informer_test", num_classes=4, time_features=0, masked=True)
     variables = filled(model)
     assert variables["params"]["head"]["kernel"].shape == (24 * 32, 4)
     run = jax.jit(lambda mask: model.apply(variables, x, mask=mask))
@@ -122,12 +122,12 @@ def test_the_encoder_alone_reconstructs_and_classifies():
 
 
 def test_fixed_tables_get_no_gradient_and_learned_ones_do():
-    x, marks = jnp.ones((1, 4, 3)), jnp.ones((1, 4, 4), "int32")
+    inputs = jnp.ones((1, 4, 3)), jnp.ones((1, 4, 4), "int32"), False
     for kind, name in (("fixed", "hour_table"), ("learned", "hour")):
         embedding = informer.Embedding(8, kind, 4, 0.0, jnp.float32, jnp.float32)
-        variables = embedding.init(jax.random.key(0), x, marks, False)
+        variables = embedding.init(jax.random.key(0), *inputs)
         assert variables["params"][name].shape == (24, 8)
-        grads = jax.grad(lambda v: jnp.sin(embedding.apply(v, x, marks, False)).sum())(variables)  # noqa: B023
+        grads = jax.grad(lambda v: jnp.sin(embedding.apply(v, *inputs)).sum())(variables)  # noqa: B023
         assert (np.abs(grads["params"][name]).max() > 0) == (kind == "learned")
 
 
@@ -136,7 +136,7 @@ def test_it_learns_sines():
     data = np.stack([np.sin(2 * np.pi * time / p) for p in (24, 12, 8)], 1).astype("f")
     windows = np.lib.stride_tricks.sliding_window_view(data, 32, axis=0).swapaxes(1, 2)
     x, y = jnp.asarray(windows[:, :24]), jnp.asarray(windows[:, 24:])
-    model = zoo.create("informer_test", marks=1, dropout=0.0, depth=1, factor=3)
+    model = zoo.create("informer_test", time_features=1, dropout=0.0, depth=1, factor=3)
 
     def forecast(variables, x):
         zeros = jnp.zeros((len(x), 32, 1))

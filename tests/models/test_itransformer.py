@@ -14,7 +14,7 @@ from zoo.models.timeseries import itransformer
 
 
 def small(**fields):
-    return zoo.create("itransformer_test", marks=0, **fields)
+    return zoo.create("itransformer_test", time_features=0, **fields)
 
 
 def series(*shape, key=0):
@@ -58,20 +58,22 @@ def test_the_same_weights_forecast_another_number_of_variates():
 
 def test_variates_see_each_other_and_marks():
     model = zoo.create("itransformer_test")
-    variables, x, marks = filled(model), series(1, 24, 5), series(1, 24, 4, key=1)
-    forecast = apply(model, variables, x, marks)
+    variables, x, time_features = filled(model), series(1, 24, 5), series(1, 24, 4, key=1)
+    forecast = apply(model, variables, x, time_features)
     assert forecast.shape == (1, 12, 5)
-    other = apply(model, variables, x.at[:, :, 4].set(series(1, 24)), marks)
+    other = apply(model, variables, x.at[:, :, 4].set(series(1, 24)), time_features)
     assert np.abs(other - forecast)[:, :, :4].max() > 1e-3
-    assert np.abs(apply(model, variables, x, 2 * marks) - forecast).max() > 1e-3
+    assert np.abs(apply(model, variables, x, 2 * time_features) - forecast).max() > 1e-3
 
 
-def test_marks_that_do_not_fit_are_refused():
+def test_time_features_that_do_not_fit_are_refused():
     model = zoo.create("itransformer_test")
     variables, x = filled(model), series(1, 24, 5)
-    with pytest.raises(ValueError, match=r"takes marks of shape \(batch, 24, 4\), not None; give"):
+    with pytest.raises(
+        ValueError, match=r"takes time_features of shape \(batch, 24, 4\), not None; give"
+    ):
         model.apply(variables, x)
-    with pytest.raises(ValueError, match="takes no marks; create it with marks=4"):
+    with pytest.raises(ValueError, match="takes no time_features; create it with time_features=4"):
         small().apply(variables, x, series(1, 24, 4))
 
 

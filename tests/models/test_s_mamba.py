@@ -17,7 +17,7 @@ from zoo.models.timeseries.s_mamba import Mamba
 
 
 def small(**fields):
-    return zoo.create("s_mamba_test", marks=0, **fields)
+    return zoo.create("s_mamba_test", time_features=0, **fields)
 
 
 def normal(*shape, key=0):
@@ -43,14 +43,14 @@ def test_a_block_equals_its_recurrence():
     got = jax.jit(module.apply)(variables, x)[0][0]
     p = jax.tree.map(lambda t: np.asarray(t, np.float64), variables["params"])
     silu = lambda t: t / (1 + np.exp(-t))  # noqa: E731
-    inputs = np.asarray(x[0], np.float64) @ p["in"]["kernel"]
-    gates = silu(np.asarray(x[0], np.float64) @ p["gate"]["kernel"])
+    inputs = np.asarray(x[0], np.float64) @ p["in_proj"]["kernel"]
+    gates = silu(np.asarray(x[0], np.float64) @ p["gate_proj"]["kernel"])
     taps, h, outputs = p["conv"]["kernel"][:, 0], np.zeros((16, 3)), []
     padded = np.concatenate([np.zeros((2, 16)), inputs])
     for i, gate in enumerate(gates):
         u = silu((taps * padded[i : i + 3]).sum(0) + p["conv"]["bias"])
-        rank, B, C = np.split(u @ p["select"]["kernel"], [1, 4])
-        step = np.log1p(np.exp(rank @ p["step"]["kernel"] + p["step"]["bias"]))[:, None]
+        rank, B, C = np.split(u @ p["x_proj"]["kernel"], [1, 4])
+        step = np.log1p(np.exp(rank @ p["dt_proj"]["kernel"] + p["dt_proj"]["bias"]))[:, None]
         h = np.exp(-step * np.exp(p["A_log"])) * h + step * u[:, None] * B
         outputs.append(((h @ C + p["D"] * u) * gate) @ p["out"]["kernel"])
     assert_trees_close(got, np.stack(outputs), 1e-5)
@@ -115,7 +115,7 @@ def test_the_same_weights_forecast_another_number_of_variates(forecaster):
     assert run(variables, normal(2, 24, 9)).shape == (2, 12, 9)
     with pytest.raises(ValueError, match=r"takes series of shape \(batch, 24, variates\), not"):
         model.apply(variables, normal(2, 25, 9))
-    with pytest.raises(ValueError, match="takes no marks; create it with marks=4"):
+    with pytest.raises(ValueError, match="takes no time_features; create it with time_features=4"):
         model.apply(variables, normal(2, 24, 5), normal(2, 24, 4))
 
 

@@ -10,7 +10,7 @@ import zoo
 from zoo.tasks import AnomalyDetection, Classification, Forecasting, Imputation
 
 SIZES = {"dropout": 0.0, "depth": 1}
-ENCODER = {"decoder_depth": 0, "marks": 0, **SIZES}
+ENCODER = {"decoder_depth": 0, "time_features": 0, **SIZES}
 SYSTEMS = {
     "patchtst_test": {
         "forecasting": SIZES,

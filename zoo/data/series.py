@@ -93,7 +93,7 @@ def calendar(dates: np.ndarray, frequency: str = "h") -> np.ndarray:
     return np.stack(parts, 1).astype(np.int32)
 
 
-MARKS = {"features": time_features, "calendar": calendar}
+TIME_FEATURES = {"features": time_features, "calendar": calendar}
 
 
 def parse_dates(texts: list[str], date_format: str | None = None) -> np.ndarray:
@@ -309,15 +309,16 @@ def _read_csv(path: Path, delimiter: str) -> Iterator[list[str]]:
 class Windows:
     """Every window of a split: what was seen, and what came next, scaled.
 
-    An example has `series [context_length, variates]` and `target [horizon, variates]`; with marks
-    also `marks [context_length, marks]` and `future_marks [horizon, marks]`.
+    An example has `series [context_length, variates]` and `target [horizon, variates]`; with time
+    features also `time_features` and `future_time_features`, `[steps, features]`.
 
     Attributes:
       table: the rows.
       split: `train`, `val` or `test`.
       context_length: steps that are seen.
       horizon: steps to forecast; 0: there is no target (imputation).
-      marks: of the dates: `features` (numbers within 0.5 of zero), `calendar` (integers), or None.
+      time_features: of the dates: `features` (numbers within 0.5 of zero), `calendar` (integers),
+        or None.
 
     Raises:
       ValueError: if the split is shorter than a window.
@@ -327,7 +328,7 @@ class Windows:
     split: str = "train"
     context_length: int = 96
     horizon: int = 96
-    marks: Literal["features", "calendar"] | None = "features"
+    time_features: Literal["features", "calendar"] | None = "features"
 
     def __post_init__(self) -> None:
         start, stop = self.table.rows(self.split)
@@ -347,8 +348,10 @@ class Windows:
         return max(0, stop - self._first - self.context_length - self.horizon + 1)
 
     @functools.cached_property
-    def _marks(self) -> np.ndarray | None:
-        return MARKS[self.marks](self.table.dates, self.table.frequency) if self.marks else None
+    def _time_features(self) -> np.ndarray | None:
+        if not self.time_features:
+            return None
+        return TIME_FEATURES[self.time_features](self.table.dates, self.table.frequency)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
@@ -359,10 +362,10 @@ class Windows:
         example = {"series": self.table.scaled[start:middle]}
         if self.horizon:
             example["target"] = self.table.scaled[middle:stop]
-        if self._marks is not None:
-            example["marks"] = self._marks[start:middle]
+        if self._time_features is not None:
+            example["time_features"] = self._time_features[start:middle]
             if self.horizon:
-                example["future_marks"] = self._marks[middle:stop]
+                example["future_time_features"] = self._time_features[middle:stop]
         return example
 
 

@@ -247,8 +247,9 @@ def mlp_rules(theirs: str, ours: str) -> list[Rule]:
 
 
 def example_series(model: nn.Module, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of the series that a model takes, and of its marks where it has some."""
-    sizes = {"series": model.variates} | ({"marks": model.marks} if model.marks else {})
+    """Shapes of the series that a model takes, and of its time features where it has some."""
+    sizes = {"series": model.variates}
+    sizes |= {"time_features": model.time_features} if model.time_features else {}
     shape = (batch_size, model.context_length)
     return {name: jax.ShapeDtypeStruct((*shape, n), jnp.float32) for name, n in sizes.items()}
 
@@ -259,17 +260,21 @@ def decodes(model: nn.Module) -> bool:
 
 
 def example_of_both(
-    model: nn.Module, batch_size: int, marks: jnp.dtype = jnp.float32
+    model: nn.Module, batch_size: int, time_features: jnp.dtype = jnp.float32
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of what an encoder takes, and a decoder where the model has one."""
     shapes = {"series": (model.context_length, model.variates)}
-    if model.marks:
-        shapes["marks"] = (model.context_length, model.marks)
-    if model.marks and decodes(model):
-        shapes["future_marks"] = (model.horizon, model.marks)
+    if model.time_features:
+        shapes["time_features"] = (model.context_length, model.time_features)
+    if model.time_features and decodes(model):
+        shapes["future_time_features"] = (model.horizon, model.time_features)
     if model.masked:
         shapes["mask"] = (model.context_length,)
-    types = {"marks": marks, "future_marks": marks, "mask": jnp.bool_}
+    types = {
+        "time_features": time_features,
+        "future_time_features": time_features,
+        "mask": jnp.bool_,
+    }
     return {
         name: jax.ShapeDtypeStruct((batch_size, *shape), types.get(name, jnp.float32))
         for name, shape in shapes.items()
@@ -279,8 +284,8 @@ def example_of_both(
 def check_both(
     model: nn.Module,
     series: Float[Array, "batch time variates"],
-    marks: Array | None,
-    future_marks: Array | None,
+    time_features: Array | None,
+    future_time_features: Array | None,
     mask: Bool[Array, "batch time"] | None,
 ) -> None:
     """Refuse what such a model does not take, and an encoder alone that is to forecast.
@@ -289,10 +294,11 @@ def check_both(
       ValueError: naming it and what to change.
     """
     check_series(model, series, model.context_length, model.variates)
-    check_marks(model, "marks", marks, len(series), model.context_length, model.marks)
-    count = model.marks if decodes(model) else 0
-    if count or future_marks is not None:
-        check_marks(model, "future_marks", future_marks, len(series), model.horizon, count)
+    check_time_features(model, time_features, len(series))
+    count = model.time_features if decodes(model) else 0
+    if count or future_time_features is not None:
+        wanted = (len(series), model.horizon, count)
+        _check_features(model, "future_time_features", future_time_features, wanted)
     check_mask(model, mask, series.shape[:2] if model.masked else None)
     encodes = not decodes(model) and not model.num_classes
     if encodes and model.horizon != model.context_length:
@@ -322,21 +328,27 @@ def check_series(
         )
 
 
-def check_marks(
-    model: object, name: str, marks: Array | None, batch: int, length: int, count: int
-) -> None:
-    """Refuse marks of another shape than the model takes; without `count`, None is right.
+def check_time_features(model: object, features: Array | None, batch: int) -> None:
+    """Refuse time features of another shape than the model takes; without any, None is right.
 
     Raises:
       ValueError: naming the shape and what to change.
     """
-    shape = None if marks is None else marks.shape
+    wanted = (batch, model.context_length, model.time_features)
+    _check_features(model, "time_features", features, wanted)
+
+
+def _check_features(
+    model: object, name: str, features: Array | None, wanted: tuple[int, int, int]
+) -> None:
+    shape, (batch, length, count) = None if features is None else features.shape, wanted
     if shape != ((batch, length, count) if count else None):
+        kind = type(model).__name__
         raise ValueError(
-            f"This {type(model).__name__} takes {name} of shape (batch, {length}, {count}), not "
-            f"{shape}; give windows with such marks, or create the model with another marks."
+            f"This {kind} takes {name} of shape (batch, {length}, {count}), not {shape}; give "
+            "windows that have them, or create the model with another time_features."
             if count
-            else f"This {type(model).__name__} takes no {name}; create it with marks={shape[-1]}."
+            else f"This {kind} takes no {name}; create it with time_features={shape[-1]}."
         )
 
 

@@ -19,7 +19,7 @@ Time-Series-Library (MIT). m is `moving_average`, c `factor`, all indices of tim
 Where paper and code differ: one set of delays serves all heads and channels, and the decoder is not
 causal (nothing reads the flag for it). SN takes its bias out again, so nothing depends on it.
 
-Without `marks` no time features are added. With `decoder_depth=0` every step of the encoder is read
+Without `time_features` none are added. With `decoder_depth=0` every step of the encoder is read
 out, which reconstructs (imputation, anomaly detection). With `num_classes` it classifies:
 W flatten(GELU(x)), with zeros where the `mask`, if it takes one, has padding.
 
@@ -132,15 +132,15 @@ class Embedding(nn.Module):
     def __call__(
         self,
         series: Float[Array, "batch time variates"],
-        marks: Float[Array, "batch time marks"] | None,
+        time_features: Float[Array, "batch time features"] | None,
         train: bool,
     ) -> Float[Array, "batch time channels"]:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype, "use_bias": False}
         settings = dict(padding="CIRCULAR", kernel_init=kaiming, **types)
         x = nn.Conv(self.channels, (3,), name="conv", **settings)(series)
-        if marks is not None:
+        if time_features is not None:
             dense = Dense(self.channels, kernel_init=torch_default_init, name="time", **types)
-            x = x + dense(marks)
+            x = x + dense(time_features)
         x = nn.Dropout(self.dropout)(x, deterministic=not train)
         return constrain(x, "batch", "length", "channels")
 
@@ -199,7 +199,7 @@ class Autoformer(nn.Module):
       context_length: steps of the past that the encoder sees.
       label_length: how many of them the decoder sees too.
       horizon: steps that it forecasts; without a decoder those of the context.
-      marks: time features of a step; 0: none.
+      time_features: numbers of the date of a step; 0: none.
       decoder_depth: layers of the decoder; 0: the encoder reconstructs the context.
       factor: c, of which the number of delays follows.
       moving_average: steps of the average that is the trend; odd.
@@ -211,7 +211,7 @@ class Autoformer(nn.Module):
     label_length: int = 48
     horizon: int = 96
     variates: int = 7
-    marks: int = 4
+    time_features: int = 4
     embed_dim: int = 512
     depth: int = 2
     decoder_depth: int = 1
@@ -233,41 +233,41 @@ class Autoformer(nn.Module):
     def __call__(
         self,
         series: Float[Array, "batch context variates"],
-        marks: Float[Array, "batch context marks"] | None = None,
-        future_marks: Float[Array, "batch horizon marks"] | None = None,
+        time_features: Float[Array, "batch context features"] | None = None,
+        future_time_features: Float[Array, "batch horizon features"] | None = None,
         mask: Bool[Array, "batch context"] | None = None,
         train: bool = False,
     ) -> Float[Array, "batch horizon variates"] | Float[Array, "batch classes"]:
         """The forecast, or logits."""
-        features = self.features(series, marks, future_marks, mask, train)
+        features = self.features(series, time_features, future_time_features, mask, train)
         return features["logits" if self.num_classes else "forecast"]
 
     def features(
         self,
         series: Float[Array, "batch context variates"],
-        marks: Float[Array, "batch context marks"] | None = None,
-        future_marks: Float[Array, "batch horizon marks"] | None = None,
+        time_features: Float[Array, "batch context features"] | None = None,
+        future_time_features: Float[Array, "batch horizon features"] | None = None,
         mask: Bool[Array, "batch context"] | None = None,
         train: bool = False,
     ) -> dict[str, Array]:
         """Every named intermediate (see the table above)."""
-        check_both(self, series, marks, future_marks, mask)
-        start_marks = None
-        if future_marks is not None:
-            known = marks[:, self.context_length - self.label_length :]
-            start_marks = jnp.concatenate([known, future_marks], axis=1)
-        return self.transform(series, marks, start_marks, mask, train)
+        check_both(self, series, time_features, future_time_features, mask)
+        start_time_features = None
+        if future_time_features is not None:
+            known = time_features[:, self.context_length - self.label_length :]
+            start_time_features = jnp.concatenate([known, future_time_features], axis=1)
+        return self.transform(series, time_features, start_time_features, mask, train)
 
     @nn.compact
     def transform(
         self,
         series: Float[Array, "batch context variates"],
-        marks: Float[Array, "batch context marks"] | None,
-        start_marks: Float[Array, "batch decoded marks"] | None,
+        time_features: Float[Array, "batch context features"] | None,
+        start_time_features: Float[Array, "batch decoded features"] | None,
         mask: Bool[Array, "batch context"] | None = None,
         train: bool = False,
     ) -> dict[str, Array]:
-        """The same with the marks of all steps of the decoder given."""
+        """The same with the time features of all steps of the decoder given."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         embedding = partial(Embedding, self.embed_dim, self.dropout, **types)
         block = partial(Block, self.num_heads, self.mlp_dim, self.factor, self.moving_average,
@@ -281,7 +281,7 @@ class Autoformer(nn.Module):
             start = {"kernel_init": torch_default_init, "bias_init": bias_init(x.shape[-1])}
             return Dense(self.variates, name="head", **start, **types)(x)
 
-        x = embedding(name="embed")(series, marks, train)
+        x = embedding(name="embed")(series, time_features, train)
         for i in range(self.depth):
             x, _ = block(name=f"layers_{i}")(x, train)
         x = season_norm("norm", x)
@@ -291,7 +291,7 @@ class Autoformer(nn.Module):
         if not decodes(self):
             return out | {"forecast": head(x)}
         season, trend = self._decoder_inputs(series)
-        y = embedding(name="decoder_embed")(season, start_marks, train)
+        y = embedding(name="decoder_embed")(season, start_time_features, train)
         for i in range(self.decoder_depth):
             y, more = block(name=f"decoder_{i}")(y, train, x)
             trend = trend + more
@@ -356,7 +356,8 @@ def _naming(head: str, unused: tuple[str, ...] = ()) -> Rules:
 
 LAYOUTS = {
     "official": _naming("decoder.projection"),
-    # Time-Series-Library's, of models without a decoder; those without marks hold a map of them.
+    # Time-Series-Library's, of models without a decoder; without time features, too,
+    # they hold a map of them.
     "encoder": _naming("projection", ("enc_embedding.temporal_embedding.embed.weight",)),
 }
 """`zoo.export` of a model without a decoder wants `layout="encoder"`."""
@@ -376,8 +377,8 @@ _LONG, _HOURS, _QUARTERS = (96, 192, 336, 720), (24, 48, 168, 336, 720), (24, 48
 _SCRIPTS: dict[str, tuple[int, int, tuple[int, ...], dict]] = {
     "etth1": (96, 7, _HOURS, {}),
     "etth2": (96, 7, _HOURS, {}),
-    "ettm1": (96, 7, _QUARTERS, {"marks": 5}),
-    "ettm2": (96, 7, _QUARTERS, {"marks": 5, "factor": 1}),
+    "ettm1": (96, 7, _QUARTERS, {"time_features": 5}),
+    "ettm2": (96, 7, _QUARTERS, {"time_features": 5, "factor": 1}),
     "exchange": (96, 8, _LONG, {}),
     "weather": (96, 21, _LONG, {}),
     "ecl": (96, 321, _LONG, {}),
@@ -395,9 +396,9 @@ _PUBLISHED = {
 }
 
 
-def _params(variates: int, marks: int = 4, width: int = 512, middle: int = 2048) -> int:
+def _params(variates: int, time_features: int = 4, width: int = 512, middle: int = 2048) -> int:
     """Parameters of two layers of the encoder and one of the decoder."""
-    embeddings = 2 * (3 * variates + marks) * width
+    embeddings = 2 * (3 * variates + time_features) * width
     attentions, mlps = 4 * 4 * width * (width + 1), 3 * 2 * width * middle
     norms, heads = 4 * width, 3 * width * variates + (width + 1) * variates
     return embeddings + attentions + mlps + norms + heads
@@ -406,7 +407,7 @@ def _params(variates: int, marks: int = 4, width: int = 512, middle: int = 2048)
 VARIANTS: dict[str, Variant] = {
     f"autoformer_{table}_{context}_{horizon}": Variant(
         fields=dict(context_length=context, horizon=horizon, variates=variates, **more),
-        params=_params(variates, more.get("marks", 4)),
+        params=_params(variates, more.get("time_features", 4)),
         metric=f"MSE/MAE: {found}" if (found := _PUBLISHED.get(table, {}).get(horizon)) else "",
         **_COMMON,
     )

@@ -20,7 +20,7 @@ the rng stream `sample`, and without one always the same. InformerStack is not h
 Heads beside the forecast are those of Time-Series-Library (MIT), of an encoder that does not
 distil. With `decoder_depth=0` every step of it is read out, which reconstructs (imputation, anomaly
 detection). With `num_classes` it classifies: W flatten(GELU(x)), with zeros where the `mask`, if it
-takes one, has padding. Without `marks` no time features are added. The library's own Informer is
+takes one, has padding. Without `time_features` none are added. The library's own Informer is
 another: its encoder mixes heads and steps, too, and its embedding has no biases.
 
     features      informer_etth1_96_24
@@ -106,7 +106,7 @@ class Embedding(nn.Module):
 
     channels: int
     time_embedding: str
-    marks: int
+    time_features: int
     dropout: float
     dtype: jnp.dtype
     param_dtype: jnp.dtype
@@ -115,7 +115,7 @@ class Embedding(nn.Module):
     def __call__(
         self,
         series: Float[Array, "batch time variates"],
-        marks: Array | None,
+        time_features: Array | None,
         train: bool,
     ) -> Float[Array, "batch time channels"]:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
@@ -124,18 +124,18 @@ class Embedding(nn.Module):
         settings = dict(padding="CIRCULAR", kernel_init=kaiming, bias_init=bias, **types)
         x = nn.Conv(self.channels, (3,), name="conv", **settings)(series)
         x = x + sinusoids(series.shape[1], self.channels).astype(self.dtype)
-        if marks is not None:
-            x = x + self._time(marks)
+        if time_features is not None:
+            x = x + self._time(time_features)
         x = nn.Dropout(self.dropout)(x, deterministic=not train)
         return constrain(x, "batch", "length", "channels")
 
-    def _time(self, marks: Array) -> Float[Array, "batch time channels"]:
+    def _time(self, time_features: Array) -> Float[Array, "batch time channels"]:
         if self.time_embedding == "features":
-            start = dict(kernel_init=torch_default_init, bias_init=bias_init(self.marks))
+            start = dict(kernel_init=torch_default_init, bias_init=bias_init(self.time_features))
             types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-            return nn.Dense(self.channels, name="time", **start, **types)(marks)
-        tables = enumerate(TABLES[: self.marks])
-        parts = (self._table(*table)[marks[..., i]] for i, table in tables)
+            return nn.Dense(self.channels, name="time", **start, **types)(time_features)
+        tables = enumerate(TABLES[: self.time_features])
+        parts = (self._table(*table)[time_features[..., i]] for i, table in tables)
         return sum(part.astype(self.dtype) for part in parts)
 
     def _table(self, name: str, size: int) -> Float[Array, "size channels"]:
@@ -207,10 +207,10 @@ class Informer(nn.Module):
       context_length: steps of the past that the encoder sees.
       label_length: how many of them the decoder sees too.
       horizon: steps that it forecasts; without a decoder those of the context.
-      marks: time features, or parts of the calendar, of a step; 0: none.
+      time_features: numbers of the date, or parts of the calendar, of a step; 0: none.
       decoder_depth: layers of the decoder; 0: the encoder reconstructs the context.
       time_embedding: `features`: a linear map of them; `fixed`, `learned`: tables indexed by month,
-        day, weekday, hour and quarter of an hour (`Windows(marks="calendar")`).
+        day, weekday, hour and quarter of an hour (`Windows(time_features="calendar")`).
       sparse: ProbSparse self-attention; else softmax.
       factor: c of ProbSparse.
       distil: halve the length between the layers of an encoder that has a decoder.
@@ -223,7 +223,7 @@ class Informer(nn.Module):
     label_length: int = 48
     horizon: int = 24
     variates: int = 7
-    marks: int = 4
+    time_features: int = 4
     embed_dim: int = 512
     depth: int = 2
     decoder_depth: int = 1
@@ -249,39 +249,41 @@ class Informer(nn.Module):
     def __call__(
         self,
         series: Float[Array, "batch context variates"],
-        marks: Array | None = None,
-        future_marks: Array | None = None,
+        time_features: Array | None = None,
+        future_time_features: Array | None = None,
         mask: Bool[Array, "batch context"] | None = None,
         train: bool = False,
     ) -> Float[Array, "batch horizon variates"] | Float[Array, "batch classes"]:
         """The forecast, or logits."""
-        features = self.features(series, marks, future_marks, mask, train)
+        features = self.features(series, time_features, future_time_features, mask, train)
         return features["logits" if self.num_classes else "forecast"]
 
     def features(
         self,
         series: Float[Array, "batch context variates"],
-        marks: Array | None = None,
-        future_marks: Array | None = None,
+        time_features: Array | None = None,
+        future_time_features: Array | None = None,
         mask: Bool[Array, "batch context"] | None = None,
         train: bool = False,
     ) -> dict[str, Array]:
         """Every named intermediate (see the table above)."""
-        check_both(self, series, marks, future_marks, mask)
+        check_both(self, series, time_features, future_time_features, mask)
         label = self.context_length - self.label_length
         start = jnp.pad(series[:, label:], ((0, 0), (0, self.horizon), (0, 0)))
-        start_marks = None
-        if future_marks is not None:
-            start_marks = jnp.concatenate([marks[:, label:], future_marks], axis=1)
-        return self.transform(series, marks, start, start_marks, mask, train)
+        start_time_features = None
+        if future_time_features is not None:
+            start_time_features = jnp.concatenate(
+                [time_features[:, label:], future_time_features], axis=1
+            )
+        return self.transform(series, time_features, start, start_time_features, mask, train)
 
     @nn.compact
     def transform(
         self,
         series: Float[Array, "batch context variates"],
-        marks: Array | None,
+        time_features: Array | None,
         start: Float[Array, "batch decoded variates"],
-        start_marks: Array | None,
+        start_time_features: Array | None,
         mask: Bool[Array, "batch context"] | None = None,
         train: bool = False,
         samples: Sequence[Int[Array, "queries sampled"]] | None = None,
@@ -289,11 +291,16 @@ class Informer(nn.Module):
         """The same with the decoder's input given, and perhaps each layer's sampled keys."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         embedding = partial(
-            Embedding, self.embed_dim, self.time_embedding, self.marks, self.dropout, **types
+            Embedding,
+            self.embed_dim,
+            self.time_embedding,
+            self.time_features,
+            self.dropout,
+            **types,
         )
         block = partial(Block, self.num_heads, self.mlp_dim, self.activation, self.dropout, **types)
         attend = partial(self._attend, samples, train)
-        x = embedding(name="embed")(series, marks, train)
+        x = embedding(name="embed")(series, time_features, train)
         for i in range(self.depth):
             x = block(mix=False, name=f"layers_{i}")(x, attend(i, False), train)
             if self.distils and i < self.depth - 1:
@@ -305,7 +312,7 @@ class Informer(nn.Module):
             return out | {"logits": read_classes(self, x, mask, train)}
         if decodes(self):
             memory, softmax = x, self._softmax(False, train)
-            x = embedding(name="decoder_embed")(start, start_marks, train)
+            x = embedding(name="decoder_embed")(start, start_time_features, train)
             for i in range(self.decoder_depth):
                 layer = block(mix=self.mix, name=f"decoder_{i}")
                 x = layer(x, attend(self.depth + i, True), train, memory, softmax)

@@ -9,15 +9,15 @@ weights are published. Its tasks beside forecasting are those of Time-Series-Lib
     h      = LN(h + MHA(h));   h = LN(h + MLP(h))            over tokens, `depth` times; then LN
     y_v    = (W_h h_v + b) * sqrt(var x_v + 1e-5) + mean x_v
 
-Time features (`marks`) are tokens like variates, and are dropped before the forecast; the paper has
-none, the code has them wherever a table has dates. Every weight is used on every token alike, so
-the number of variates may differ between training and use.
+Time features are tokens like variates, and are dropped before the forecast; the paper has none, the
+code has them wherever a table has dates. Every weight is used on every token alike, so the number
+of variates may differ between training and use.
 
 With `num_classes` it classifies: no standardising, W flatten(GELU(h)). With `horizon` equal to the
 context it reconstructs (imputation, anomaly detection).
 
     features    itransformer_etth2_96_96
-    embed       11  128    7 variates and 4 marks
+    embed       11  128    7 variates and 4 time features
     layer0      11  128
     layer1      11  128
     norm        11  128
@@ -36,8 +36,8 @@ from zoo.layers.mlp import gelu
 from zoo.layers.norm import LayerNorm
 from zoo.layers.series import (
     PostNormBlock,
-    check_marks,
     check_series,
+    check_time_features,
     embed_series,
     example_series,
     post_norm_rules,
@@ -55,7 +55,7 @@ class ITransformer(nn.Module):
       context_length: steps of the past that it sees, L.
       horizon: steps that it forecasts.
       variates: of `example_inputs`; a forecaster takes any number, a classifier this one.
-      marks: time features of a step, each of which becomes a token; 0: none.
+      time_features: numbers of the date of a step, each of which becomes a token; 0: none.
       embed_dim: width of a token.
       depth: layers.
       mlp_dim: width of the middle of an MLP.
@@ -66,7 +66,7 @@ class ITransformer(nn.Module):
     context_length: int = 96
     horizon: int = 96
     variates: int = 7
-    marks: int = 4
+    time_features: int = 4
     embed_dim: int = 512
     depth: int = 2
     num_heads: int = 8
@@ -85,28 +85,29 @@ class ITransformer(nn.Module):
     def __call__(
         self,
         series: Float[Array, "batch context variates"],
-        marks: Float[Array, "batch context marks"] | None = None,
+        time_features: Float[Array, "batch context features"] | None = None,
         train: bool = False,
     ) -> Float[Array, "batch horizon variates"] | Float[Array, "batch classes"]:
         """The forecast, or logits."""
-        return self.features(series, marks, train)["logits" if self.num_classes else "forecast"]
+        out = self.features(series, time_features, train)
+        return out["logits" if self.num_classes else "forecast"]
 
     @nn.compact
     def features(
         self,
         series: Float[Array, "batch context variates"],
-        marks: Float[Array, "batch context marks"] | None = None,
+        time_features: Float[Array, "batch context features"] | None = None,
         train: bool = False,
     ) -> dict[str, Array]:
         """Every named intermediate (see the table above)."""
         variates = self.variates if self.num_classes else None
         check_series(self, series, self.context_length, variates)
-        check_marks(self, "marks", marks, len(series), self.context_length, self.marks)
+        check_time_features(self, time_features, len(series))
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         scaled = self.standardise and not self.num_classes
         x, mean, deviation = standardise(series) if scaled else (series, 0.0, 1.0)
-        if marks is not None:
-            x = jnp.concatenate([x, marks.astype(x.dtype)], axis=-1)
+        if time_features is not None:
+            x = jnp.concatenate([x, time_features.astype(x.dtype)], axis=-1)
         x = embed_series(self, x, train)
         out = {"embed": x}
         sizes = (self.num_heads, self.mlp_dim, self.activation, self.dropout)
@@ -154,8 +155,13 @@ _SCRIPTS: dict[str, tuple[int, int, dict[int, int], dict]] = {
     "ettm2": (7, 2, dict.fromkeys((96, 192, 336, 720), 128), {}),
     "exchange": (8, 2, dict.fromkeys((96, 192, 336, 720), 128), {}),
     "ecl": (321, 3, dict.fromkeys((96, 192, 336, 720), 512), {}),
-    "pems03": (358, 4, dict.fromkeys((12, 24, 48, 96), 512), {"marks": 0}),
-    "pems04": (307, 4, dict.fromkeys((12, 24, 48, 96), 1024), {"marks": 0, "standardise": False}),
+    "pems03": (358, 4, dict.fromkeys((12, 24, 48, 96), 512), {"time_features": 0}),
+    "pems04": (
+        307,
+        4,
+        dict.fromkeys((12, 24, 48, 96), 1024),
+        {"time_features": 0, "standardise": False},
+    ),
 }
 
 

@@ -12,8 +12,8 @@ published. A whole series is one token, as in iTransformer; with tokens u_1 ... 
     layer:  u = LN(u + M_f(u) + flip M_b(flip u));   u = LN(u + MLP(u))
 
 `depth` layers, LN, and a linear map to the horizon; each series of each window is standardised by
-itself before, and put back after. The order of the variates matters, and time features (`marks`)
-are tokens behind them: last for M_f, first for M_b.
+itself before, and put back after. The order of the variates matters, and time features are tokens
+behind them: last for M_f, first for M_b.
 
 Since 24 April 2024 each layer of the official code also builds two Mamba blocks and an attention,
 of width 11, that it never calls: 2,464 numbers. They are no parameters here, and loading drops
@@ -22,13 +22,14 @@ under their names, so that the code of today takes the file. Our counts are with
 for the table below, where that code counts 319,872.
 
     features    s_mamba_ettm1_96_192
-    embed        11  128    7 variates and 4 marks
+    embed        11  128    7 variates and 4 time features
     layer0       11  128
     layer1       11  128
     norm         11  128
     forecast    192  7
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
@@ -41,14 +42,14 @@ import kernels_pallas
 from zoo.checkpoints.rules import Rule, Rules, chain, conv, dense_rules, linear, norm_rules, split
 from zoo.layers.decoder import ShortConv
 from zoo.layers.dense import Dense
-from zoo.layers.mlp import Mlp
+from zoo.layers.mlp import Mlp, gelu
 from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
 from zoo.layers.patch import torch_default_init
 from zoo.layers.series import (
     bias_init,
-    check_marks,
     check_series,
+    check_time_features,
     embed_series,
     example_series,
     mlp_rules,
@@ -83,13 +84,13 @@ class Mamba(nn.Module):
 
     state_size: int = 16
     conv_size: int = 4
-    expand: int = 2
+    expand: float = 2
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
-    def init_state(self, batch: int, channels: int) -> State:
-        """What is before the first token: inputs of the convolution, and the state of the scan."""
-        inner = self.expand * channels
+    def init_state(self, batch: int, channels: int, length: int = 0) -> State:
+        """Empty inputs of the convolution and an empty scan; `length` does not matter."""
+        inner = int(self.expand * channels)
         return {
             "conv": jnp.zeros((batch, self.conv_size - 1, inner), self.dtype),
             "memory": jnp.zeros((batch, inner, self.state_size), jnp.float32),
@@ -101,16 +102,16 @@ class Mamba(nn.Module):
     ) -> tuple[Float[Array, "batch length channels"], State | None]:
         """The mixed tokens and, where there is a state to go on from, the next one."""
         channels, rank = x.shape[-1], -(-x.shape[-1] // 16)
-        inner, states = self.expand * channels, self.state_size
+        inner, states = int(self.expand * channels), self.state_size
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         dense = partial(Dense, use_bias=False, kernel_init=torch_default_init, **types)
         before = state or {"conv": None, "memory": None}
-        gate = nn.silu(dense(inner, name="gate")(x))
+        gate = nn.silu(dense(inner, name="gate_proj")(x))
         start = {"kernel_init": torch_default_init, "bias_init": bias_init(self.conv_size)}
         conv = ShortConv(self.conv_size, name="conv", **start, **types)
-        x, last = conv(dense(inner, name="in")(x), before["conv"])
+        x, last = conv(dense(inner, name="in_proj")(x), before["conv"])
         x = constrain(x, "batch", "length", "mlp")
-        sizes = dense(rank + 2 * states, name="select")(x)
+        sizes = dense(rank + 2 * states, name="x_proj")(x)
         step, B, C = jnp.split(sizes, [rank, rank + states], axis=-1)
         step = Dense(
             inner,
@@ -118,7 +119,7 @@ class Mamba(nn.Module):
             bias_init=step_bias_init,
             dtype=jnp.float32,  # rounded step sizes compound over the scan
             param_dtype=self.param_dtype,
-            name="step",
+            name="dt_proj",
         )(step)
         A = -jnp.exp(self.param("A_log", decay_init, (inner, states), jnp.float32))
         D = self.param("D", nn.initializers.ones, (inner,), jnp.float32)
@@ -133,7 +134,10 @@ class Block(nn.Module):
     """Mamba blocks in both directions, and MLP; residual connection and LayerNorm after each."""
 
     state_size: int
+    conv_size: int
+    expand: float
     mlp_dim: int
+    activation: Callable
     dropout: float
     dtype: jnp.dtype
     param_dtype: jnp.dtype
@@ -143,11 +147,12 @@ class Block(nn.Module):
         self, x: Float[Array, "batch variates channels"], train: bool
     ) -> Float[Array, "batch variates channels"]:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        mamba = partial(Mamba, self.state_size, conv_size=2, expand=1, **types)
+        mamba = partial(Mamba, self.state_size, self.conv_size, self.expand, **types)
         y = mamba(name="forward")(x)[0] + mamba(name="backward")(x[:, ::-1])[0][:, ::-1]
         x = LayerNorm(epsilon=1e-5, name="norm1", **types)(x + y)
         start = {"kernel_init": torch_default_init}
-        y = Mlp(self.mlp_dim, dropout=self.dropout, name="mlp", **start, **types)(x, train)
+        sizes = (self.mlp_dim, self.activation, self.dropout)
+        y = Mlp(*sizes, name="mlp", **start, **types)(x, train)
         x = LayerNorm(epsilon=1e-5, name="norm2", **types)(x + y)
         return constrain(x, "batch", "length", "channels")
 
@@ -159,22 +164,27 @@ class SMamba(nn.Module):
       context_length: steps of the past that it sees.
       horizon: steps that it forecasts.
       variates: of `example_inputs`; the model takes any number.
-      marks: time features of a step, each of which becomes a token; 0: none.
-      embed_dim: width of a token, and of the inside of a Mamba block.
+      time_features: numbers of the date of a step, each of which becomes a token; 0: none.
+      embed_dim: width of a token.
       depth: layers.
       mlp_dim: width of the middle of an MLP.
       state_size: numbers of the state of a channel.
+      conv_size: tokens of the convolution.
+      expand: inner channels of a Mamba block over those of a token.
       standardise: each series of a window by its own mean and deviation, and back.
     """
 
     context_length: int = 96
     horizon: int = 96
     variates: int = 7
-    marks: int = 4
+    time_features: int = 4
     embed_dim: int = 512
     depth: int = 2
     mlp_dim: int = 512
     state_size: int = 32
+    conv_size: int = 2
+    expand: float = 1
+    activation: Callable = gelu
     standardise: bool = True
     dropout: float = 0.1
     dtype: jnp.dtype = jnp.float32
@@ -187,29 +197,30 @@ class SMamba(nn.Module):
     def __call__(
         self,
         series: Float[Array, "batch context variates"],
-        marks: Float[Array, "batch context marks"] | None = None,
+        time_features: Float[Array, "batch context features"] | None = None,
         train: bool = False,
     ) -> Float[Array, "batch horizon variates"]:
         """The forecast."""
-        return self.features(series, marks, train)["forecast"]
+        return self.features(series, time_features, train)["forecast"]
 
     @nn.compact
     def features(
         self,
         series: Float[Array, "batch context variates"],
-        marks: Float[Array, "batch context marks"] | None = None,
+        time_features: Float[Array, "batch context features"] | None = None,
         train: bool = False,
     ) -> dict[str, Array]:
         """Every named intermediate (see the table above)."""
         check_series(self, series, self.context_length)
-        check_marks(self, "marks", marks, len(series), self.context_length, self.marks)
+        check_time_features(self, time_features, len(series))
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         x, mean, deviation = standardise(series) if self.standardise else (series, 0.0, 1.0)
-        if marks is not None:
-            x = jnp.concatenate([x, marks.astype(x.dtype)], axis=-1)
+        if time_features is not None:
+            x = jnp.concatenate([x, time_features.astype(x.dtype)], axis=-1)
         x = embed_series(self, x, train)
         out = {"embed": x}
-        sizes = (self.state_size, self.mlp_dim, self.dropout)
+        sizes = (self.state_size, self.conv_size, self.expand)
+        sizes += (self.mlp_dim, self.activation, self.dropout)
         for i in range(self.depth):
             x = out[f"layer{i}"] = Block(*sizes, name=f"layers_{i}", **types)(x, train)
         x = out["norm"] = LayerNorm(epsilon=1e-5, name="norm", **types)(x)
@@ -220,12 +231,12 @@ class SMamba(nn.Module):
 _MAMBA = r".*(forward|backward)"
 
 PARTITION = {
-    rf"{_MAMBA}/(in|gate)/kernel": ("channels", "heads"),
+    rf"{_MAMBA}/(in_proj|gate_proj)/kernel": ("channels", "heads"),
     rf"{_MAMBA}/conv/kernel": (None, None, "heads"),
     rf"{_MAMBA}/conv/bias": ("heads",),
-    rf"{_MAMBA}/select/kernel": ("heads", "channels"),
-    rf"{_MAMBA}/step/kernel": (None, "heads"),
-    rf"{_MAMBA}/step/bias": ("heads",),
+    rf"{_MAMBA}/x_proj/kernel": ("heads", "channels"),
+    rf"{_MAMBA}/dt_proj/kernel": (None, "heads"),
+    rf"{_MAMBA}/dt_proj/bias": ("heads",),
     rf"{_MAMBA}/A_log": ("heads", None),
     rf"{_MAMBA}/D": ("heads",),
 }
@@ -235,13 +246,13 @@ PARTITION = {
 
 def mamba_rules(theirs: str, ours: str) -> list[Rule]:
     """Rules of a block of the mamba-ssm library; each prefix is empty or ends in a separator."""
-    both = (f"{ours}in/kernel", f"{ours}gate/kernel")
+    both = (f"{ours}in_proj/kernel", f"{ours}gate_proj/kernel")
     return [
         Rule(f"{theirs}in_proj.weight", both, chain(linear, split(1))),
         Rule(f"{theirs}conv1d.weight", f"{ours}conv/kernel", conv),
         Rule(f"{theirs}conv1d.bias", f"{ours}conv/bias"),
-        Rule(f"{theirs}x_proj.weight", f"{ours}select/kernel", linear),
-        *dense_rules(f"{theirs}dt_proj", f"{ours}step"),
+        Rule(f"{theirs}x_proj.weight", f"{ours}x_proj/kernel", linear),
+        *dense_rules(f"{theirs}dt_proj", f"{ours}dt_proj"),
         Rule(f"{theirs}A_log", f"{ours}A_log"),
         Rule(f"{theirs}D", f"{ours}D"),
         Rule(f"{theirs}out_proj.weight", f"{ours}out/kernel", linear),
@@ -301,7 +312,7 @@ _COMMON = dict(
 )
 
 _LONG, _SHORT = (96, 192, 336, 720), (12, 24, 48, 96)
-_UNSCALED = {"marks": 0, "standardise": False}
+_UNSCALED = {"time_features": 0, "standardise": False}
 
 # Table -> variates, horizons, and for these depth, width and states, each one or one a horizon.
 _SCRIPTS: dict[str, tuple] = {
@@ -313,11 +324,11 @@ _SCRIPTS: dict[str, tuple] = {
     "weather": (21, _LONG, 3, 512, 2, {}),
     "ecl": (321, _LONG, 3, 512, (16, 32, 32, 32), {}),
     "traffic": (862, _LONG, 4, 512, 32, {}),
-    "solar": (137, _LONG, 2, 512, 32, {"marks": 0}),
-    "pems03": (358, _SHORT, (4, 4, 5, 4), 512, 32, {"marks": 0}),
+    "solar": (137, _LONG, 2, 512, 32, {"time_features": 0}),
+    "pems03": (358, _SHORT, (4, 4, 5, 4), 512, 32, {"time_features": 0}),
     "pems04": (307, _SHORT, 4, 1024, 32, _UNSCALED),
     "pems07": (883, _SHORT, (2, 2, 4, 4), 512, 32, _UNSCALED),
-    "pems08": (170, _SHORT, (2, 2, 4, 4), (512, 512, 256, 256), 32, {"marks": 0}),
+    "pems08": (170, _SHORT, (2, 2, 4, 4), (512, 512, 256, 256), 32, {"time_features": 0}),
 }
 
 
@@ -350,4 +361,6 @@ VARIANTS: dict[str, Variant] = _variants() | {
     )
 }  # fmt: skip
 
-SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS, partition=PARTITION)
+SYSTEM = System(
+    variants=VARIANTS, layouts=LAYOUTS, partition=PARTITION, no_decay=(r".*/A_log", r".*/D")
+)
