@@ -1,4 +1,4 @@
-"""The authors' ViT with a Gaussian-mixture or an elementwise mask, by its constructor."""
+"""The authors' ViT, Swin and CaiT, with a mask of either kind or none."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,30 +6,70 @@ from typing import Any
 import golden
 import jax
 
+from zoo.models.vision.gmm_hosts import GmmCaiT, GmmSwin
 from zoo.models.vision.gmm_vit import GmmViT
+
+# official class -> ours, our names of its arguments
+HOSTS = {
+    "ViT": (
+        GmmViT,
+        dict(
+            in_channels="channels", embed_dim="dim", depth="depth", num_heads="heads",
+            head_dim="dim_head", mlp_ratio="mlp_dim_ratio",
+        ),
+    ),
+    "SwinTransformer": (
+        GmmSwin,
+        dict(
+            in_channels="in_chans", embed_dim="embed_dim", depths="depths", num_heads="num_heads",
+            window_size="window_size", mlp_ratio="mlp_ratio", qkv_bias="qkv_bias",
+            scale="qk_scale", patch_norm="patch_norm",
+        ),
+    ),
+    "CaiT": (
+        GmmCaiT,
+        dict(
+            embed_dim="dim", depth="depth", class_depth="cls_depth", num_heads="heads",
+            head_dim="dim_head", hidden="mlp_dim",
+        ),
+    ),
+}  # fmt: skip
+# what the official constructors take if nothing is said, where it is not what `create_model` gives
+DEFAULTS = {
+    "ViT": {},
+    "SwinTransformer": dict(
+        image_size=(224, 224), patch_size=4, num_classes=1000, depths=(2, 2, 6, 2),
+        num_heads=(3, 6, 12, 24), window_size=7, mlp_ratio=4.0,
+    ),
+    "CaiT": dict(kernels=3),
+}  # fmt: skip
 
 
 def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     """The classifier; `block0` is what its first MLP gives, before it is added."""
     config = case.config
-    fields = config.rename(
-        in_channels="channels",
-        num_classes="num_classes",
-        embed_dim="dim",
-        depth="depth",
-        num_heads="heads",
-        head_dim="dim_head",
-        mlp_ratio="mlp_dim_ratio",
-        kernels="num_kernals",
-    )
-    fields["image_size"] = golden.pair(config.take("img_size"))
-    fields["patch_size"] = golden.square("patch_size", config.take("patch_size"))
+    cls = config.take("cls", "ViT")
+    if cls not in HOSTS:
+        raise golden.Unsupported(f"its model is {cls}; the zoo has {', '.join(HOSTS)}")
+    module, names = HOSTS[cls]
+    fields = DEFAULTS[cls] | config.rename(**names, num_classes="num_classes")
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    fields |= config.rename(kernels="num_kernals")
+    if "img_size" in config.entries:
+        fields["image_size"] = golden.pair(config.take("img_size"))
+    if "patch_size" in config.entries:
+        fields["patch_size"] = golden.square("patch_size", config.take("patch_size"))
+    if "scale" in fields:
+        fields["scale"] = fields["scale"] or None  # the official code takes 0 for the default too
     gaussian, elementwise = config.take("is_GMM", False), config.take("is_SLM", False)
-    if not gaussian and not elementwise:
-        raise golden.Unsupported("it has no mask: the zoo's ViT with a class token is vit.py")
-    config.expect(cls="ViT")
-    config.ignore("stochastic_depth", "dropout", "emb_dropout")
-    model = GmmViT(mask="gaussian" if gaussian else "elementwise", underflow=True, **fields)
+    if elementwise and cls == "SwinTransformer" and not gaussian:
+        raise golden.Unsupported("the official Swin cannot be built with is_SLM")
+    config.expect(norm_layer=(None, "LayerNorm", "nn.LayerNorm"))
+    config.ignore("stochastic_depth", "dropout", "emb_dropout", "layer_dropout", "drop_rate",
+                  "attn_drop_rate", "drop_path_rate", "use_checkpoint")  # fmt: skip
+    mask = "gaussian" if gaussian else "elementwise" if elementwise else None
+    more = {} if cls == "SwinTransformer" else {"underflow": True}  # windows are too small for it
+    model = module(mask=mask, **fields, **more)
     images = case.images()
 
     @jax.jit
@@ -41,12 +81,16 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
             mutable=["intermediates"],
             capture_intermediates=lambda module, _: module.name == "mlp",
         )
+        out["patch"] = out["patch_embed"]
+        if cls == "SwinTransformer":
+            merged = {f"layer{s}": out[f"merge{s + 1}"] for s in range(len(model.depths) - 1)}
+            return out | merged
         first = kept["intermediates"]["layers_0"]
         return out | {
-            "patch": out["patch_embed"],
             "masked_scores0": first["mixer"]["attention"]["scores"][0],
             "block0": first["mlp"]["__call__"][0],
             "transformer": out[f"block{model.depth - 1}"],
+            "patch_transformer": out[f"block{model.depth - 1}"],
         }
 
     return model, outputs

@@ -4,9 +4,8 @@ From the same paper and code. Swin: A is that of a window, and multiplies the sc
 bias and mask are added. CaiT: A multiplies before the heads are mixed, in the blocks of patches;
 the class token's attention has none. `gmm_dinat` is ours: neighbourhood attention in Swin's
 skeleton, as in DiNAT_s, computed densely and meant for small maps. The authors' PiT and T2T are
-left out. No outputs of the authors' hosts were at hand: these are built from their code, and not
-verified against it, but for Swin's number of parameters, which is the published 7.1 M. Of CaiT it
-is `gmm_cait_tiny`, 108 wide as their `cait-tiny`, that has the published 5.1 M.
+left out. Swin's number of parameters is the published 7.1 M; of CaiT it is `gmm_cait_tiny`, 108
+wide as their `cait-tiny`, that has the published 5.1 M.
 
     features         gmm_swin
     patch_embed      16  16   96    2x2 patches, linear, LayerNorm; stride 2
@@ -64,12 +63,12 @@ from zoo.models.vision.gmm_vit import (
     end_rules,
     gmm_variant,
     grid_distances,
-    grid_side,
     init,
     layout,
     mask_rules,
     masked_attention,
     mlp_rules,
+    num_patches,
     patch_rules,
     unit_init,
 )
@@ -279,6 +278,8 @@ class GmmSwin(nn.Module):
     Attributes:
       window_size: of windows; of neighbourhoods, odd.
       dilations: of each block's neighbourhoods, stage by stage; None: shifted windows.
+      scale: factor on q k^T; None is 1 / sqrt(head width).
+      patch_norm: LayerNorm in the patch embedding.
       drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
     """
 
@@ -292,6 +293,9 @@ class GmmSwin(nn.Module):
     window_size: int = 4
     dilations: tuple[tuple[int, ...], ...] | None = None
     mlp_ratio: float = 2.0
+    qkv_bias: bool = True
+    scale: float | None = None
+    patch_norm: bool = True
     mask: str | None = "gaussian"
     kernels: int = 5
     dropout: float = 0.0
@@ -320,7 +324,8 @@ class GmmSwin(nn.Module):
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         out = {}
         x = PatchEmbed(self.embed_dim, self.patch_size, name="embed", **types)(images)
-        x = out["patch_embed"] = LayerNorm(name="embed_norm", **types)(x)
+        x = LayerNorm(name="embed_norm", **types)(x) if self.patch_norm else x
+        out["patch_embed"] = x
         shape = (1, x.shape[1] * x.shape[2], self.embed_dim)
         table = self.param("position_embedding", table_init, shape, self.param_dtype)
         x = x + table.astype(self.dtype).reshape(1, *x.shape[1:])
@@ -334,7 +339,8 @@ class GmmSwin(nn.Module):
                 x.shape[-1] // num_heads,
                 self.mask,
                 self.kernels,
-                qkv_bias=True,
+                qkv_bias=self.qkv_bias,
+                scale=self.scale,
                 **types,
             )
             if self.dilations is None:
@@ -403,7 +409,7 @@ def _cait() -> Rules:
         Rule(f"{classes}.0.fn.fn.to_q.weight", "class_layers_{i}/query/kernel", linear),
         Rule(f"{classes}.0.fn.fn.to_kv.weight", both, chain(linear, split(1))),
         *end_rules("mlp_head.0", "mlp_head.1"),
-        side=grid_side,
+        tokens=num_patches,
         aliases=f"{inside}.mask.mask",
     )
 
@@ -425,7 +431,7 @@ def _swin() -> Rules:
         *norm_rules("layers.{s}.downsample.norm", "stages_{s}/merge/norm"),
         Rule("layers.{s}.downsample.reduction.weight", "stages_{s}/merge/reduction/kernel", linear),
         *end_rules("norm", "head"),
-        side=lambda model: model.window_size,
+        tokens=lambda model: model.window_size**2,
         aliases=f"{theirs}.attn.mask.mask",
         **{f"{theirs}.attn.relative_position_index": _index, f"{theirs}.attn_mask": _shift_mask},
     )

@@ -13,7 +13,8 @@ logits: a key that it fades is not hidden, but gets the logit 0, and a negative 
 likeness into its opposite. `mask="elementwise"` (ELM in the paper) has a free matrix A instead, one
 for all heads, which starts at zero: uniform attention.
 
-This file has the masks and a ViT without class token; `gmm_hosts` the other hosts.
+This file has the masks and their ViT, which averages the patches. `mask=None` is the authors' plain
+ViT to compare with: it has a class token and reads that. `gmm_hosts` has the other hosts.
 
 The authors take powers of a table exp(-|i - j|^2)^(1/2) in float32, which is zero from a squared
 distance of 104 on: on their grid of 16 x 16 far patches have A = 0. `underflow=True` has that; on
@@ -125,6 +126,7 @@ def masked_attention(
     value: Float[Array, "batch keys heads head_dim"],
     multiplier: Float[Array, "#heads queries keys"] | None = None,
     bias: Float[Array, "biases #heads queries keys"] | None = None,
+    scale: float | None = None,
     mix: tuple[Float[Array, "heads heads"], Float[Array, "heads heads"]] | None = None,
 ) -> tuple[Float[Array, "batch queries heads head_dim"], Float[Array, "batch heads queries keys"]]:
     """Attention with a multiplier of the scores, for which the kernels have no place, in float32.
@@ -135,13 +137,15 @@ def masked_attention(
       value: the same.
       multiplier: of the scaled scores.
       bias: added behind it; example b uses `bias[b % biases]`.
+      scale: factor on q k^T; None is 1 / sqrt(head width).
       mix: matrices over heads before and after the softmax (talking heads).
 
     Returns:
       The output, and the multiplied scores.
     """
     query, key = query.astype(jnp.float32), key.astype(jnp.float32)
-    scores = jnp.einsum("bqnd,bknd->bnqk", query, key) * query.shape[-1] ** -0.5
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = jnp.einsum("bqnd,bknd->bnqk", query, key) * scale
     scores = mixed = scores if multiplier is None else scores * multiplier
     if mix is not None:
         mixed = jnp.einsum("bnqk,nm->bmqk", mixed, mix[0].astype(jnp.float32))
@@ -161,6 +165,7 @@ class MaskedAttention(nn.Module):
       head_dim: any; `out` is left out where one head has the width of the input, as the authors do.
       mask: one of `MASKS`; None: attention as it is.
       kernels: Gaussians for each head.
+      scale: factor on q k^T; None is 1 / sqrt(head width).
       talking: heads are mixed by a matrix before and after the softmax.
     """
 
@@ -170,6 +175,7 @@ class MaskedAttention(nn.Module):
     kernels: int = 5
     underflow: bool = False
     qkv_bias: bool = False
+    scale: float | None = None
     talking: bool = False
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
@@ -193,8 +199,9 @@ class MaskedAttention(nn.Module):
             constrain(t, "batch", "length", "heads", "head_dim")
             for t in jnp.unstack(qkv.reshape(heads), axis=2)
         )
-        if self.mask is None and not self.talking and bias is None:
-            y = kernels_pallas.attention(query, key, value)
+        looking = self.is_mutable_collection("intermediates")
+        if self.mask is None and not self.talking and bias is None and not looking:
+            y = kernels_pallas.attention(query, key, value, scale=self.scale)
         else:
             multiplier = None
             if self.mask is not None:
@@ -205,7 +212,7 @@ class MaskedAttention(nn.Module):
                 mask = maker(param_dtype=self.param_dtype, name="mask")
                 multiplier = mask(distances, self.num_heads)
             mix = self._mix() if self.talking else None
-            y, scores = masked_attention(query, key, value, multiplier, bias, mix)
+            y, scores = masked_attention(query, key, value, multiplier, bias, self.scale, mix)
             self.sow("intermediates", "scores", scores)
         y = y.reshape(batch, tokens, inner)
         if self.num_heads == 1 and self.head_dim == channels:
@@ -281,7 +288,8 @@ class GmmViT(nn.Module):
     Attributes:
       image_size: height and width in pixels, multiples of `patch_size`.
       num_classes: 0 leaves out the head (logits are then the pooled features).
-      mask: "gaussian", "elementwise" or None.
+      mask: "gaussian" or "elementwise"; None: plain attention with a class token, which is read. A
+        block's map is then the sequence, as a single row.
       kernels: Gaussians for each head.
       underflow: far patches as in the authors' table (see above).
       drop_path: stochastic depth, the same for all blocks.
@@ -328,6 +336,11 @@ class GmmViT(nn.Module):
         out = {}
         x = PatchEmbed(self.embed_dim, self.patch_size, name="embed", **types)(images)
         out["patch_embed"] = x
+        if self.mask is None:
+            shape = (1, 1, self.embed_dim)
+            token = self.param("class_token", unit_init, shape, self.param_dtype)
+            token = jnp.broadcast_to(token.astype(self.dtype), (len(x), *shape[1:]))
+            x = jnp.concatenate([token, x.reshape(len(x), -1, self.embed_dim)], 1)[:, None]
         shape = (1, x.shape[1] * x.shape[2], self.embed_dim)
         table = self.param("position_embedding", unit_init, shape, self.param_dtype)
         x = x + table.astype(self.dtype).reshape(1, *x.shape[1:])
@@ -351,7 +364,7 @@ class GmmViT(nn.Module):
                 name=f"layers_{i}",
                 **types,
             )(x, train)
-        x = out["pooled"] = x.mean((1, 2))
+        x = out["pooled"] = x[:, 0, 0] if self.mask is None else x.mean((1, 2))
         x = out["norm"] = LayerNorm(name="norm", **types)(x)
         if self.num_classes:
             x = nn.Dense(self.num_classes, kernel_init=init, name="head", **types)(x)
@@ -362,9 +375,10 @@ class GmmViT(nn.Module):
 # ---------------------------------------------------------------------------- checkpoints
 
 
-def grid_side(model: nn.Module) -> int:
-    """Patches along a side of the image."""
-    return model.image_size[0] // model.patch_size
+def num_patches(model: nn.Module) -> int:
+    """Patches of an image."""
+    rows, columns = (side // model.patch_size for side in model.image_size)
+    return rows * columns
 
 
 def _linear_patches(model: nn.Module) -> Transform:
@@ -384,13 +398,15 @@ def mask_rules(theirs: str, ours: str) -> list[Rule]:
     ]
 
 
-def layout(*rules: Rule, side: Callable[[nn.Module], int], aliases: str, **derived) -> Rules:
-    """Rules with the authors' table for a grid of `side(model)`, and its names in the blocks."""
+def layout(*rules: Rule, tokens: Callable[[nn.Module], int], aliases: str, **derived) -> Rules:
+    """Rules with the authors' table for so many tokens, and its names in the blocks."""
 
     def table(model: nn.Module) -> np.ndarray:
-        """As float32 gives it."""
-        length = side(model)
-        squared = grid_distances((length, length)).astype(np.float32)
+        """As float32 gives it; its grid is square, and has no whole side where tokens do not."""
+        at = np.arange(tokens(model))
+        side = len(at) ** 0.5
+        at = np.stack([at // side, at % side], -1)
+        squared = np.square(at[:, None] - at).sum(-1).astype(np.float32)
         return (np.exp(-squared) ** np.float32(0.5))[None, None]
 
     def alias(model: nn.Module, **_) -> np.ndarray | None:
@@ -428,6 +444,7 @@ def _vit() -> Rules:
     attention = f"{ours}/mixer/attention"
     return layout(
         *patch_rules(),
+        Rule("cls_token", "class_token"),
         *norm_rules(f"{theirs}.0.norm", f"{ours}/norm1"),
         *dense_rules(f"{theirs}.0.fn.to_qkv", f"{attention}/qkv"),
         *mask_rules(f"{theirs}.0.fn.mask", f"{attention}/mask"),
@@ -435,7 +452,7 @@ def _vit() -> Rules:
         *norm_rules(f"{theirs}.1.norm", f"{ours}/norm2"),
         *mlp_rules(f"{theirs}.1.fn", ours, ("net.0", "net.3")),
         *end_rules("mlp_head.0", "mlp_head.1"),
-        side=grid_side,
+        tokens=num_patches,
         aliases=f"{theirs}.0.fn.mask.mask",
     )
 
