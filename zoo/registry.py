@@ -29,6 +29,7 @@ SYSTEMS: dict[str, tuple[str, ...]] = {
     "zoo.models.vision.vsa_swin": ("swin_vsa_*",),
     "zoo.models.vision.vit": ("vit_*", "deit_*"),
     "zoo.models.video.video_swin": ("swin_*_patch244_*", "video_swin_*"),
+    "zoo.models.imaging.hat": ("HAT*", "Real_HAT_*", "hat_*"),
     "zoo.models.language.bert": ("bert_*", "minilm_*"),
     "zoo.models.language.gpt2": ("gpt2", "gpt2_*", "distilgpt2"),
     "zoo.models.language.gla": ("gla_*",),

@@ -1,0 +1,1 @@
+"""Models that make images: restoration, generation, composition."""
