@@ -5,22 +5,34 @@ from collections.abc import Callable
 from typing import Any
 
 import golden
-import numpy as np
+from golden_systems import _text
 
 import zoo
 
 
 def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     """The language model."""
-    fields = case.config.rename(
-        vocab_size="vocab_size",
-        max_positions="n_positions",
-        embed_dim="n_embd",
-        depth="n_layer",
-        num_heads="n_head",
-    )
+    config = case.config
+    fields = {}
+    for ours, theirs in (
+        ("vocab_size", ("vocab_size",)),
+        ("max_positions", ("n_positions", "max_position_embeddings", "n_ctx")),
+        ("embed_dim", ("n_embd", "hidden_size")),
+        ("depth", ("n_layer", "num_hidden_layers")),
+        ("num_heads", ("n_head", "num_attention_heads")),
+        ("mlp_dim", ("n_inner",)),
+        ("activation", ("activation_function",)),
+        ("scale_attention", ("scale_attn_weights",)),
+        ("scale_by_layer", ("scale_attn_by_inverse_layer_idx",)),
+        ("tie_embeddings", ("tie_word_embeddings",)),
+        ("epsilon", ("layer_norm_epsilon",)),
+    ):
+        for name in theirs:
+            fields |= config.rename(**{ours: name})
+    config.expect(add_cross_attention=False)
+    config.ignore("reorder_and_upcast_attn", *_text.IGNORED)  # another order of the same numbers
     model = zoo.create("gpt2", **fields)
-    return model, golden.features(model, case.input("input_ids").astype(np.int32))
+    return model, _text.run(case, model)
 
 
 def made_by(case: golden.Case) -> bool:

@@ -13,16 +13,32 @@ from zoo.checkpoints.ruleset import LazyTensor, Rules, Step, make_step, matches,
 
 
 def choose_layout(layouts: Mapping[str, Rules], tensors: Mapping[str, Any], leaves: Leaves) -> str:
-    """The layout whose rules know most of these names; the first of equals."""
+    """The layout whose rules know most of these names; of equals, the first that fits best.
+
+    Two layouts may have the same names for matrices that one of them keeps transposed.
+    """
+    matched = {name: match(rules, tensors, leaves)[0] for name, rules in layouts.items()}
 
     def known(name: str) -> int:
-        steps, _ = match(layouts[name], tensors, leaves)
-        used = {source for step in steps for source in step.sources}
+        used = {source for step in matched[name] for source in step.sources}
         return len(used) + sum(
             matches(layouts[name].derived, tensor) for tensor in tensors if tensor not in used
         )
 
-    return max(layouts, key=known)
+    counts = {name: known(name) for name in layouts}
+    best = [name for name in layouts if counts[name] == max(counts.values())]
+    if len(best) == 1:
+        return best[0]
+    return max(best, key=lambda name: sum(_fits(step, tensors, leaves) for step in matched[name]))
+
+
+def _fits(step: Step, tensors: Mapping[str, Any], leaves: Leaves) -> bool:
+    """Whether what a step makes of these tensors has the shapes of its leaves."""
+    try:
+        made = step.transform.forward([_fake(tuple(tensors[name].shape)) for name in step.sources])
+    except (ValueError, IndexError):
+        return False
+    return [x.shape for x in made] == [leaves.unrolled[path].shape for path in step.targets]
 
 
 def match(

@@ -1,9 +1,8 @@
-"""A decoder-only language model around any mixer of tokens; softmax layers with rotary positions.
+"""Decoder-only language models: the stack that they share, and what its layers are made of.
 
     x = x + mixer(RMSNorm(x));   x = x + down(silu(gate(x')) * up(x')),  x' = RMSNorm(x)
 
-A mixer is a module `(x, state, train) -> (y, state)`: without a state (None) it sees the whole
-sequence and returns None, with one it continues where the state stands, by any number of tokens.
+What a mixer is, and how it is told of padding and states, is in `zoo.layers.causal`.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,14 +12,19 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-import kernels_pallas
+from zoo.layers.causal import (
+    Context,
+    RotaryAttention,
+    check_tokens,
+    depths,
+    init,
+    positions_of,
+)
 from zoo.layers.dense import Dense
 from zoo.layers.partition import constrain
 from zoo.layers.stack import remat_block
-
-init = nn.initializers.normal(0.02)
 
 
 def multiple_of_256(channels: int, ratio: float = 4.0) -> int:
@@ -28,22 +32,15 @@ def multiple_of_256(channels: int, ratio: float = 4.0) -> int:
     return 256 * -(-int(channels * ratio * 2 / 3) // 256)
 
 
-def rotate(
-    x: Float[Array, "batch length heads head_dim"], position: Int[Array, "length"], theta: float
-) -> Float[Array, "batch length heads head_dim"]:
-    """Rotary positions: channel i of the first half turns with channel i of the second half."""
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = position.astype(jnp.float32)[:, None, None] * frequency
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+# ---------------------------------------------------------------------------- other layers
 
 
 class GatedMlp(nn.Module):
-    """`down(silu(gate(x)) * up(x))`, no biases."""
+    """`down(activation(gate(x)) * up(x))`."""
 
     hidden: int
+    activation: Callable[[Array], Array] = nn.silu
+    use_bias: bool = False
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -51,12 +48,12 @@ class GatedMlp(nn.Module):
     def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
         dense = partial(
             Dense,
-            use_bias=False,
+            use_bias=self.use_bias,
             kernel_init=init,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )
-        y = nn.silu(dense(self.hidden, name="gate")(x)) * dense(self.hidden, name="up")(x)
+        y = self.activation(dense(self.hidden, name="gate")(x)) * dense(self.hidden, name="up")(x)
         y = constrain(y, "batch", *["length"] * (y.ndim - 2), "mlp")
         return dense(x.shape[-1], name="down")(y)
 
@@ -64,7 +61,9 @@ class GatedMlp(nn.Module):
 class ShortConv(nn.Module):
     """Causal convolution of each channel over `size` tokens, then SiLU if `activate`.
 
-    Without `bias_init` it has no bias. Its state is the last `size - 1` inputs.
+    Without `bias_init` it has no bias. Its state is the last `size - 1` inputs. Padding at the
+    right of a text leaves the state alone, padding at its left counts as zeros, as if it were not
+    there.
     """
 
     size: int = 4
@@ -79,58 +78,67 @@ class ShortConv(nn.Module):
         self,
         x: Float[Array, "batch length channels"],
         state: Float[Array, "batch before channels"] | None = None,
+        context: Context = Context(),  # noqa: B008 (immutable)
     ) -> tuple[Float[Array, "batch length channels"], Array | None]:
         batch, length, channels = x.shape
+        x = context.hide(x)
         kernel = self.param("kernel", self.kernel_init, (self.size, 1, channels), self.param_dtype)
         before = jnp.zeros((batch, self.size - 1, channels), x.dtype) if state is None else state
         padded = jnp.concatenate([before.astype(x.dtype), x], axis=1)
-        taps = padded.astype(jnp.float32)
-        y = sum(kernel[j].astype(jnp.float32) * taps[:, j : j + length] for j in range(self.size))
+        if context.parents is None:
+            taps = [padded[:, j : j + length] for j in range(self.size)]
+        else:
+            rows = conv_rows(context.parents, self.size)
+            taps = [padded[:, rows[:, j]] for j in range(self.size)]
+        y = sum(
+            kernel[j].astype(jnp.float32) * tap.astype(jnp.float32) for j, tap in enumerate(taps)
+        )
         if self.bias_init is not None:
             y = y + self.param("bias", self.bias_init, (channels,), self.param_dtype)
         y = (nn.silu(y) if self.activate else y).astype(self.dtype)
-        return y, None if state is None else padded[:, length:]
+        if state is None or context.parents is not None:
+            return y, None if state is None else x
+        return y, last_inputs(padded, context.mask, self.size - 1)
 
 
-def attention_state(
-    batch: int, kept: int, heads: int, head_dim: int, dtype: jnp.dtype
-) -> dict[str, Array]:
-    """What causal attention knows before the first token: room for `kept` keys and values."""
-    empty = jnp.zeros((batch, kept, heads, head_dim), dtype)
-    return {"key": empty, "value": empty, "position": jnp.zeros((), jnp.int32)}
+def keep_inputs(
+    state: Float[Array, "batch size channels"],
+    nodes: Float[Array, "batch nodes channels"],
+    path: Int[Array, "batch depth"],
+    accepted: Bool[Array, "batch depth"],
+) -> Float[Array, "batch size channels"]:
+    """The state of a `ShortConv` after those nodes of a tree that lie on a path."""
+    taken = jnp.take_along_axis(nodes, path[..., None], axis=1)
+    both = jnp.concatenate([state.astype(taken.dtype), taken], axis=1)
+    return last_inputs(both, accepted, state.shape[1])
 
 
-def continue_attention(
-    query: Float[Array, "batch length heads head_dim"],
-    key: Float[Array, "batch length kv_heads head_dim"],
-    value: Float[Array, "batch length kv_heads head_dim"],
-    state: dict[str, Array],
-    window: int | None = None,
-) -> tuple[Float[Array, "batch length heads head_dim"], dict[str, Array]]:
-    """Attend to what the state keeps and to the new tokens; the oldest fall out of the state."""
-    kept, length = state["key"].shape[1], key.shape[1]
-    key = jnp.concatenate([state["key"].astype(key.dtype), key], axis=1)
-    value = jnp.concatenate([state["value"].astype(value.dtype), value], axis=1)
-    at = state["position"] + jnp.arange(length)
-    key_at = at[0] - kept + jnp.arange(kept + length)
-    visible = (key_at >= 0) & (key_at <= at[:, None])
-    if window is not None:
-        visible &= key_at > at[:, None] - window
-    y = kernels_pallas.attention(query, key, value, bias=visible[None, None])
-    return y, {"key": key[:, length:], "value": value[:, length:], "position": at[-1] + 1}
+def last_inputs(
+    padded: Float[Array, "batch both channels"],
+    mask: Bool[Array, "batch length"] | None,
+    size: int,
+) -> Float[Array, "batch size channels"]:
+    """The last `size` inputs up to each text's end, of those before and `length` new ones."""
+    if mask is None:
+        return padded[:, padded.shape[1] - size :]
+    end = jnp.max(jnp.where(mask, jnp.arange(1, mask.shape[1] + 1), 0), axis=1)
+    rows = end[:, None] + jnp.arange(size)
+    return jnp.take_along_axis(padded, rows[..., None], axis=1)
 
 
-def check_tokens(model: nn.Module, tokens: Array) -> None:
-    """Refuse what are no sequences of token numbers.
+def conv_rows(parents: Int[Array, "nodes"], size: int) -> Int[Array, "nodes size"]:
+    """Which inputs each node of a tree convolves, oldest first.
 
-    Raises:
-      ValueError: naming type and shape.
+    Inputs are counted with the `size - 1` of the state in front: node i is `size - 1 + i`.
     """
-    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(
-            f"{type(model).__name__} takes tokens as integers of shape (batch, length), not "
-            f"{tokens.dtype} of shape {tokens.shape}; a tokenizer makes them from text."
-        )
+    columns = [jnp.arange(len(parents))]
+    for _ in range(size - 1):
+        last = columns[-1]
+        columns.append(jnp.where(last >= 0, parents[jnp.maximum(last, 0)], last - 1))
+    return size - 1 + jnp.stack(columns[::-1], axis=1)
+
+
+# ------------------------------------------------------------------------------- the stack
 
 
 def run_blocks(
@@ -138,10 +146,11 @@ def run_blocks(
     x: Float[Array, "batch length channels"],
     state: tuple | None,
     train: bool,
+    context: Context = Context(),  # noqa: B008 (immutable)
     *,
     scan: int = 0,
 ) -> tuple[list[Float[Array, "batch length channels"]], tuple | None]:
-    """What each block `(x, state, train) -> (x, state)` of a stack gives, and the states.
+    """What each block `(x, state, train, context) -> (x, state)` gives, and the states.
 
     Called in the compact method of a model, which gets `layers_0 ...`, or `layers` from a scan.
 
@@ -150,116 +159,79 @@ def run_blocks(
       x: what goes into the first.
       state: one for each block, or None.
       train: whether to drop out.
+      context: of the tokens.
       scan: how many equal blocks to scan over, without states; 0: a loop over `blocks`.
     """
     if not scan:
         every, after = [], []
         for i, block in enumerate(blocks):
-            x, now = block(name=f"layers_{i}")(x, None if state is None else state[i], train)
+            before = None if state is None else state[i]
+            x, now = block(name=f"layers_{i}")(x, before, train, context)
             every.append(x)
             after.append(now)
         return every, None if state is None else tuple(after)
 
-    def body(layer, x):
-        x, _ = layer(x, None, train)
+    def body(layer, x, context):
+        x, _ = layer(x, None, train, context)
         return x, x
 
     stack = nn.scan(
         body,
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
+        in_axes=nn.broadcast,
         length=scan,
     )
-    last, stacked = stack(blocks[0](name="layers"), x)
+    last, stacked = stack(blocks[0](name="layers"), x, context)
     return [*list(stacked)[:-1], last], None  # training reads, and so keeps, the last alone
 
 
-class RotaryAttention(nn.Module):
-    """Causal softmax attention with rotary positions, grouped keys and an optional window.
+class DecoderBlock(nn.Module):
+    """A mixer and a gated MLP, each behind an RMSNorm and a residual connection.
 
     Attributes:
-      num_heads: query heads; must divide the channels.
-      num_kv_heads: key and value heads; None: as many as query heads.
-      window: tokens that a query sees, itself included; None: all.
-      theta: base of the rotary frequencies.
+      mixer: a template; its copy is the parameter group `attention`.
+      mlp_dim: width of the MLP; 0: no MLP and no second norm.
+      activation: of the MLP.
+      mlp_bias: whether the MLP has biases.
     """
 
-    num_heads: int
-    num_kv_heads: int | None = None
-    window: int | None = None
-    theta: float = 10000.0
-    qkv_bias: bool = False
+    mixer: nn.Module
+    mlp_dim: int
+    epsilon: float = 1e-6
+    dropout: float = 0.0
+    activation: Callable[[Array], Array] = nn.silu
+    mlp_bias: bool = False
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
-
-    def init_state(self, batch: int, channels: int, length: int) -> dict[str, Array]:
-        """Room for the keys and values of `length` tokens, or of the window if that is less."""
-        kept = length if self.window is None else min(length, self.window - 1)
-        kv_heads = self.num_kv_heads or self.num_heads
-        return attention_state(batch, kept, kv_heads, channels // self.num_heads, self.dtype)
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "batch length channels"],
-        state: dict | None = None,
+        state: Any = None,
         train: bool = False,
-    ) -> tuple[Float[Array, "batch length channels"], dict | None]:
-        batch, length, channels = x.shape
-        if channels % self.num_heads:
-            raise ValueError(f"num_heads={self.num_heads} does not divide {channels} channels.")
-        head_dim = channels // self.num_heads
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        dense = partial(Dense, kernel_init=init, **types)
-
-        def project(name, heads):
-            y = dense(heads * head_dim, use_bias=self.qkv_bias, name=name)(x)
-            y = y.reshape(batch, length, heads, head_dim)
-            return constrain(y, "batch", "length", "heads", "head_dim")
-
-        kv_heads = self.num_kv_heads or self.num_heads
-        query, key = project("query", self.num_heads), project("key", kv_heads)
-        value = project("value", kv_heads)
-        start = 0 if state is None else state["position"]
-        at = start + jnp.arange(length)
-        query, key = rotate(query, at, self.theta), rotate(key, at, self.theta)
-        if state is None:
-            mask = kernels_pallas.Causal()
-            if self.window is not None:
-                mask = kernels_pallas.SlidingWindow(left=self.window - 1, right=0)
-            y = kernels_pallas.attention(query, key, value, mask=mask)
-        else:
-            y, state = continue_attention(query, key, value, state, self.window)
-        y = y.reshape(batch, length, -1)
-        return dense(channels, use_bias=False, name="out")(y), state
-
-
-class DecoderBlock(nn.Module):
-    """A mixer and a gated MLP, each behind an RMSNorm and a residual connection."""
-
-    mixer: nn.Module  # a template: its copy is the parameter group `attention`
-    mlp_dim: int
-    epsilon: float = 1e-6
-    dropout: float = 0.0
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "batch length channels"], state: Any = None, train: bool = False
+        context: Context = Context(),  # noqa: B008 (immutable)
     ) -> tuple[Float[Array, "batch length channels"], Any]:
+        """The tokens after the block and, if there is a state, the next one."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = partial(nn.RMSNorm, epsilon=self.epsilon, **types)
         drop = nn.Dropout(self.dropout, deterministic=not train)
         mixer = self.mixer.clone(name="attention", parent=self)
-        y, state = mixer(norm(name="norm1")(x), state, train)
+        y, state = mixer(norm(name="norm1")(x), state, train, context)
         x = x + drop(y)
-        x = x + drop(GatedMlp(self.mlp_dim, name="mlp", **types)(norm(name="norm2")(x)))
+        if self.mlp_dim:
+            mlp = GatedMlp(self.mlp_dim, self.activation, self.mlp_bias, name="mlp", **types)
+            x = x + drop(mlp(norm(name="norm2")(x)))
         return constrain(x, "batch", "length", "channels"), state
 
 
-class Decoder(nn.Module):
-    """Base of language models that differ in their mixer: subclasses define `mixer()`.
+class CausalLM(nn.Module):
+    """Base of language models out of `DecoderBlock`: subclasses define `mixers()`.
+
+    `init_state(batch, length)` and `step(state, tokens)` (through `apply(..., method="step")`) give
+    the same logits token by token, or piece by piece, as a call on the whole sequence. A mask of
+    padding goes with each call; steps count positions without it.
 
     Attributes:
       vocab_size: tokens.
@@ -267,12 +239,6 @@ class Decoder(nn.Module):
       depth: layers.
       mlp_dim: width of the gated MLP; None: `multiple_of_256(embed_dim)`.
       tie_embeddings: read the logits off the transposed embedding.
-      attention_layers: numbers of the layers that are softmax attention instead (hybrids).
-      attention_heads: query heads of those.
-      attention_kv_heads: their key heads; None: as many.
-      window: tokens that they see, the query included; None: all.
-      rope_theta: base of their rotary frequencies.
-      attention_bias: whether they have biases in query, key and value.
       scan_layers: one stacked `layers` instead of `layers_0 ...`, compiled once
         (`zoo.layers.stack` converts the parameters); for models of equal layers, without states.
       remat: recompute layers in the backward pass instead of keeping their activations; True, or
@@ -286,16 +252,171 @@ class Decoder(nn.Module):
     epsilon: float = 1e-6
     dropout: float = 0.0
     tie_embeddings: bool = False
+    scan_layers: bool = False
+    remat: bool | str = False
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    def mixers(self) -> list[nn.Module]:
+        """An unbound mixer for each layer; it has `init_state(batch, channels, length)`."""
+        raise NotImplementedError
+
+    def block(self) -> Callable[..., nn.Module]:
+        """Makes a block of a mixer and a name."""
+        return partial(
+            remat_block(DecoderBlock, self.remat, static_argnums=(3,), scanned=self.scan_layers),
+            mlp_dim=multiple_of_256(self.embed_dim) if self.mlp_dim is None else self.mlp_dim,
+            epsilon=self.epsilon,
+            dropout=self.dropout,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+        )
+
+    def example_inputs(
+        self, batch_size: int = 1, length: int = 128
+    ) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of the arguments of `__call__` for sequences of `length` tokens."""
+        return {"tokens": jax.ShapeDtypeStruct((batch_size, length), jnp.int32)}
+
+    def init_state(self, batch: int, length: int) -> dict[str, Any]:
+        """The state before the first token; `length` is the most that softmax layers will see."""
+        layers = tuple(m.init_state(batch, self.embed_dim, length) for m in self.mixers())
+        return {"position": jnp.zeros(batch, jnp.int32), "layers": layers}
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch length"],
+        mask: Array | None = None,
+        positions: Int[Array, "batch length"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "batch length vocab_size"]:
+        """Logits of the next token at each position.
+
+        Args:
+          tokens: token numbers.
+          mask: 1 or True for text, 0 for padding at either side; None: all is text.
+          positions: of the tokens in their texts, for rotary positions; None: 0, 1, ... whether
+            there is padding or not (`positions_of(mask)` leaves it out).
+          train: whether to drop out.
+        """
+        return self.features(tokens, mask, positions, train)["logits"]
+
+    def features(
+        self,
+        tokens: Int[Array, "batch length"],
+        mask: Array | None = None,
+        positions: Int[Array, "batch length"] | None = None,
+        train: bool = False,
+    ) -> dict[str, Array]:
+        """Every named intermediate; arguments as those of `__call__`."""
+        tokens, mask = check_tokens(self, tokens, mask, positions)
+        return self._run(tokens, None, train, Context(mask, positions))[0]
+
+    def step(
+        self,
+        state: dict[str, Any],
+        tokens: Int[Array, "batch length"],
+        mask: Array | None = None,
+    ) -> tuple[dict[str, Any], Float[Array, "batch length vocab_size"]]:
+        """Continue by one or more tokens: the state after them, and their logits."""
+        return step(self, state, tokens, mask)
+
+    def branch(
+        self,
+        state: dict[str, Any],
+        tokens: Int[Array, "batch nodes"],
+        parents: Int[Array, "nodes"],
+    ) -> tuple[tuple, Float[Array, "batch nodes vocab_size"]]:
+        """Continue by a tree of tokens: what `keep` needs of its nodes, and their logits.
+
+        Args:
+          state: stays as it is.
+          tokens: of the nodes; each comes behind the one that it continues.
+          parents: which that is; -1: the state.
+        """
+        cannot = {type(m).__name__ for m in self.mixers() if not hasattr(m, "keep")}
+        if cannot:
+            names = ", ".join(sorted(cannot))
+            raise ValueError(f"{names} cannot continue a state by a tree of tokens.")
+        return branch(self, state, tokens, parents)
+
+    def keep(
+        self,
+        state: dict[str, Any],
+        nodes: tuple,
+        path: Int[Array, "batch depth"],
+        accepted: Bool[Array, "batch depth"],
+    ) -> dict[str, Any]:
+        """The state after some nodes of a tree.
+
+        Args:
+          state: before the tree.
+          nodes: of `branch`.
+          path: nodes from the root on.
+          accepted: which of them count, the first ones of each row.
+        """
+        each = [mixer.keep for mixer in self.mixers()]
+        layers = tuple(
+            kept(before, node, path, accepted)
+            for kept, before, node in zip(each, state["layers"], nodes, strict=True)
+        )
+        return keep(state, layers, accepted)
+
+    @nn.compact
+    def _run(self, tokens, state, train, context):
+        self._check(state)
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        embed = nn.Embed(
+            self.vocab_size, self.embed_dim, embedding_init=init, name="embed", **types
+        )
+        x = constrain(embed(tokens), "batch", "length", "channels")
+        x = nn.Dropout(self.dropout)(x, deterministic=not train)
+        out = {"embed": x}
+        mixers = self.mixers()
+        blocks = [
+            partial(self.block(), mixer) for mixer in mixers[: 1 if self.scan_layers else None]
+        ]
+        scan = self.depth if self.scan_layers else 0
+        every, state = run_blocks(blocks, x, state, train, context, scan=scan)
+        out |= {f"layer{i}": x for i, x in enumerate(every)}
+        x = every[-1] if every else x
+        x = nn.RMSNorm(epsilon=self.epsilon, name="norm", **types)(x)
+        out["last_hidden_state"] = x
+        if self.tie_embeddings:
+            x = embed.attend(x)
+        else:
+            head = Dense(self.vocab_size, use_bias=False, kernel_init=init, name="head", **types)
+            x = head(x)
+        out["logits"] = constrain(x, "batch", "length", "vocab")
+        return out, state
+
+    def _check(self, state):
+        if self.scan_layers and (len(set(self.mixers())) > 1 or state is not None):
+            raise ValueError(
+                "scan_layers=True needs equal layers and gives no states: leave out "
+                "attention_layers, and step with scan_layers=False and "
+                "zoo.layers.stack.unstack_layers(params)."
+            )
+
+
+class Decoder(CausalLM):
+    """Base of language models of one mixer, `mixer()`, some of whose layers may be attention.
+
+    Attributes:
+      attention_layers: numbers of the layers that are softmax attention instead (hybrids).
+      attention_heads: query heads of those.
+      attention_kv_heads: their key heads; None: as many.
+      window: tokens that they see, the query included; None: all.
+      rope_theta: base of their rotary frequencies.
+      attention_bias: whether they have biases in query, key and value.
+    """
+
     attention_layers: tuple[int, ...] = ()
     attention_heads: int = 16
     attention_kv_heads: int | None = None
     window: int | None = None
     rope_theta: float = 10000.0
     attention_bias: bool = False
-    scan_layers: bool = False
-    remat: bool | str = False
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
 
     def mixer(self) -> nn.Module:
         """An unbound mixer; it has `init_state(batch, channels, length)`."""
@@ -313,83 +434,50 @@ class Decoder(nn.Module):
             self.param_dtype,
             parent=None,
         )
-        own = self.mixer()
-        return [softmax if i in self.attention_layers else own for i in range(self.depth)]
-
-    def example_inputs(
-        self, batch_size: int = 1, length: int = 128
-    ) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of the arguments of `__call__` for sequences of `length` tokens."""
-        return {"tokens": jax.ShapeDtypeStruct((batch_size, length), jnp.int32)}
-
-    def init_state(self, batch: int, length: int) -> tuple:
-        """The state before the first token; `length` is the most that softmax layers will see."""
-        return tuple(m.init_state(batch, self.embed_dim, length) for m in self.mixers())
-
-    def __call__(
-        self, tokens: Int[Array, "batch length"], train: bool = False
-    ) -> Float[Array, "batch length vocab_size"]:
-        """Logits of the next token at each position."""
-        return self.features(tokens, train)["logits"]
-
-    def step(
-        self, state: tuple, tokens: Int[Array, "batch length"]
-    ) -> tuple[Float[Array, "batch length vocab_size"], tuple]:
-        """Continue by one or more tokens: their logits, and the state after them."""
-        out, state = self._run(tokens, state, False)
-        return out["logits"], state
-
-    def features(self, tokens: Int[Array, "batch length"], train: bool = False) -> dict[str, Array]:
-        """Every named intermediate."""
-        return self._run(tokens, None, train)[0]
-
-    @nn.compact
-    def _run(self, tokens, state, train):
-        self._check(tokens, state)
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        embed = nn.Embed(
-            self.vocab_size, self.embed_dim, embedding_init=init, name="embed", **types
-        )
-        x = constrain(embed(tokens), "batch", "length", "channels")
-        x = nn.Dropout(self.dropout)(x, deterministic=not train)
-        out = {"embed": x}
-        every, state = self._layers(x, state, train)
-        out |= {f"layer{i}": x for i, x in enumerate(every)}
-        x = every[-1] if every else x
-        x = nn.RMSNorm(epsilon=self.epsilon, name="norm", **types)(x)
-        out["last_hidden_state"] = x
-        if self.tie_embeddings:
-            x = embed.attend(x)
-        else:
-            head = Dense(self.vocab_size, use_bias=False, kernel_init=init, name="head", **types)
-            x = head(x)
-        out["logits"] = constrain(x, "batch", "length", "vocab")
-        return out, state
-
-    def _layers(self, x, state, train):
-        """What each layer gives, and the states."""
-        block = partial(
-            remat_block(DecoderBlock, self.remat, static_argnums=(3,), scanned=self.scan_layers),
-            mlp_dim=self.mlp_dim or multiple_of_256(self.embed_dim),
-            epsilon=self.epsilon,
-            dropout=self.dropout,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-        )
-        mixers = [self.mixer()] if self.scan_layers else self.mixers()
-        blocks = [partial(block, mixer) for mixer in mixers]
-        return run_blocks(blocks, x, state, train, scan=self.depth if self.scan_layers else 0)
-
-    def _check(self, tokens, state):
-        check_tokens(self, tokens)
         outside = [i for i in self.attention_layers if not 0 <= i < self.depth]
         if outside:
             raise ValueError(
                 f"attention_layers has {outside}, but layers are 0 to {self.depth - 1}."
             )
-        if self.scan_layers and (self.attention_layers or state is not None):
-            raise ValueError(
-                "scan_layers=True needs equal layers and gives no states: leave out "
-                "attention_layers, and step with scan_layers=False and "
-                "zoo.layers.stack.unstack_layers(params)."
-            )
+        own = self.mixer()
+        return [softmax if i in self.attention_layers else own for i in range(self.depth)]
+
+
+# ------------------------------------------------------------------------ step and branch
+# For every model with `_run(tokens, state, train, context) -> (features, states of the layers)`.
+
+
+def step(
+    model: nn.Module, state: dict[str, Any], tokens: Array, mask: Array | None = None
+) -> tuple[dict[str, Any], Array]:
+    """The `step` of a model: see `CausalLM.step`."""
+    tokens, mask = check_tokens(model, tokens, mask)
+    position, length = state["position"], tokens.shape[1]
+    if mask is None:
+        positions, count = jnp.broadcast_to(jnp.arange(length), tokens.shape), length
+    else:
+        positions, count = positions_of(mask), mask.sum(1, dtype=jnp.int32)
+    context = Context(mask, position[:, None] + positions)
+    out, layers = model._run(tokens, state["layers"], False, context)
+    return {"position": position + count, "layers": layers}, out["logits"]
+
+
+def branch(
+    model: nn.Module, state: dict[str, Any], tokens: Array, parents: Array
+) -> tuple[tuple, Array]:
+    """The `branch` of a model: see `CausalLM.branch`."""
+    tokens, _ = check_tokens(model, tokens)
+    parents = jnp.asarray(parents)
+    if parents.shape != tokens.shape[1:]:
+        raise ValueError(
+            f"parents has shape {parents.shape}; expected ({tokens.shape[1]},), one a node."
+        )
+    context = Context(None, state["position"][:, None] + depths(parents), parents)
+    out, nodes = model._run(tokens, state["layers"], False, context)
+    return nodes, out["logits"]
+
+
+def keep(state: dict[str, Any], layers: tuple, accepted: Array) -> dict[str, Any]:
+    """The state of a model after so many accepted nodes, from those of its layers."""
+    position = state["position"] + accepted.sum(1, dtype=jnp.int32)
+    return {"position": position, "layers": layers}

@@ -22,6 +22,28 @@ def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return 0.5 * x * (1.0 + jax.lax.erf(x * np.sqrt(0.5).astype(x.dtype)))
 
 
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    **dict.fromkeys(("gelu", "gelu_python"), gelu),
+    **dict.fromkeys(
+        ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate", "gelu_python_tanh"),
+        partial(jax.nn.gelu, approximate=True),
+    ),
+    "gelu_10": lambda x: jnp.clip(gelu(x), -10.0, 10.0),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "relu6": jax.nn.relu6,
+    "leaky_relu": jax.nn.leaky_relu,
+    **dict.fromkeys(("silu", "swish"), jax.nn.silu),
+    "mish": jax.nn.mish,
+    "hardswish": jax.nn.hard_swish,
+    "tanh": jnp.tanh,
+    "sigmoid": jax.nn.sigmoid,
+    "linear": lambda x: x,
+}
+"""The activations that configurations of transformers name."""
+
+
 class Mlp(nn.Module):
     """`down(activation(up(x)))` with dropout after both; width `hidden`, then back.
 

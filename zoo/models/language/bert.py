@@ -40,33 +40,13 @@ from jaxtyping import Array, Bool, Float, Int
 from zoo.checkpoints.rules import Rule, Rules, Transform, dense_rules, tied
 from zoo.layers.attention import Attention
 from zoo.layers.dense import Dense
-from zoo.layers.mlp import Mlp, gelu
+from zoo.layers.mlp import ACTIVATIONS, Mlp, gelu
 from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
 from zoo.layers.stack import remat_block
 from zoo.system import File, System, Variant
 
 init = nn.initializers.truncated_normal(0.02)
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    **dict.fromkeys(("gelu", "gelu_python"), gelu),
-    **dict.fromkeys(
-        ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate"),
-        partial(jax.nn.gelu, approximate=True),
-    ),
-    "gelu_10": lambda x: jnp.clip(gelu(x), -10.0, 10.0),
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-    "relu": jax.nn.relu,
-    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
-    "relu6": jax.nn.relu6,
-    "leaky_relu": jax.nn.leaky_relu,
-    **dict.fromkeys(("silu", "swish"), jax.nn.silu),
-    "mish": jax.nn.mish,
-    "tanh": jnp.tanh,
-    "sigmoid": jax.nn.sigmoid,
-    "linear": lambda x: x,
-}
-"""The `hidden_act` of published configurations."""
 
 
 class BertLayer(nn.Module):

@@ -29,7 +29,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 import kernels_pallas
-from zoo.layers.decoder import Decoder, ShortConv, init
+from zoo.layers.causal import Context, init
+from zoo.layers.decoder import Decoder, ShortConv
 from zoo.layers.dense import Dense
 from zoo.layers.partition import constrain
 from zoo.models.language.gla import PROJECTIONS, fla_layouts
@@ -113,8 +114,10 @@ class DeltaRule(nn.Module):
         x: Float[Array, "batch length channels"],
         state: dict | None = None,
         train: bool = False,
+        context: Context = Context(),  # noqa: B008 (immutable)
     ) -> tuple[Float[Array, "batch length channels"], dict | None]:
-        """The mixed tokens and, if there is a state, the next one."""
+        """The mixed tokens and, if there is a state, the next one; padding changes no state."""
+        x = context.hide(x)
         batch, length, channels = x.shape
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         dense = partial(Dense, use_bias=False, kernel_init=init, **types)
@@ -125,16 +128,17 @@ class DeltaRule(nn.Module):
             y = dense(widths[name], name=name)(x)
             if self.conv_size:
                 convolve = ShortConv(self.conv_size, False, name=f"{name}_conv", **types)
-                y, after[name] = convolve(y, None if state is None else state[name])
+                y, after[name] = convolve(y, None if state is None else state[name], context)
             y = y.reshape(batch, length, self.num_heads, -1)
             return constrain(y, "batch", "length", "heads", "head_dim")
 
         activation, norm = ACTIVATIONS[self.activation], NORMS[self.normalise]
-        query, key = (norm(activation(project(name))) for name in ("query", "key"))
+        query, key = (context.hide(norm(activation(project(name)))) for name in ("query", "key"))
         value = nn.silu(project("value"))
         beta = jnp.ones((batch, length, self.num_heads), jnp.float32)
         if self.write_strength:
             beta = nn.sigmoid(dense(self.num_heads, name="beta")(x).astype(jnp.float32))
+        beta = context.hide(beta)
         out, after["memory"] = kernels_pallas.delta_rule(
             query,
             key,
@@ -152,8 +156,7 @@ class DeltaRule(nn.Module):
 class DeltaNet(Decoder):
     """DeltaNet language model; fields of the mixer as in `DeltaRule`.
 
-    `init_state(batch, length)` and `step(state, tokens)` (through `apply(..., method="step")`) give
-    the same logits token by token, or piece by piece, as a call on the whole sequence.
+    States and steps are those of `zoo.layers.decoder.CausalLM`.
     """
 
     num_heads: int = 16

@@ -29,7 +29,8 @@ from jaxtyping import Array, Float
 
 import kernels_pallas
 from zoo.checkpoints.rules import Rule, Rules, chain, conv, linear, split, tied
-from zoo.layers.decoder import Decoder, ShortConv, init
+from zoo.layers.causal import Context, init
+from zoo.layers.decoder import Decoder, ShortConv
 from zoo.layers.dense import Dense
 from zoo.layers.partition import constrain
 from zoo.system import File, System, Variant
@@ -108,8 +109,10 @@ class GatedLinearAttention(nn.Module):
         x: Float[Array, "batch length channels"],
         state: dict | None = None,
         train: bool = False,
+        context: Context = Context(),  # noqa: B008 (immutable)
     ) -> tuple[Float[Array, "batch length channels"], dict | None]:
-        """The mixed tokens and, if there is a state, the next one."""
+        """The mixed tokens and, if there is a state, the next one; padding changes no state."""
+        x = context.hide(x)
         channels = x.shape[-1]
         key_dim, value_dim = self.widths(channels)
         kv_heads = self.num_kv_heads or self.num_heads
@@ -126,18 +129,19 @@ class GatedLinearAttention(nn.Module):
             y = dense(count * width, use_bias=False, name=name)(x)
             if self.conv_size:
                 convolve = ShortConv(self.conv_size, name=f"{name}_conv", **types)
-                y, after[name] = convolve(y, None if state is None else state[name])
+                y, after[name] = convolve(y, None if state is None else state[name], context)
             return heads(y, count)
 
         feature_map = FEATURE_MAPS[self.feature_map]
         query = feature_map(project("query", self.num_heads, key_dim))
-        key = feature_map(project("key", kv_heads, key_dim))
+        key = context.hide(feature_map(project("key", kv_heads, key_dim)))
         value = project("value", kv_heads, value_dim)
         gate = dense(self.gate_rank, use_bias=False, name="decay_down")(x)
         gate = heads(dense(kv_heads * key_dim, name="decay_up")(gate), kv_heads)
         gate = nn.log_sigmoid(gate.astype(jnp.float32)) / self.gate_normalizer
         if self.lowest_gate is not None:
             gate = jnp.maximum(gate, self.lowest_gate)
+        gate = context.hide(gate)
         out, after["memory"] = kernels_pallas.gated_linear_attention(
             query, key, value, gate, initial_state=None if state is None else state["memory"]
         )
@@ -152,8 +156,7 @@ class GatedLinearAttention(nn.Module):
 class GLA(Decoder):
     """GLA language model; fields of the mixer as in `GatedLinearAttention`.
 
-    `init_state(batch, length)` and `step(state, tokens)` (through `apply(..., method="step")`) give
-    the same logits token by token, or piece by piece, as a call on the whole sequence.
+    States and steps are those of `zoo.layers.decoder.CausalLM`.
     """
 
     num_heads: int = 4

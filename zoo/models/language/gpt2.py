@@ -8,6 +8,9 @@ transformers, whose names we follow. DistilGPT2 is Sanh et al., arXiv 1910.01108
     x = x + attention(LN(x));   x = x + W2 gelu(W1 LN(x) + b1) + b2        causal; `depth` times
     logits = E LN(x)                                                       the embedding, no bias
 
+`mask` hides padding at either side. Positions are 0, 1, ... with it, too, as in transformers; give
+`positions_of(mask)` where a padded text shall be what it is alone (`step` and `zoo.inference` do).
+
 The GELU is the tanh form. All maps have biases. Matrices start at N(0, 0.02^2), those that write
 into the residual stream smaller by sqrt(2 depth), as the paper says; the released code does not
 scale them, and starts P at 0.01. Published matrices are `[in, out]` (transformers' Conv1D), and
@@ -22,6 +25,7 @@ c_attn holds query, key and value side by side.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -29,11 +33,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-import kernels_pallas
-from zoo.checkpoints.rules import Rule, Rules, norm_rules, tied
-from zoo.layers.decoder import attention_state, check_tokens, continue_attention, run_blocks
+from zoo.checkpoints.rules import Rule, Rules, dense_rules, linear, norm_rules, tied
+from zoo.layers import causal, decoder
+from zoo.layers.causal import Context, causal_attention, check_tokens, continue_attention
 from zoo.layers.dense import Dense
-from zoo.layers.mlp import Mlp
+from zoo.layers.mlp import ACTIVATIONS, Mlp
 from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
 from zoo.layers.stack import remat_block
@@ -55,12 +59,16 @@ class CausalAttention(nn.Module):
       dropout: rate on the attention weights.
       out_init: initialiser of `out`.
       qkv: what makes the map to query, key and value (TEMPO puts LoRA here).
+      scale: of the scores; None: one over the root of a head's width.
+      use_bias: whether the maps have biases.
     """
 
     num_heads: int
     dropout: float = 0.0
     out_init: Callable = init
     qkv: Callable[..., nn.Module] = Dense
+    scale: float | None = None
+    use_bias: bool = True
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -70,6 +78,7 @@ class CausalAttention(nn.Module):
         x: Float[Array, "batch length channels"],
         state: dict | None = None,
         train: bool = False,
+        context: Context = Context(),  # noqa: B008 (immutable)
     ) -> tuple[Float[Array, "batch length channels"], dict | None]:
         """The attended tokens and, if there is a state, the next one."""
         batch, length, channels = x.shape
@@ -79,41 +88,53 @@ class CausalAttention(nn.Module):
             )
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         heads = (batch, length, self.num_heads, channels // self.num_heads)
-        qkv = self.qkv(3 * channels, kernel_init=init, name="qkv", **types)(x)
+        maps = {"use_bias": self.use_bias, **types}
+        qkv = self.qkv(3 * channels, kernel_init=init, name="qkv", **maps)(x)
         query, key, value = (
             constrain(t.reshape(heads), "batch", "length", "heads", "head_dim")
             for t in jnp.split(qkv, 3, axis=-1)
         )
         if state is None:
             dropping = train and self.dropout > 0
-            y = kernels_pallas.attention(
+            y = causal_attention(
                 query,
                 key,
                 value,
-                mask=kernels_pallas.Causal(),
+                context.mask,
+                scale=self.scale,
                 dropout=self.dropout if dropping else 0.0,
                 rng=self.make_rng("dropout") if dropping else None,
             )
         else:
-            y, state = continue_attention(query, key, value, state)
-        out = Dense(channels, kernel_init=self.out_init, name="out", **types)
+            y, state = continue_attention(query, key, value, state, context, scale=self.scale)
+        out = Dense(channels, kernel_init=self.out_init, name="out", **maps)
         return out(y.reshape(x.shape)), state
 
 
 class GPT2Block(nn.Module):
-    """Attention and an MLP four times as wide, each behind a LayerNorm and with a residual sum.
+    """Attention and an MLP, each behind a LayerNorm and with a residual sum.
 
     Attributes:
       num_heads: must divide the channels.
       dropout: rate on the attention weights and on both branches.
       out_init: initialiser of the two matrices that write into the residual stream.
       qkv: see `CausalAttention`.
+      mlp_dim: width of the MLP; None: four times the channels.
+      activation: of the MLP.
+      scale: see `CausalAttention`.
+      use_bias: whether maps and norms have biases.
+      epsilon: of the norms.
     """
 
     num_heads: int
     dropout: float = 0.0
     out_init: Callable = init
     qkv: Callable[..., nn.Module] = Dense
+    mlp_dim: int | None = None
+    activation: Callable[[Array], Array] = ACTIVATIONS["gelu_new"]
+    scale: float | None = None
+    use_bias: bool = True
+    epsilon: float = 1e-5
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -123,19 +144,28 @@ class GPT2Block(nn.Module):
         x: Float[Array, "batch length channels"],
         state: dict | None = None,
         train: bool = False,
+        context: Context = Context(),  # noqa: B008 (immutable)
     ) -> tuple[Float[Array, "batch length channels"], dict | None]:
         """The tokens after the block and, if there is a state, the next one."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        norm = partial(LayerNorm, epsilon=1e-5, **types)
+        norm = partial(LayerNorm, epsilon=self.epsilon, use_bias=self.use_bias, **types)
         drop = nn.Dropout(self.dropout, deterministic=not train)
         attention = CausalAttention(
-            self.num_heads, self.dropout, self.out_init, self.qkv, name="attention", **types
+            self.num_heads,
+            self.dropout,
+            self.out_init,
+            self.qkv,
+            self.scale,
+            self.use_bias,
+            name="attention",
+            **types,
         )
-        y, state = attention(norm(name="norm1")(x), state, train)
+        y, state = attention(norm(name="norm1")(x), state, train, context)
         x = x + drop(y)
         mlp = Mlp(
-            4 * x.shape[-1],
-            partial(nn.gelu, approximate=True),
+            self.mlp_dim or 4 * x.shape[-1],
+            self.activation,
+            use_bias=self.use_bias,
             kernel_init=init,
             down_init=self.out_init,
             name="mlp",
@@ -156,6 +186,13 @@ class GPT2(nn.Module):
       embed_dim: channels.
       depth: blocks.
       max_positions: longest sequence.
+      mlp_dim: width of the MLP; None: four times the channels.
+      activation: of the MLP, a key of `zoo.layers.mlp.ACTIVATIONS`.
+      scale_attention: whether scores are divided by the root of a head's width.
+      scale_by_layer: whether those of layer i are also divided by i + 1 (Mistral's GPT-2).
+      tie_embeddings: read the logits off the embedding; otherwise off a matrix `head`.
+      use_bias: whether maps and norms have biases; nanoGPT trains without.
+      epsilon: of the norms.
       dropout: rate on embeddings, attention weights and both branches of a block.
       scan_layers: one stacked `layers` instead of `layers_0 ...`, compiled once
         (`zoo.layers.stack` converts the parameters); without states.
@@ -168,6 +205,13 @@ class GPT2(nn.Module):
     depth: int = 12
     num_heads: int = 12
     max_positions: int = 1024
+    mlp_dim: int | None = None
+    activation: str = "gelu_new"
+    scale_attention: bool = True
+    scale_by_layer: bool = False
+    tie_embeddings: bool = True
+    use_bias: bool = True
+    epsilon: float = 1e-5
     dropout: float = 0.1
     scan_layers: bool = False
     remat: bool | str = False
@@ -181,47 +225,74 @@ class GPT2(nn.Module):
         shape = (batch_size, min(length, self.max_positions))
         return {"tokens": jax.ShapeDtypeStruct(shape, jnp.int32)}
 
-    def init_state(self, batch: int, length: int) -> tuple[dict[str, Array], ...]:
+    def init_state(self, batch: int, length: int) -> dict[str, Any]:
         """The state before the first token; `length` is the most that attention will see.
 
         Raises:
           ValueError: if that is more than there are positions.
         """
         self._check_length(length)
-        head_dim = self.embed_dim // self.num_heads
-        return (attention_state(batch, length, self.num_heads, head_dim, self.dtype),) * self.depth
+        shape = (batch, length, self.num_heads, self.embed_dim // self.num_heads)
+        layers = (causal.attention_state(*shape, self.dtype),) * self.depth
+        return {"position": jnp.zeros(batch, jnp.int32), "layers": layers}
 
     def __call__(
-        self, tokens: Int[Array, "batch length"], train: bool = False
+        self,
+        tokens: Int[Array, "batch length"],
+        mask: Array | None = None,
+        positions: Int[Array, "batch length"] | None = None,
+        train: bool = False,
     ) -> Float[Array, "batch length vocab_size"]:
-        """Logits of the next token at each position."""
-        return self.features(tokens, train)["logits"]
+        """Logits of the next token at each position.
+
+        Args:
+          tokens: token numbers.
+          mask: 1 or True for text, 0 for padding at either side; None: all is text.
+          positions: of the tokens in their texts; None: 0, 1, ... whether there is padding or not.
+          train: whether to drop out.
+        """
+        return self.features(tokens, mask, positions, train)["logits"]
 
     def step(
-        self, state: tuple, tokens: Int[Array, "batch length"]
-    ) -> tuple[Float[Array, "batch length vocab_size"], tuple]:
-        """Continue by one or more tokens: their logits (NaN past the last position), and the state.
+        self, state: dict[str, Any], tokens: Int[Array, "batch length"], mask: Array | None = None
+    ) -> tuple[dict[str, Any], Float[Array, "batch length vocab_size"]]:
+        """Continue by one or more tokens: the state, and their logits (NaN past the last position).
 
         Raises:
           ValueError: with `scan_layers`.
         """
-        if self.scan_layers:
-            raise ValueError(
-                "scan_layers=True gives no states: step with scan_layers=False and "
-                "zoo.layers.stack.unstack_layers(params)."
-            )
-        out, state = self._run(tokens, state, False)
-        return out["logits"], state
+        return decoder.step(self, state, tokens, mask)
 
-    def features(self, tokens: Int[Array, "batch length"], train: bool = False) -> dict[str, Array]:
-        """Every named intermediate (see the table above)."""
-        return self._run(tokens, None, train)[0]
+    def branch(
+        self, state: dict[str, Any], tokens: Int[Array, "batch nodes"], parents: Int[Array, "nodes"]
+    ) -> tuple[tuple, Float[Array, "batch nodes vocab_size"]]:
+        """Continue by a tree of tokens, as `zoo.layers.decoder.CausalLM.branch`."""
+        return decoder.branch(self, state, tokens, parents)
+
+    def keep(self, state: dict, nodes: tuple, path: Array, accepted: Array) -> dict[str, Any]:
+        """The state after some nodes of a tree, as `zoo.layers.decoder.CausalLM.keep`."""
+        layers = tuple(
+            causal.keep_attention(before, node, path, accepted)
+            for before, node in zip(state["layers"], nodes, strict=True)
+        )
+        return decoder.keep(state, layers, accepted)
+
+    def features(
+        self,
+        tokens: Int[Array, "batch length"],
+        mask: Array | None = None,
+        positions: Int[Array, "batch length"] | None = None,
+        train: bool = False,
+    ) -> dict[str, Array]:
+        """Every named intermediate (see the table above); arguments as those of `__call__`."""
+        tokens, mask = check_tokens(self, tokens, mask, positions)
+        return self._run(tokens, None, train, Context(mask, positions))[0]
 
     @nn.compact
     def _run(
-        self, tokens: Array, state: tuple | None, train: bool
+        self, tokens: Array, state: tuple | None, train: bool, context: Context
     ) -> tuple[dict[str, Array], tuple | None]:
-        check_tokens(self, tokens)
+        self._check(state)
         length = tokens.shape[1]
         self._check_length(length)
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
@@ -230,12 +301,11 @@ class GPT2(nn.Module):
         )
         shape = (self.max_positions, self.embed_dim)
         table = self.param("position_embedding", init, shape, self.param_dtype)
-        if state is None:
-            positions = table[:length]
+        if context.positions is None:
+            at = table[:length]
         else:
-            at = state[0]["position"] + jnp.arange(length)
-            positions = jnp.take(table, at, axis=0, mode="fill", fill_value=jnp.nan)
-        x = embed(tokens) + positions.astype(self.dtype)
+            at = jnp.take(table, context.positions, axis=0, mode="fill", fill_value=jnp.nan)
+        x = embed(tokens) + at.astype(self.dtype)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         x = constrain(x, "batch", "length", "channels")
         out = {"embed": x}
@@ -244,15 +314,44 @@ class GPT2(nn.Module):
             self.num_heads,
             self.dropout,
             residual_init(self.depth),
+            mlp_dim=self.mlp_dim,
+            activation=ACTIVATIONS[self.activation],
+            use_bias=self.use_bias,
+            epsilon=self.epsilon,
             **types,
         )
+        blocks = [partial(block, scale=self._scale(i)) for i in range(self.depth)]
         scan = self.depth if self.scan_layers else 0
-        every, state = run_blocks([block] * self.depth, x, state, train, scan=scan)
+        every, state = decoder.run_blocks(blocks, x, state, train, context, scan=scan)
         out |= {f"layer{i}": x for i, x in enumerate(every)}
-        x = LayerNorm(epsilon=1e-5, name="norm", **types)(every[-1] if every else x)
-        out["last_hidden_state"] = x
-        out["logits"] = constrain(embed.attend(x), "batch", "length", "vocab")
+        norm = LayerNorm(epsilon=self.epsilon, use_bias=self.use_bias, name="norm", **types)
+        x = out["last_hidden_state"] = norm(every[-1] if every else x)
+        if self.tie_embeddings:
+            x = embed.attend(x)
+        else:
+            x = Dense(self.vocab_size, use_bias=False, kernel_init=init, name="head", **types)(x)
+        out["logits"] = constrain(x, "batch", "length", "vocab")
         return out, state
+
+    def _scale(self, layer: int) -> float | None:
+        """The factor on the scores of a layer; None: the usual one."""
+        if self.scale_attention and not self.scale_by_layer:
+            return None
+        width = self.embed_dim // self.num_heads
+        scale = width**-0.5 if self.scale_attention else 1.0
+        return scale / (layer + 1) if self.scale_by_layer else scale
+
+    def _check(self, state: tuple | None) -> None:
+        if self.activation not in ACTIVATIONS:
+            known = ", ".join(map(repr, ACTIVATIONS))
+            raise ValueError(f"activation={self.activation!r} is none of {known}.")
+        if self.scan_layers and self.scale_by_layer:
+            raise ValueError("scale_by_layer=True makes layers differ; use scan_layers=False.")
+        if self.scan_layers and state is not None:
+            raise ValueError(
+                "scan_layers=True gives no states: step with scan_layers=False and "
+                "zoo.layers.stack.unstack_layers(params)."
+            )
 
     def _check_length(self, length: int) -> None:
         if length > self.max_positions:
@@ -270,23 +369,26 @@ def conv1d_rules(theirs: str, ours: str) -> list[Rule]:
     return [Rule(f"{theirs}.weight", f"{ours}/kernel"), Rule(f"{theirs}.bias", f"{ours}/bias")]
 
 
-def trunk_rules(prefix: str = "", qkv: str = "c_attn") -> list[Rule]:
+def trunk_rules(
+    prefix: str = "", qkv: str = "c_attn", maps: Callable[[str, str], list[Rule]] = conv1d_rules
+) -> list[Rule]:
     """Rules of a GPT-2 without its head.
 
     Args:
       prefix: of all names.
       qkv: name of the fused map within `attn`.
+      maps: the rules of a linear map of their name and ours.
     """
     theirs, ours = f"{prefix}h.{{i}}", "layers_{i}"
     return [
         Rule(f"{prefix}wte.weight", "embed/embedding"),
         Rule(f"{prefix}wpe.weight", "position_embedding"),
         *norm_rules(f"{theirs}.ln_1", f"{ours}/norm1"),
-        *conv1d_rules(f"{theirs}.attn.{qkv}", f"{ours}/attention/qkv"),
-        *conv1d_rules(f"{theirs}.attn.c_proj", f"{ours}/attention/out"),
+        *maps(f"{theirs}.attn.{qkv}", f"{ours}/attention/qkv"),
+        *maps(f"{theirs}.attn.c_proj", f"{ours}/attention/out"),
         *norm_rules(f"{theirs}.ln_2", f"{ours}/norm2"),
-        *conv1d_rules(f"{theirs}.mlp.c_fc", f"{ours}/mlp/up"),
-        *conv1d_rules(f"{theirs}.mlp.c_proj", f"{ours}/mlp/down"),
+        *maps(f"{theirs}.mlp.c_fc", f"{ours}/mlp/up"),
+        *maps(f"{theirs}.mlp.c_proj", f"{ours}/mlp/down"),
         *norm_rules(f"{prefix}ln_f", "norm"),
     ]
 
@@ -296,32 +398,51 @@ def _causal_mask(model: GPT2, i: int) -> np.ndarray:
     return np.tril(np.ones((side, side), np.float32))[None, None]
 
 
-def _layout(prefix: str, *, masks: bool = False, head: bool = False) -> Rules:
+def _layout(
+    prefix: str,
+    *,
+    masks: bool = False,
+    head: str = "",
+    maps: Callable[[str, str], list[Rule]] = conv1d_rules,
+) -> Rules:
     """Rules of one published naming.
 
     Args:
       prefix: of the names.
       masks: whether export writes the causal mask of every block, as old files have it.
-      head: whether the file repeats the embedding as `lm_head`.
+      head: the second name of the embedding, where the file has one.
+      maps: the rules of a linear map.
     """
-    both = (f"{prefix}wte.weight", "lm_head.weight")
+    both = (f"{prefix}wte.weight", head)
+    untied = head or "lm_head.weight"
     return Rules(
-        [*([Rule(both, "embed/embedding", tied)] if head else []), *trunk_rules(prefix)],
+        [
+            Rule(untied, "head/kernel", linear),
+            *([Rule(both, "embed/embedding", tied)] if head else []),
+            *trunk_rules(prefix, maps=maps),
+        ],
         derived={
             f"{prefix}h.{{i}}.attn.bias": _causal_mask if masks else None,
             f"{prefix}h.{{i}}.attn.masked_bias": None,
         },
+        fresh=("head/kernel",),
     )
 
 
 LAYOUTS = {
     # What transformers writes today, without and with the second name of the embedding.
     "huggingface": _layout("transformer."),
-    "huggingface_torch": _layout("transformer.", head=True),
+    "huggingface_torch": _layout("transformer.", head="lm_head.weight"),
     # Its first years; the files of gpt2 to gpt2-xl on the hub have no prefix, DistilGPT2's has.
     "huggingface_v2": _layout("transformer.", masks=True),
     "hub": _layout("", masks=True),
     "trunk": _layout(""),
+    # nanoGPT has transformers' names, but matrices as torch's Linear keeps them; its checkpoints of
+    # compiled models begin with _orig_mod.
+    "nanogpt": _layout("transformer.", head="lm_head.weight", maps=dense_rules),
+    "nanogpt_compiled": _layout(
+        "_orig_mod.transformer.", head="_orig_mod.lm_head.weight", maps=dense_rules
+    ),
 }
 
 _COMMON = dict(

@@ -1,0 +1,396 @@
+"""Causal attention with padding, with a state and over trees of tokens; rotary attention.
+
+A mixer of a decoder is a module `(x, state, train, context) -> (y, state)`. Without a state (None)
+it sees the whole sequence and returns None; with one it continues where the state stands, by any
+number of tokens. `Context` says which tokens are padding, where they stand in their texts and, for
+speculative decoding, which token continues which.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+import kernels_pallas
+from zoo.layers.dense import Dense
+from zoo.layers.partition import constrain
+from zoo.layers.rotary import Rotary
+
+init = nn.initializers.normal(0.02)
+
+
+# ------------------------------------------------------------------------- tokens and padding
+
+
+@flax.struct.dataclass
+class Context:
+    """What a layer knows of the tokens besides their channels.
+
+    Attributes:
+      mask: True for text, False for padding, which nobody sees; None: all is text.
+      positions: where each token stands in its text; None: 0, 1, ... of the sequence.
+      parents: the tokens are the nodes of a tree: for each the number of the node that it
+        continues, below its own; -1: it continues the state. None: they are a sequence.
+    """
+
+    mask: Bool[Array, "batch length"] | None = None
+    positions: Int[Array, "#batch length"] | None = None
+    parents: Int[Array, "length"] | None = None
+
+    def hide(self, x: Float[Array, "batch length *rest"]) -> Float[Array, "batch length *rest"]:
+        """`x` with zeros at padding."""
+        if self.mask is None:
+            return x
+        mask = self.mask.reshape(*self.mask.shape, *(1,) * (x.ndim - 2))
+        return jnp.where(mask, x, jnp.zeros((), x.dtype))
+
+
+def positions_of(mask: Bool[Array, "batch length"]) -> Int[Array, "batch length"]:
+    """Where each token stands in its text: padding does not count (and stands at 0 before it)."""
+    return jnp.maximum(jnp.cumsum(mask != 0, axis=1, dtype=jnp.int32) - 1, 0)
+
+
+def check_tokens(
+    model: nn.Module,
+    tokens: Array,
+    mask: Array | None = None,
+    positions: Array | None = None,
+) -> tuple[Array, Bool[Array, "batch length"] | None]:
+    """Refuse what are no sequences of the model's token numbers.
+
+    Returns:
+      The tokens, with 0 in place of numbers outside the vocabulary at padding, and the mask as
+      booleans. Other numbers outside make the embedding NaN where a traced program meets them.
+
+    Raises:
+      ValueError: naming type, shape, or the number that is no token.
+    """
+    name = type(model).__name__
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(
+            f"{name} takes tokens as integers of shape (batch, length), not "
+            f"{tokens.dtype} of shape {tokens.shape}; a tokenizer makes them from text."
+        )
+    if mask is not None and mask.shape != tokens.shape:
+        raise ValueError(
+            f"mask has shape {mask.shape}; it should be that of tokens, {tokens.shape}."
+        )
+    if positions is not None and positions.shape not in (tokens.shape, (1, tokens.shape[1])):
+        raise ValueError(
+            f"positions have shape {positions.shape}; they should have that of tokens, "
+            f"{tokens.shape}."
+        )
+    text = None if mask is None else mask != 0
+    if not any(isinstance(t, jax.core.Tracer) for t in (tokens, text)):
+        _check_range(name, np.asarray(tokens), text, model.vocab_size)
+    inside = (tokens >= 0) & (tokens < model.vocab_size)
+    # Out of range, `take` fills with NaN, but a negative number would count from the end.
+    outside = jnp.asarray(model.vocab_size, tokens.dtype)
+    if text is None:
+        return jnp.where(tokens >= 0, tokens, outside), None
+    return jnp.where(inside, tokens, jnp.where(text, outside, 0)), text
+
+
+def _check_range(name: str, tokens: np.ndarray, text: Array | None, vocab_size: int) -> None:
+    wrong = (tokens < 0) | (tokens >= vocab_size)
+    if text is not None:
+        wrong &= np.asarray(text)
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0]
+        raise ValueError(
+            f"{name} knows the tokens 0 to {vocab_size - 1}, not {tokens[row, column]} (text "
+            f"{row}, place {column}); mask padding, or use the tokenizer that the model was "
+            "trained with."
+        )
+
+
+# ---------------------------------------------------------------------------------- attention
+
+
+def causal_attention(
+    query: Float[Array, "batch length heads head_dim"],
+    key: Float[Array, "batch length kv_heads head_dim"],
+    value: Float[Array, "batch length kv_heads head_dim"],
+    mask: Bool[Array, "batch length"] | None = None,
+    window: int | None = None,
+    **options: Any,
+) -> Float[Array, "batch length heads head_dim"]:
+    """Attend to this token and those before it, `window` in all; to no padding.
+
+    A query that sees no key, as padding at the left, gets the mean of all values: softmax of
+    equally large negative scores gives that, and transformers' eager attention is compared here.
+
+    Args:
+      query: `[batch, length, heads, head_dim]`.
+      key: `[batch, length, kv_heads, head_dim]`.
+      value: `[batch, length, kv_heads, head_dim]`.
+      mask: True for text; None: all is.
+      window: tokens that are seen, the query's own included; None: all.
+      **options: of `kernels_pallas.attention`.
+    """
+    visible = kernels_pallas.Causal()
+    if window is not None:
+        visible = kernels_pallas.SlidingWindow(left=window - 1, right=0)
+    if mask is None:
+        return kernels_pallas.attention(query, key, value, mask=visible, **options)
+    y = kernels_pallas.attention(
+        query,
+        key,
+        value,
+        mask=visible,
+        query_segments=jnp.ones(mask.shape, jnp.int32),
+        key_segments=mask.astype(jnp.int32),
+        **options,
+    )
+    seen = jnp.cumsum(mask, axis=1)
+    if window is not None:
+        seen = seen - jnp.pad(seen, ((0, 0), (window, 0)))[:, : mask.shape[1]]
+    mean = value.mean(1, keepdims=True)
+    mean = jnp.repeat(mean, query.shape[2] // value.shape[2], axis=2)
+    return jnp.where((seen > 0)[..., None, None], y, mean.astype(y.dtype))
+
+
+def attention_state(
+    batch: int,
+    length: int,
+    heads: int,
+    head_dim: int,
+    dtype: jnp.dtype,
+    window: int | None = None,
+) -> dict[str, Array]:
+    """What causal attention knows before the first token.
+
+    That is room for the keys and values of `length` tokens, or of the window if that is less;
+    `text` says which of them are there and no padding, `filled` (without a window) how many.
+    """
+    kept = length if window is None else min(length, window - 1)
+    empty = jnp.zeros((batch, kept, heads, head_dim), dtype)
+    state = {"key": empty, "value": empty, "text": jnp.zeros((batch, kept), bool)}
+    return state if window is not None else state | {"filled": jnp.zeros((), jnp.int32)}
+
+
+def continue_attention(
+    query: Float[Array, "batch length heads head_dim"],
+    key: Float[Array, "batch length kv_heads head_dim"],
+    value: Float[Array, "batch length kv_heads head_dim"],
+    state: dict[str, Array],
+    context: Context,
+    window: int | None = None,
+    **options: Any,
+) -> tuple[Float[Array, "batch length heads head_dim"], dict[str, Array]]:
+    """Attend to what the state keeps and to the new tokens, and keep those.
+
+    With a window the oldest fall out of the state. Without, tokens that do not fit into it get NaN.
+    The nodes of a tree see the state and their ancestors; they return what `keep_attention` needs,
+    in place of the next state.
+
+    Args:
+      query: `[batch, length, heads, head_dim]`.
+      key: `[batch, length, kv_heads, head_dim]`.
+      value: `[batch, length, kv_heads, head_dim]`.
+      state: of `attention_state`.
+      context: of the new tokens.
+      window: tokens that are seen, the query's own included; None: all.
+      **options: of `kernels_pallas.attention`.
+    """
+    kept, length = state["key"].shape[1], key.shape[1]
+    text = jnp.ones(key.shape[:2], bool) if context.mask is None else context.mask
+    if context.parents is not None:
+        depth = depths(context.parents)
+        seen = jnp.broadcast_to(state["text"][:, None], (len(key), length, kept))
+        above = jnp.broadcast_to(ancestors(context.parents), (len(key), length, length))
+        if window is not None:
+            seen &= kept - jnp.arange(kept) + depth[:, None] < window
+            above &= depth[:, None] - depth < window
+        seen = jnp.concatenate([seen, above], axis=2)
+        both = (_join(state[name], t) for name, t in (("key", key), ("value", value)))
+        y = kernels_pallas.attention(query, *both, bias=seen[:, None], **options)
+        return y, {"key": key, "value": value}
+    if window is None:
+        filled = state["filled"]
+        state = _write(state, key, value, text)
+        at = filled + jnp.arange(length)
+        seen = state["text"][:, None] & (jnp.arange(kept) <= at[:, None])
+        y = kernels_pallas.attention(
+            query,
+            state["key"].astype(key.dtype),
+            state["value"].astype(value.dtype),
+            bias=seen[:, None],
+            **options,
+        )
+        return jnp.where(filled + length <= kept, y, jnp.nan), state
+    key, value = _join(state["key"], key), _join(state["value"], value)
+    text = jnp.concatenate([state["text"], text], axis=1)
+    at, key_at = kept + jnp.arange(length)[:, None], jnp.arange(kept + length)
+    seen = text[:, None] & (key_at <= at) & (key_at > at - window)
+    y = kernels_pallas.attention(query, key, value, bias=seen[:, None], **options)
+    return y, {"key": key[:, length:], "value": value[:, length:], "text": text[:, length:]}
+
+
+def keep_attention(
+    state: dict[str, Array],
+    nodes: dict[str, Array],
+    path: Int[Array, "batch depth"],
+    accepted: Bool[Array, "batch depth"],
+) -> dict[str, Array]:
+    """The state after those nodes of a tree that lie on a path; see `continue_attention`.
+
+    Args:
+      state: before the tree.
+      nodes: what `continue_attention` gave for the tree.
+      path: nodes from the root on.
+      accepted: which of them count, the first ones of each row.
+    """
+    key, value = (
+        jnp.take_along_axis(nodes[name], path[..., None, None], axis=1) for name in ("key", "value")
+    )
+    count = accepted.sum(1)
+    if "filled" in state:
+        return _write(state, key, value, accepted) | {"filled": state["filled"] + count.max()}
+    kept = state["key"].shape[1]
+    newest = count[:, None] + jnp.arange(kept)
+
+    def last(before, after):
+        both = _join(before, after)
+        return jnp.take_along_axis(both, newest.reshape(*newest.shape, *(1,) * (both.ndim - 2)), 1)
+
+    return {
+        "key": last(state["key"], key),
+        "value": last(state["value"], value),
+        "text": last(state["text"], accepted),
+    }
+
+
+def _write(state, key, value, text):
+    """A state of attention without a window, with new tokens behind those that it has."""
+    filled = state["filled"]
+
+    def put(old, new):
+        return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), filled, axis=1)
+
+    return {
+        "key": put(state["key"], key),
+        "value": put(state["value"], value),
+        "text": put(state["text"], text),
+        "filled": filled + key.shape[1],
+    }
+
+
+def _join(before, after):
+    return jnp.concatenate([before.astype(after.dtype), after], axis=1)
+
+
+def ancestors(parents: Int[Array, "nodes"]) -> Bool[Array, "nodes nodes"]:
+    """Whether node j (second axis) is node i or one of its ancestors."""
+    nodes = len(parents)
+    reach = jnp.eye(nodes, dtype=bool) | (parents[:, None] == jnp.arange(nodes))
+    for _ in range(nodes.bit_length()):
+        reach = (reach[:, :, None] & reach).any(1)
+    return reach
+
+
+def depths(parents: Int[Array, "nodes"]) -> Int[Array, "nodes"]:
+    """How many ancestors each node has."""
+    return ancestors(parents).sum(1) - 1
+
+
+class RotaryAttention(nn.Module):
+    """Causal softmax attention with rotary positions, grouped keys and an optional window.
+
+    Attributes:
+      num_heads: query heads; must divide the channels if there is no `head_dim`.
+      num_kv_heads: key and value heads; None: as many as query heads.
+      window: tokens that a query sees, itself included; None: all.
+      theta: base of the rotary frequencies.
+      qkv_bias: whether query, key and value have biases.
+      head_dim: channels of a head; None: the channels over the heads.
+      scaling: of the frequencies, one of `zoo.layers.rotary`, or None.
+      out_bias: whether the output has a bias.
+      dropout: rate on the attention weights.
+    """
+
+    num_heads: int
+    num_kv_heads: int | None = None
+    window: int | None = None
+    theta: float = 10000.0
+    qkv_bias: bool = False
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+    head_dim: int | None = None
+    scaling: Callable | None = None
+    out_bias: bool = False
+    dropout: float = 0.0
+
+    def head_width(self, channels: int) -> int:
+        """Channels of a head."""
+        if self.head_dim is not None:
+            return self.head_dim
+        if channels % self.num_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} does not divide {channels} channels; choose a "
+                "divisor, or give head_dim."
+            )
+        return channels // self.num_heads
+
+    def init_state(self, batch: int, channels: int, length: int) -> dict[str, Array]:
+        """Room for the keys and values of `length` tokens, or of the window if that is less."""
+        heads, width = self.num_kv_heads or self.num_heads, self.head_width(channels)
+        return attention_state(batch, length, heads, width, self.dtype, self.window)
+
+    def keep(self, state, nodes, path, accepted):
+        """See `keep_attention`."""
+        return keep_attention(state, nodes, path, accepted)
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch length channels"],
+        state: dict | None = None,
+        train: bool = False,
+        context: Context = Context(),  # noqa: B008 (immutable)
+    ) -> tuple[Float[Array, "batch length channels"], dict | None]:
+        """The attended tokens and, if there is a state, the next one."""
+        batch, length, channels = x.shape
+        width = self.head_width(channels)
+        kv_heads = self.num_kv_heads or self.num_heads
+        if self.num_heads % kv_heads:
+            raise ValueError(
+                f"num_kv_heads={kv_heads} does not divide num_heads={self.num_heads}; choose a "
+                "divisor."
+            )
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        dense = partial(Dense, kernel_init=init, **types)
+
+        def project(name, heads):
+            y = dense(heads * width, use_bias=self.qkv_bias, name=name)(x)
+            y = y.reshape(batch, length, heads, width)
+            return constrain(y, "batch", "length", "heads", "head_dim")
+
+        rotary = Rotary(self.theta, self.scaling)
+        positions = context.positions
+        if positions is None:
+            positions = jnp.arange(length)[None]
+        query = rotary(project("query", self.num_heads), positions)
+        key = rotary(project("key", kv_heads), positions)
+        value = project("value", kv_heads)
+        if state is None:
+            dropping = train and self.dropout > 0
+            y = causal_attention(
+                query,
+                key,
+                value,
+                context.mask,
+                self.window,
+                dropout=self.dropout if dropping else 0.0,
+                rng=self.make_rng("dropout") if dropping else None,
+            )
+        else:
+            y, state = continue_attention(query, key, value, state, context, self.window)
+        y = y.reshape(batch, length, -1)
+        return dense(channels, use_bias=self.out_bias, name="out")(y), state
