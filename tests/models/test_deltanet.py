@@ -64,8 +64,8 @@ def test_every_option_is_the_same_in_steps(fields):
     x = np.random.default_rng(0).integers(97, size=(2, 12)).astype(np.int32)
     whole = jax.jit(model.apply)(variables, x)
     step = jax.jit(functools.partial(model.apply, method="step"))
-    first, state = step(variables, model.init_state(2, 12), x[:, :10])
-    second, _ = step(variables, state, x[:, 10:])
+    state, first = step(variables, model.init_state(2, 12), x[:, :10])
+    _, second = step(variables, state, x[:, 10:])
     assert_trees_close(jnp.concatenate([first, second], axis=1), whole, 1e-5)
 
 

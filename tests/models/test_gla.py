@@ -45,10 +45,24 @@ def test_steps_and_pieces_equal_the_whole_sequence(system):
     shapes = jax.tree.map(jnp.shape, state)
     pieces = []
     for start, end in ((0, 33), (33, 66), (66, 67), (67, 68), (68, 69)):
-        out, state = step(variables, state, x[:, start:end])
+        state, out = step(variables, state, x[:, start:end])
         pieces.append(out)
     assert jax.tree.map(jnp.shape, state) == shapes
     assert_trees_close(jnp.concatenate(pieces, axis=1), whole[:, :69], 1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_no_state(system, side):
+    """A padded text, then two more tokens, are what the text is alone."""
+    model, variables, call = system
+    x, more, count = tokens(2, 20), tokens(2, 2, seed=1), np.array([[20], [9]])
+    mask = np.arange(20) < count if side == "right" else np.arange(20) >= 20 - count
+    step = jax.jit(lambda v, *a: model.apply(v, *a, method="step"))
+    state, out = step(variables, model.init_state(2, 22), x, mask)
+    _, after = step(variables, state, more)
+    alone = call(variables, np.concatenate([x[1][mask[1]], more[1]])[None])[0]
+    assert_trees_close(np.concatenate([out[1][mask[1]], after[1]]), alone, 1e-5)
+    assert_trees_close(call(variables, x, mask)[1][mask[1]], alone[:9], 1e-5)
 
 
 def test_logits_do_not_depend_on_later_tokens(system):
@@ -85,11 +99,12 @@ def test_remat_and_scan_give_the_same_gradients():
         return jax.jit(jax.grad(lambda v: sin_loss(model.apply(v, x))))(variables)
 
     want = gradient(model, variables)
-    assert_trees_close(gradient(model.clone(remat=True), variables), want, 1e-5)
+    rounding = 400 * np.finfo("f").eps  # each program sums in its own order
+    assert_trees_close(gradient(model.clone(remat=True), variables), want, rounding)
     stacked = {"params": stack_layers(variables["params"])}
     for remat in (False, True):
         got = gradient(model.clone(scan_layers=True, remat=remat), stacked)
-        assert_trees_close(got, {"params": stack_layers(want["params"])}, 1e-5)
+        assert_trees_close(got, {"params": stack_layers(want["params"])}, rounding)
 
 
 def test_files_with_one_matrix_for_gate_and_up_load(system):

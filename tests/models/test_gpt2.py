@@ -7,6 +7,7 @@ from model_helpers import assert_trees_close, documented_shapes, filled, filled_
 
 import zoo
 from zoo.checkpoints.rules import CheckpointMismatch
+from zoo.layers.causal import positions_of
 from zoo.layers.stack import stack_layers
 from zoo.models.language import gpt2
 
@@ -38,12 +39,79 @@ def test_steps_and_pieces_equal_the_whole_sequence(small):
     state, pieces = model.init_state(2, x.shape[1]), []
     shapes = jax.tree.map(jnp.shape, state)
     for start, end in ((0, 19), (19, 38), (38, 39), (39, 40)):
-        out, state = step(variables, state, x[:, start:end])
+        state, out = step(variables, state, x[:, start:end])
         pieces.append(out)
     assert jax.tree.map(jnp.shape, state) == shapes
     assert_trees_close(jnp.concatenate(pieces, axis=1), call(variables, x), 1e-5)
-    out, _ = step(variables, [s | {"position": jnp.int32(64)} for s in state], x[:, :1])
+    _, out = step(variables, state | {"position": jnp.full(2, 64)}, x[:, :1])
     assert np.isnan(out).all()  # there are 64 positions
+
+
+def padded(x, lengths, side="left"):
+    """Rows of which only so many tokens are text, and the mask."""
+    count = np.array(lengths)[:, None]
+    place = np.arange(x.shape[1])
+    mask = place >= x.shape[1] - count if side == "left" else place < count
+    return np.where(mask, x, 96), mask
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_text_is_what_it_is_alone(small, side):
+    _, variables, call = small
+    x, mask = padded(tokens(), (40, 23), side)
+    out = call(variables, x, mask, positions_of(mask))
+    alone = call(variables, x[1:][:, mask[1]])
+    assert_trees_close(out[1:][:, mask[1]], alone, 1e-5)
+    assert_trees_close(out[:1], call(variables, x[:1]), 1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_steps_of_padded_texts_equal_the_whole(small, side):
+    model, variables, call = small
+    x, mask = padded(tokens(), (19, 11), side)
+    step = jax.jit(lambda v, *a: model.apply(v, *a, method="step"))
+    state, out = step(variables, model.init_state(2, 42), x, mask)
+    more = tokens(2, 2, seed=1)
+    _, after = step(variables, state, more)
+    for row in range(2):
+        text = np.concatenate([x[row][mask[row]], more[row]])[None]
+        want = call(variables, text)[0]
+        assert_trees_close(np.concatenate([out[row][mask[row]], after[row]]), want, 1e-5)
+
+
+def test_no_number_outside_the_vocabulary_passes_unseen(small):
+    model, variables, call = small
+    x, mask = padded(tokens(), (40, 23), "right")
+    for wrong in (97, -1):
+        bad = np.where(mask, x, wrong)
+        with pytest.raises(ValueError, match=f"knows the tokens 0 to 96, not {wrong} .text 1, pl"):
+            model.apply(variables, bad)
+        out = call(variables, bad, mask)  # nobody sees what stands at padding
+        assert_trees_close(out[1, :23], call(variables, x, mask)[1, :23], 1e-6)
+        assert np.isnan(call(variables, bad)[1]).any()  # a compiled program cannot refuse
+
+
+def test_a_state_says_what_does_not_fit_into_it(small):
+    model, variables, _ = small
+    step = jax.jit(lambda v, *a: model.apply(v, *a, method="step"))
+    state, out = step(variables, model.init_state(2, 5), tokens(2, 4))
+    assert np.isfinite(out).all()
+    assert np.isnan(step(variables, state, tokens(2, 2))[1]).all()
+
+
+def test_options_change_what_they_say(small):
+    model, variables, call = small
+    x = tokens(1, 8)
+    base = call(variables, x)
+    for options in (
+        {"activation": "relu"},
+        {"scale_attention": False},
+        {"scale_by_layer": True},
+        {"epsilon": 0.1},
+    ):
+        assert np.abs(model.clone(**options).apply(variables, x) - base).max() > 1e-3
+    with pytest.raises(ValueError, match="activation='gelo' is none of 'gelu'"):
+        model.clone(activation="gelo").apply(variables, x)
 
 
 def test_logits_do_not_depend_on_later_tokens(small):
@@ -134,6 +202,27 @@ def test_files_of_every_era_give_the_same_model(small, layout):
         np.testing.assert_array_equal(state[name], np.tri(64, dtype="f")[None, None])
         state[name.replace(".bias", ".masked_bias")] = np.float32(-1e4)
     assert_trees_close(zoo.convert(model, state), variables, 0)
+
+
+def test_nanogpt_keeps_matrices_as_torch_does(small):
+    model, variables, _ = small
+    theirs = zoo.export(model, variables, "nanogpt_compiled")
+    name = "_orig_mod.transformer.h.1.mlp.c_proj.weight"
+    down = variables["params"]["layers_1"]["mlp"]["down"]["kernel"]
+    np.testing.assert_array_equal(theirs[name], down.T)
+    assert "_orig_mod.lm_head.weight" in theirs
+    bare = model.clone(use_bias=False)
+    state = zoo.export(bare, filled(bare), "nanogpt")
+    assert not any(name.endswith("bias") for name in state)
+    assert_trees_close(zoo.convert(bare, state), filled(bare), 0)
+
+
+def test_an_untied_head_has_its_own_matrix(small):
+    model = small[0].clone(tie_embeddings=False)
+    state = filled_state_dict(model)
+    assert state["lm_head.weight"].shape == (97, 32)
+    variables = zoo.convert(model, state)
+    np.testing.assert_array_equal(variables["params"]["head"]["kernel"], state["lm_head.weight"].T)
 
 
 def test_a_head_that_is_not_the_embedding_is_refused(small):

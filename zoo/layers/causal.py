@@ -226,11 +226,23 @@ def continue_attention(
         )
         return jnp.where(filled + length <= kept, y, jnp.nan), state
     key, value = _join(state["key"], key), _join(state["value"], value)
-    text = jnp.concatenate([state["text"], text], axis=1)
+    text = _join(state["text"], text)
     at, key_at = kept + jnp.arange(length)[:, None], jnp.arange(kept + length)
     seen = text[:, None] & (key_at <= at) & (key_at > at - window)
     y = kernels_pallas.attention(query, key, value, bias=seen[:, None], **options)
-    return y, {"key": key[:, length:], "value": value[:, length:], "text": text[:, length:]}
+    both = {"key": key, "value": value, "text": text}
+    return y, {name: last(t, context.mask, kept) for name, t in both.items()}
+
+
+def last(
+    both: Float[Array, "batch both *rest"], mask: Bool[Array, "batch length"] | None, size: int
+) -> Float[Array, "batch size *rest"]:
+    """The last `size` of those before and `length` new ones, up to where each text ends."""
+    if mask is None:
+        return both[:, both.shape[1] - size :]
+    end = jnp.max(jnp.where(mask, jnp.arange(1, mask.shape[1] + 1), 0), axis=1)
+    rows = both.shape[1] - mask.shape[1] - size + end[:, None] + jnp.arange(size)
+    return jnp.take_along_axis(both, rows.reshape(*rows.shape, *(1,) * (both.ndim - 2)), axis=1)
 
 
 def keep_attention(
@@ -250,21 +262,11 @@ def keep_attention(
     key, value = (
         jnp.take_along_axis(nodes[name], path[..., None, None], axis=1) for name in ("key", "value")
     )
-    count = accepted.sum(1)
     if "filled" in state:
-        return _write(state, key, value, accepted) | {"filled": state["filled"] + count.max()}
-    kept = state["key"].shape[1]
-    newest = count[:, None] + jnp.arange(kept)
-
-    def last(before, after):
-        both = _join(before, after)
-        return jnp.take_along_axis(both, newest.reshape(*newest.shape, *(1,) * (both.ndim - 2)), 1)
-
-    return {
-        "key": last(state["key"], key),
-        "value": last(state["value"], value),
-        "text": last(state["text"], accepted),
-    }
+        filled = state["filled"] + accepted.sum(1).max()
+        return _write(state, key, value, accepted) | {"filled": filled}
+    new, kept = {"key": key, "value": value, "text": accepted}, state["key"].shape[1]
+    return {name: last(_join(state[name], t), accepted, kept) for name, t in new.items()}
 
 
 def _write(state, key, value, text):

@@ -20,6 +20,7 @@ from zoo.layers.causal import (
     check_tokens,
     depths,
     init,
+    last,
     positions_of,
 )
 from zoo.layers.dense import Dense
@@ -85,20 +86,19 @@ class ShortConv(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (self.size, 1, channels), self.param_dtype)
         before = jnp.zeros((batch, self.size - 1, channels), x.dtype) if state is None else state
         padded = jnp.concatenate([before.astype(x.dtype), x], axis=1)
+        wide = padded.astype(jnp.float32)
         if context.parents is None:
-            taps = [padded[:, j : j + length] for j in range(self.size)]
+            taps = [wide[:, j : j + length] for j in range(self.size)]
         else:
             rows = conv_rows(context.parents, self.size)
-            taps = [padded[:, rows[:, j]] for j in range(self.size)]
-        y = sum(
-            kernel[j].astype(jnp.float32) * tap.astype(jnp.float32) for j, tap in enumerate(taps)
-        )
+            taps = [wide[:, rows[:, j]] for j in range(self.size)]
+        y = sum(kernel[j].astype(jnp.float32) * taps[j] for j in range(self.size))
         if self.bias_init is not None:
             y = y + self.param("bias", self.bias_init, (channels,), self.param_dtype)
         y = (nn.silu(y) if self.activate else y).astype(self.dtype)
         if state is None or context.parents is not None:
             return y, None if state is None else x
-        return y, last_inputs(padded, context.mask, self.size - 1)
+        return y, last(padded, context.mask, self.size - 1)
 
 
 def keep_inputs(
@@ -110,20 +110,7 @@ def keep_inputs(
     """The state of a `ShortConv` after those nodes of a tree that lie on a path."""
     taken = jnp.take_along_axis(nodes, path[..., None], axis=1)
     both = jnp.concatenate([state.astype(taken.dtype), taken], axis=1)
-    return last_inputs(both, accepted, state.shape[1])
-
-
-def last_inputs(
-    padded: Float[Array, "batch both channels"],
-    mask: Bool[Array, "batch length"] | None,
-    size: int,
-) -> Float[Array, "batch size channels"]:
-    """The last `size` inputs up to each text's end, of those before and `length` new ones."""
-    if mask is None:
-        return padded[:, padded.shape[1] - size :]
-    end = jnp.max(jnp.where(mask, jnp.arange(1, mask.shape[1] + 1), 0), axis=1)
-    rows = end[:, None] + jnp.arange(size)
-    return jnp.take_along_axis(padded, rows[..., None], axis=1)
+    return last(both, accepted, state.shape[1])
 
 
 def conv_rows(parents: Int[Array, "nodes"], size: int) -> Int[Array, "nodes size"]:
