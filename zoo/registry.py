@@ -35,6 +35,7 @@ SYSTEMS: dict[str, tuple[str, ...]] = {
     "zoo.models.language.gla": ("gla_*",),
     "zoo.models.language.deltanet": ("deltanet_*",),
     "zoo.models.language.longformer": ("longformer_*",),
+    "zoo.models.language.linformer": ("linformer_*",),
     "zoo.models.timeseries.ltsf_linear": ("ltsf_*", "dlinear_*", "nlinear_*"),
     "zoo.models.timeseries.itransformer": ("itransformer_*",),
     "zoo.models.timeseries.t2": ("t2_*",),
