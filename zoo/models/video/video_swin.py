@@ -30,7 +30,7 @@ gives other offsets if height or width do; and there is no position of a clip's 
     logits                       400
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 
 import flax.linen as nn
@@ -155,6 +155,7 @@ class VideoSwin(nn.Module):
       clip_size: frames, height and width of `example_inputs`; clips of every other size are taken.
       num_classes: 0 leaves out the head (logits are then the pooled features).
       window_size: tokens along time, height and width.
+      patch_norm: LayerNorm in the patch embedding.
       scale: factor on q k^T; None is 1 / sqrt(head width).
       dropout: after projections and in MLPs.
       head_dropout: before the head.
@@ -174,6 +175,7 @@ class VideoSwin(nn.Module):
     mlp_ratio: float = 4.0
     qkv_bias: bool = True
     scale: float | None = None
+    patch_norm: bool = True
     dropout: float = 0.0
     attention_dropout: float = 0.0
     head_dropout: float = 0.5
@@ -206,7 +208,8 @@ class VideoSwin(nn.Module):
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         out = {}
         x = ClipEmbed(self.embed_dim, self.patch_size, name="embed", **types)(clips)
-        x = out["patch_embed"] = LayerNorm(name="embed_norm", **types)(x)
+        x = LayerNorm(name="embed_norm", **types)(x) if self.patch_norm else x
+        out["patch_embed"] = x
         x = nn.Dropout(self.dropout)(x, deterministic=not train)
 
         rates = iter(np.linspace(0.0, self.drop_path, sum(self.depths)).tolist())
@@ -283,9 +286,7 @@ def _index(model: VideoSwin, **_: int) -> np.ndarray:
     return relative_position_index(model.window_size)
 
 
-def _naming(
-    backbone: str, head: str, stage: str, merge: str, mlp: tuple[str, str], index: Callable
-) -> Rules:
+def _naming(backbone: str, head: str, stage: str, merge: str, mlp: tuple[str, str]) -> Rules:
     """Rules of one published naming; `stage` and `merge` hold `{s}`."""
     ours = "stages_{s}/layers_{b}"
     theirs = f"{backbone}{stage}"
@@ -311,7 +312,7 @@ def _naming(
             *norm_rules(f"{backbone}norm", "norm"),
             *dense_rules(head, "head"),
         ),
-        derived={f"{theirs}.attn.relative_position_index": index},
+        derived={f"{theirs}.attn.relative_position_index": _index},
         fresh=("head/kernel", "head/bias"),
     )
 
@@ -323,7 +324,13 @@ LAYOUTS = {
         "layers.{s}.blocks.{b}",
         "layers.{s}.downsample",
         ("mlp.fc1", "mlp.fc2"),
-        _index,
+    ),
+    "backbone": _naming(
+        "",
+        "head",
+        "layers.{s}.blocks.{b}",
+        "layers.{s}.downsample",
+        ("mlp.fc1", "mlp.fc2"),
     ),
     "torchvision": _naming(
         "",
@@ -331,7 +338,6 @@ LAYOUTS = {
         "features.{2*s}.{b}",
         "features.{2*s+1}",
         ("mlp.0", "mlp.3"),
-        lambda model, **at: _index(model).reshape(-1),
     ),
 }
 
