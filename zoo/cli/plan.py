@@ -16,8 +16,8 @@ def add(commands: Any) -> None:
     sub.add_argument(
         "--topology",
         required=True,
-        metavar="CHIP:SHAPE",
-        help="v5e:16x16, v5p:4x4x4, v4:..., v6e:...",
+        metavar="SLICE",
+        help="chip and shape, as v5e:16x16, or a cloud's name, as v5litepod-256",
     )
     sub.add_argument("--slices", type=int, default=1, help="slices of that topology (default: 1)")
     sub.add_argument(

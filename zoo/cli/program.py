@@ -3,6 +3,8 @@
 import argparse
 import os
 import sys
+import tempfile
+import traceback
 from collections.abc import Sequence
 
 import zoo
@@ -27,6 +29,16 @@ def _sentence(error: Exception) -> str:
     return str(error)
 
 
+def _unforeseen(error: Exception) -> str:
+    """A sentence on an error that nobody foresaw; the traceback goes to a file."""
+    handle, path = tempfile.mkstemp(prefix="zoo-", suffix=".log")
+    with os.fdopen(handle, "w") as log:
+        traceback.print_exception(error, file=log)
+    lines = str(error).strip().splitlines()
+    reason = f": {lines[0].rstrip('.')}" if lines else ""
+    return f"This fails for a reason that zoo did not foresee{reason}; {path} has the traceback."
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     try:
@@ -37,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except (ValueError, OSError, ImportError) as error:
         print(f"zoo: {_sentence(error)}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        print(f"zoo: {_unforeseen(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("zoo: interrupted", file=sys.stderr)

@@ -9,12 +9,13 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from zoo.planning import hlo
-from zoo.planning.chips import NoPlan
+from zoo.planning.chips import DoesNotDivide, NoPlan
 
 
 def scheduled(
@@ -69,11 +70,22 @@ def train_step(folder: Path) -> tuple[hlo.Module, tuple[int, int]] | float:
         return found
     if (folder / "error.json").exists():
         error = json.loads((folder / "error.json").read_text())
-        if "bytes" in error:
+        if error["kind"] == "memory":
             return float(error["bytes"])
-        raise NoPlan(error["sentence"])
-    last = (folder / "log.txt").read_text().strip().splitlines()[-1:]
-    raise NoPlan(f"The compiler stopped without a word; its last one was: {' '.join(last)}")
+        if error["kind"] == "foreseen":
+            raise NoPlan(error["sentence"])
+        if error["kind"] == "division":
+            raise DoesNotDivide(error["sentence"])
+        raise NoPlan(f"{error['sentence']}; {_kept(folder)}.")
+    raise NoPlan(f"The compiler ended before it had scheduled the program; {_kept(folder)}.")
+
+
+def _kept(folder: Path) -> str:
+    """Where the process's log is kept, as the end of a sentence."""
+    handle, path = tempfile.mkstemp(prefix="zoo-plan-", suffix=".log")
+    with os.fdopen(handle, "w") as log:
+        log.write((folder / "log.txt").read_text())
+    return f"{path} has all that the compiler's process wrote"
 
 
 def _finished(folder: Path, dump: str) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.planning import compiler
-from zoo.planning.chips import GIB, find_chip
+from zoo.planning.chips import GIB, NoPlan, find_chip, find_slice
 from zoo.planning.collectives import Traffic, grouped
 
 
@@ -31,7 +31,7 @@ class Plan:
 
     Attributes:
       config: the name of its file.
-      topology: as asked for.
+      topology: chip and shape, as libtpu names them.
       slices: of this topology.
       chips: in all.
       partition: sizes of the mesh axes, and choices that are not the default.
@@ -69,13 +69,21 @@ def plan(args: Sequence[str], topology: str, slices: int = 1) -> Plan:
 
     Args:
       args: the config file and fields to change, as for `train.py`.
-      topology: chip and shape, such as `v5e:16x16` or `v5p:4x4x4`.
+      topology: chip and shape, such as `v5e:16x16` or `v5p:4x4x4`, or a cloud's name of a slice,
+        such as `v5litepod-256`.
       slices: how many of them, joined by the data centre's network.
 
     Raises:
       NoPlan: if config, mesh and topology do not fit together, or libtpu is missing.
     """
-    chip = find_chip(topology)
+    chip, topology = find_chip(topology), find_slice(topology)
+    if ":" not in topology:
+        raise NoPlan(
+            f"{topology} is a generation: give a slice of it, such as {topology}:{chip.slices[3]}, "
+            "or ask for the --smallest."
+        )
+    if slices < 1:
+        raise NoPlan(f"slices is {slices}; give 1 or more.")
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="zoo-plan-") as folder:
         request = {"args": list(args), "topology": topology, "slices": slices}

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from zoo.planning.chips import GIB, NoPlan, find_chip
+from zoo.planning.chips import GIB, DoesNotDivide, NoPlan, find_chip, find_slice
 from zoo.planning.plan import Plan, plan
 
 STATE = ("parameters", "optimizer state", "mean of the parameters", "other state")
@@ -21,14 +21,15 @@ def smallest(args: Sequence[str], chip: str, slices: int = 1) -> tuple[Plan, lis
     Raises:
       NoPlan: if it fits none.
     """
+    generation = find_slice(chip).partition(":")[0]
     failed: Plan | NoPlan = NoPlan(f"There is no slice of {chip}.")
     for shape in find_chip(chip).slices:
         chips = math.prod(map(int, shape.split("x"))) * slices
-        topology = f"{chip.partition(':')[0]}:{shape}"
+        topology = f"{generation}:{shape}"
         fields = _partition_fields(data=1, fsdp=chips)
         try:
             first = plan([*args, *fields], topology, slices)
-        except NoPlan as error:
+        except DoesNotDivide as error:
             failed = error
             continue
         if not first.fits:

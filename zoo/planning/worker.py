@@ -4,38 +4,42 @@ import dataclasses
 import json
 import math
 import re
+import traceback
 from pathlib import Path
 from typing import Any
 
-from zoo.errors import ConfigError
-from zoo.planning.chips import NoPlan
+from zoo.errors import ConfigError, PartitionError
+from zoo.planning.chips import CHIPS, NoPlan
 
 OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED.*?\(?([\d.]+)([KMGT])\)? (?:exceeds|of)", re.S)
 
 
 def compile_in(folder: str) -> None:
     """Compile what `request.json` of a folder asks for; write `facts.json`, or `error.json`."""
-    from zoo.training import command_line
-
     place = Path(folder)
     request = json.loads((place / "request.json").read_text())
     error: dict[str, Any] = {}
     try:
+        from zoo.training import command_line
+
         devices = devices_of(request["topology"], request["slices"])
         name, command = command_line.parse(request["args"])
         lowered = _lower(name, command.config, devices, place)
         lowered.compile()
+    except PartitionError as what:
+        error = {"kind": "division", "sentence": str(what)}
     except ConfigError as what:
-        error["sentence"] = str(what)
+        error = {"kind": "foreseen", "sentence": str(what)}
     except Exception as what:
-        text = str(what)
+        text = str(what).strip()
         if needed := OUT_OF_MEMORY.search(text):
-            error["bytes"] = float(needed.group(1)) * 2 ** (
-                10 * (1 + "KMGT".index(needed.group(2)))
-            )
+            size = float(needed.group(1)) * 2 ** (10 * (1 + "KMGT".index(needed.group(2))))
+            error = {"kind": "memory", "bytes": size}
         else:
-            first = text.strip().splitlines()[0] if text.strip() else repr(what)
-            error["sentence"] = f"{type(what).__name__}: {first}"
+            traceback.print_exc()
+            reason = f": {text.splitlines()[0][:300].rstrip('.')}" if text else ""
+            sentence = f"The step does not compile for {request['topology']}{reason}"
+            error = {"kind": "unforeseen", "sentence": sentence}
     if error:
         (place / "error.json").write_text(json.dumps(error))
 
@@ -59,6 +63,12 @@ def devices_of(topology: str, slices: int) -> list:
         if importlib.util.find_spec("libtpu") is None:
             raise NoPlan(
                 "Plans need the compiler for TPUs: pip install 'flax-zoo[tpu]' (Linux only)."
+            ) from None
+        generation, _, shape = topology.partition(":")
+        if "not divisible" in str(error):
+            raise NoPlan(
+                f"There is no {generation} slice of {shape} chips, of whole hosts; there are "
+                f"{', '.join(CHIPS[generation].slices)} and others."
             ) from None
         what = f"{slices} slices of {topology}" if slices > 1 else topology
         reason = str(error).strip().splitlines()[0].partition(": ")[2] or str(error)

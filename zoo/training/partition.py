@@ -20,11 +20,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.experimental import mesh_utils
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from zoo.errors import PartitionError
 from zoo.training.config import Partition
+from zoo.training.mesh import arrange
 from zoo.training.tree import path_of
 
 AXES = ("data", "fsdp", "tensor", "sequence")
@@ -95,25 +96,44 @@ def mesh_sizes(config: Partition, num_devices: int) -> tuple[int, ...]:
 def make_mesh(config: Partition, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh over all devices, with Auto axes (Explicit ones break Linen's biases).
 
+    `zoo.training.mesh` says which device stands where. Of several TPU slices, `data` and then
+    `fsdp` run between them.
+
     Raises:
       PartitionError: if the sizes do not fit the devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, len(devices))
-    kinds = (AxisType.Auto,) * len(AXES)
-    slices = len({getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"}) or 1
-    if slices == 1:
-        return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
-    across = next((i for i in range(2) if sizes[i] % slices == 0), None)
-    if across is None:
+    slices = _slices(devices)
+    data, fsdp = between = _between(sizes, len(slices))
+    within = (sizes[0] // data, sizes[1] // fsdp, *sizes[2:])
+    if len({len(members) for members in slices}) > 1:
+        counts = " and ".join(str(len(members)) for members in slices)
+        raise PartitionError(f"The slices have {counts} devices; a mesh needs slices of one size.")
+    grids = np.stack([arrange(within, members) for members in slices]).reshape(*between, *within)
+    grid = grids.transpose(0, 2, 1, *range(3, grids.ndim)).reshape(sizes)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _slices(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
+    """The devices of each TPU slice; all together where there are none."""
+    slices: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        of = getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
+        slices.setdefault(of, []).append(device)
+    return [slices[of] for of in sorted(slices)]
+
+
+def _between(sizes: Sequence[int], slices: int) -> tuple[int, int]:
+    """How many slices `data` and `fsdp` run across."""
+    data = math.gcd(sizes[0], slices)
+    fsdp = slices // data
+    if sizes[1] % fsdp:
         raise PartitionError(
-            f"There are {slices} slices, but neither data={sizes[0]} nor fsdp={sizes[1]} is a "
-            f"multiple of it; only these axes run between slices, whose network is slow."
+            f"There are {slices} slices, but data * fsdp = {sizes[0]} * {sizes[1]} cannot be cut "
+            f"into {slices} equal parts; only these axes run between slices, whose network is slow."
         )
-    between = tuple(slices if i == across else 1 for i in range(len(AXES)))
-    within = tuple(size // n for size, n in zip(sizes, between, strict=True))
-    grid = mesh_utils.create_hybrid_device_mesh(within, between, devices=devices)
-    return Mesh(grid, AXES, axis_types=kinds)
+    return data, fsdp
 
 
 # ---------------------------------------------------------------------------- parameters
