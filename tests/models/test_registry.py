@@ -30,7 +30,7 @@ NAMES = zoo.list_models()
 SMALL = zoo.list_models("*_test")
 PARTS = 6  # of the models, each in a process with eight devices
 MATRIX = re.compile(r"(^|/)(qkv|query|key|value|out|up|gate|down)/kernel$")
-OUTPUTS = ("logits", "forecast", "image")
+OUTPUTS = ("logits", "forecast", "image", "prediction")
 PUBLISHED = [name for name in NAMES if zoo.info(name).params]
 
 

@@ -1,0 +1,1 @@
+"""Systems that learn a function from the examples in their prompt."""
