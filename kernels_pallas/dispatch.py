@@ -24,11 +24,12 @@ from functools import partial
 import jax
 from jax.sharding import AxisType
 
+from kernels_pallas.axes import BATCH_AXES as BATCH_AXES
+from kernels_pallas.axes import HEAD_AXES, LENGTH_AXES
+
 IMPLEMENTATIONS = (None, "xla", "pallas_tpu", "pallas_gpu")
 PLATFORM_OF = {"pallas_tpu": "tpu", "pallas_gpu": "cuda"}
-BATCH_AXES = ("data", "fsdp")
-HEAD_AXES = ("tensor",)
-SEQUENCE_AXES = (*HEAD_AXES, "sequence")
+SEQUENCE_AXES = (*HEAD_AXES, *LENGTH_AXES)
 
 
 @dataclass(frozen=True)

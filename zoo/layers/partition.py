@@ -2,7 +2,7 @@
 
     x = constrain(x, "batch", "length", "channels")
 
-The mesh axes of the trainer are `data`, `fsdp`, `tensor` and `sequence`. In `jax.set_mesh(mesh)`
+The mesh axes are those of `kernels_pallas.axes`. In `jax.set_mesh(mesh)`
 a constraint becomes `lax.with_sharding_constraint`; without a mesh, on one device and inside
 `jax.pmap` or `shard_map` it is nothing at all.
 """
@@ -14,12 +14,14 @@ import jax
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array
 
+from kernels_pallas.axes import BATCH_AXES, HEAD_AXES, LENGTH_AXES
+
 ACTIVATION_AXES: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
-    "length": ("sequence",),
-    "heads": ("tensor",),
-    "mlp": ("tensor",),
-    "vocab": ("tensor",),
+    "batch": BATCH_AXES,
+    "length": LENGTH_AXES,
+    "heads": HEAD_AXES,
+    "mlp": HEAD_AXES,
+    "vocab": HEAD_AXES,
 }
 """Logical axis -> mesh axes. An axis that is not listed (channels, head_dim, height) is whole."""
 

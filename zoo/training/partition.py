@@ -23,15 +23,16 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from kernels_pallas.axes import AXES, BATCH_AXES, HEAD_AXES
 from zoo.errors import PartitionError
 from zoo.training.config import Partition
 from zoo.training.mesh import arrange
 from zoo.training.tree import path_of
 
-AXES = ("data", "fsdp", "tensor", "sequence")
-BATCH = PartitionSpec(("data", "fsdp"))
-STRICT = {"heads": "tensor", "mlp": "tensor"}
-LENIENT = {"vocab": "tensor"}
+BATCH = PartitionSpec(BATCH_AXES)
+(TENSOR,) = HEAD_AXES
+STRICT = {"heads": TENSOR, "mlp": TENSOR}
+LENIENT = {"vocab": TENSOR}
 
 Dims = tuple[str | None, ...]
 RULES: dict[str, Dims | tuple[Dims, ...]] = {
