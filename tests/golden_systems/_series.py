@@ -1,6 +1,5 @@
 """What forecasters that grew out of Informer's code share: entries of their argument parsers."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import golden
@@ -51,15 +50,9 @@ def activation(config: golden.Config) -> Any:
     return jax.nn.relu if config.take("activation", "gelu") == "relu" else gelu
 
 
-def given(case: golden.Case, name: str) -> bool:
-    """Whether the case has an input; one of which only words are said is made of nothing."""
-    described = case.config.entries.get("inputs", {}).get(name)
-    return name in case.inputs or isinstance(described, Mapping | list)
-
-
 def time_features(case: golden.Case, name: str = "x_mark_enc") -> np.ndarray | None:
     """Those of an input, if it has any."""
-    return case.input(name) if given(case, name) else None
+    return case.input(name) if name in case.names else None
 
 
 def variates(case: golden.Case) -> dict[str, int]:
@@ -68,3 +61,38 @@ def variates(case: golden.Case) -> dict[str, int]:
     found = {n: case.config.take(n) for n in named if case.config.entries.get(n) is not None}
     shape = case.input("x_enc").shape
     return {"variates": found.get("enc_in", found.get("n_variates", shape[-1]))}
+
+
+# Informer's tables hold a quarter of an hour only where `freq` is minutes.
+_TABLES = {"t": 5}
+
+
+def dated_fields(case: golden.Case) -> dict[str, Any]:
+    """Fields of models whose tokens are steps, from what their repositories share."""
+    config = case.config
+    config.ignore(*UNUSED)
+    config.expect(embed=("timeF", "fixed", "learned"))
+    embed, freq = config.entries.get("embed", "timeF"), config.take("freq", "h")
+    features, count = time_features(case), 0
+    if features is not None:
+        count = features.shape[-1] if embed == "timeF" else _TABLES.get(freq, 4)
+    named = ("context_length", "label_length", "horizon", "embed_dim", "num_heads", "depth",
+             "decoder_depth", "mlp_dim", "factor")  # fmt: skip
+    series, read = config.take("enc_in"), config.take("c_out")
+    config.expect(dec_in=(series, None))
+    return {
+        **take(config, *named),
+        **variates(case),
+        "outputs": None if read == series else read,
+        "activation": activation(config),
+        "time_embedding": "features" if embed == "timeF" else embed,
+        "time_features": count,
+    }
+
+
+def dates(case: golden.Case, model: Any) -> list[np.ndarray | None]:
+    """Time features of what encoder and decoder see, as the model takes them."""
+    found = [time_features(case, name) for name in ("x_mark_enc", "x_mark_dec")]
+    if model.time_embedding == "features":
+        return found
+    return [x if x is None else x[..., : model.time_features].astype("int32") for x in found]

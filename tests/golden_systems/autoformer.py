@@ -5,39 +5,36 @@ from typing import Any
 
 import golden
 import jax
+from golden_systems import _series
 
 import zoo
 
 
 def fields(case: golden.Case) -> dict[str, Any]:
     """Our fields from what the official code and Time-Series-Library share."""
-    config = case.config
-    config.expect(embed="timeF", freq=("h", "t"), activation="gelu")
-    config.ignore("dropout", "output_attention")
-    return config.rename(
-        context_length="seq_len", label_length="label_len", horizon="pred_len", factor="factor",
-        moving_average="moving_avg", embed_dim="d_model", num_heads="n_heads", depth="e_layers",
-        decoder_depth="d_layers", mlp_dim="d_ff", variates="enc_in",
-    ) | {"time_features": 5 if config.entries["freq"] == "t" else 4}  # fmt: skip
+    case.config.ignore("distil")  # of the other models of the repository
+    return {
+        "factor": 1,
+        "moving_average": 25,
+        **_series.dated_fields(case),
+        **_series.take(case.config, "moving_average"),
+    }
 
 
 def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     """The forecaster, with the aggregation of training or of inference."""
-    config = case.config
-    mode = config.take("mode")
-    config.ignore("min_topk_gap")
-    sizes = fields(case)
-    config.expect(dec_in=sizes["variates"], c_out=sizes["variates"])
-    model = zoo.info("autoformer_test").create(**sizes, dropout=0.0)
-    inputs = (case.input("x_enc"), case.input("x_mark_enc"), case.input("x_mark_dec"))
-    case.unread("x_dec")  # the official code takes its shape only
-    train = mode.startswith("training")
+    mode = case.config.take("mode", "inference")
+    model = zoo.info("autoformer_test").create(**fields(case), dropout=0.0)
+    run = forecast(case, model, mode)
+    return model, lambda variables: {"pred": run(variables)}
 
-    def outputs(variables: dict) -> golden.Outputs:
-        run = jax.jit(lambda v, x: model.apply(v, *x, train=train, method="transform"))
-        return {"pred": run(variables, inputs)["forecast"]}
 
-    return model, outputs
+def forecast(case: golden.Case, model: Any, mode: str = "") -> Callable[[dict], jax.Array]:
+    """What encoder and decoder make of the inputs of the case."""
+    case.unread("x_dec")  # the code makes its own, of the season and trend of x_enc
+    inputs, train = (case.input("x_enc"), *_series.dates(case, model)), mode.startswith("train")
+    run = jax.jit(lambda v, x: model.apply(v, *x, train=train, method="transform"))
+    return lambda variables: run(variables, inputs)["forecast"]
 
 
 def made_by(case: golden.Case) -> bool:

@@ -1,42 +1,36 @@
-"""Informer, from the arguments of Informer2020."""
+"""Informer and InformerStack, from the arguments of Informer2020."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import golden
 import jax
+from golden_systems import _series
 
 import zoo
-from zoo.layers.mlp import gelu
-
-ACTIVATIONS = {"gelu": gelu, "relu": jax.nn.relu}
 
 
 def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     """The forecaster, with the sampled keys of the case."""
     config = case.config
-    config.expect(attn=("prob", "full"), embed=("timeF", "fixed", "learned"), freq=("h", "t"))
-    config.expect(activation=tuple(ACTIVATIONS))
-    config.ignore("dropout", "output_attention", "n_prob_calls", "index_sample", "min_topk_gap")
-    fields = config.rename(
-        context_length="seq_len", label_length="label_len", horizon="out_len", factor="factor",
-        embed_dim="d_model", num_heads="n_heads", depth="e_layers", decoder_depth="d_layers",
-        mlp_dim="d_ff", distil="distil", mix="mix", variates="c_out",
-    )  # fmt: skip
-    config.expect(enc_in=fields["variates"], dec_in=fields["variates"])
-    embed = config.entries["embed"]
+    config.expect(attn=("prob", "full"))
+    name = str(config.take("model", "")) + case.source
+    stacked = any(".encoders." in tensor for tensor in case.shapes) or "Stack" in name
+    depths = {key: config.take(key) for key in ("s_layers", "stacks", "e_layers")}
+    config.ignore("n_prob_calls", "index_sample")
+    fields = _series.dated_fields(case) | config.rename(distil="distil", mix="mix")
+    if stacked:
+        found = next(x for x in (*depths.values(), (3, 2, 1)) if x is not None)
+        fields["stacks"] = tuple(int(n) for n in re.findall(r"\d+", str(found)))
+        fields.pop("depth", None)
     model = zoo.info("informer_test").create(
-        **fields,
-        sparse=config.entries["attn"] == "prob",
-        time_embedding="features" if embed == "timeF" else embed,
-        time_features=5 if config.entries["freq"] == "t" else 4,
-        activation=ACTIVATIONS[config.entries["activation"]],
+        **{"factor": 5, **fields}, sparse=config.entries.get("attn", "prob") == "prob"
     )
-    time_features = [case.input("x_mark_enc"), case.input("x_mark_dec")]
-    if embed != "timeF":
-        time_features = [m.astype("int32") for m in time_features]
-    samples = [case.input(f"index_sample.{i}") for i in range(config.entries["n_prob_calls"])]
-    inputs = (case.input("x_enc"), time_features[0], case.input("x_dec"), time_features[1])
+    calls = (sum(model.depths) + model.decoder_depth) * model.sparse
+    samples = [case.input(f"index_sample.{i}") for i in range(calls)]
+    seen, ahead = _series.dates(case, model)
+    inputs = (case.input("x_enc"), seen, case.input("x_dec"), ahead)
 
     def outputs(variables: dict) -> golden.Outputs:
         run = jax.jit(lambda v, x, s: model.apply(v, *x, samples=s, method="transform"))

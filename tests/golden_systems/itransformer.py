@@ -26,6 +26,7 @@ def inverted_fields(case: golden.Case) -> dict[str, Any]:
 
 def inverted_inputs(case: golden.Case) -> dict[str, Any]:
     """The series and, if the case has any, its time features."""
+    case.unread("x_dec", "x_mark_dec")  # there is no decoder
     features = _series.time_features(case)
     return {"series": case.input("x_enc")} | (
         {} if features is None else {"time_features": features}

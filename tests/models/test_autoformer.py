@@ -42,6 +42,15 @@ def test_the_spectrum_gives_the_correlation_at_every_delay():
     np.testing.assert_allclose(got, wanted, atol=1e-9)
 
 
+def test_the_spectrum_of_an_odd_length_can_be_taken_for_that_of_one_less():
+    """As Time-Series-Library does; an even length is the same either way."""
+    x, y = series(2, 21, 2, 4), series(2, 21, 2, 4, key=1)
+    assert circular_correlation(x, y, even=True).shape == (2, 20, 2, 4)
+    assert auto_correlation(x, y, y, 9, False, even=True).shape == x.shape
+    x, y = x[:, :20], y[:, :20]
+    np.testing.assert_array_equal(circular_correlation(x, y, even=True), circular_correlation(x, y))
+
+
 def test_delays_follow_the_logarithm_of_the_length():
     assert [kept(length, 3) for length in (96, 144)] == [13, 14]
     assert kept(20, 7) == kept(20, 99) == 20

@@ -6,6 +6,7 @@ import pytest
 from model_helpers import documented_shapes, feature_shapes, filled
 
 import zoo
+from zoo.layers.series import DatedEmbedding
 from zoo.models.timeseries import informer
 from zoo.models.timeseries.informer import kept, prob_sparse_attention, sparsity
 
@@ -121,10 +122,24 @@ def test_the_encoder_alone_reconstructs_and_classifies():
     assert change[0] == 0 and change[1] > 1e-3
 
 
+def test_each_encoder_of_a_stack_reads_half_of_the_one_before():
+    model = zoo.create("informer_test", stacks=(3, 2), depth=9)
+    variables, x = filled(model), inputs(model)
+    run = jax.jit(lambda x: model.apply(variables, **x, method="features")["encoder"])
+    memory = run(x)
+    assert memory.shape == (2, 6 + 6, 32)  # 24 steps halved twice, 12 halved once
+    change = np.abs(run({**x, "series": x["series"].at[:, 4:8].add(1.0)}) - memory).max((0, 2))
+    assert (change[:6] > 1e-3).any() and (change[6:] == 0).all()
+    state = zoo.export(model, variables)
+    assert "encoder.encoders.0.conv_layers.1.norm.num_batches_tracked" in state
+    assert "encoder.encoders.1.conv_layers.1.norm.num_batches_tracked" not in state
+    jax.tree.map(np.testing.assert_array_equal, zoo.convert(model, state), variables)
+
+
 def test_fixed_tables_get_no_gradient_and_learned_ones_do():
     inputs = jnp.ones((1, 4, 3)), jnp.ones((1, 4, 4), "int32"), False
     for kind, name in (("fixed", "hour_table"), ("learned", "hour")):
-        embedding = informer.Embedding(8, kind, 4, 0.0, jnp.float32, jnp.float32)
+        embedding = DatedEmbedding(8, kind, 4)
         variables = embedding.init(jax.random.key(0), *inputs)
         assert variables["params"][name].shape == (24, 8)
         grads = jax.grad(lambda v: jnp.sin(embedding.apply(v, *inputs)).sum())(variables)  # noqa: B023

@@ -165,3 +165,12 @@ def dense_rules(theirs: str, ours: str) -> list[Rule]:
 def norm_rules(theirs: str, ours: str) -> list[Rule]:
     """The two rules of a PyTorch `LayerNorm` called `theirs` and a Linen one at `ours`."""
     return [Rule(f"{theirs}.weight", f"{ours}/scale"), Rule(f"{theirs}.bias", f"{ours}/bias")]
+
+
+def batch_norm_rules(theirs: str, ours: str) -> list[Rule]:
+    """The four of a PyTorch `BatchNorm` and a Linen one: scale, bias and both statistics."""
+    return [
+        *norm_rules(theirs, ours),
+        Rule(f"{theirs}.running_mean", f"batch_stats/{ours}/mean"),
+        Rule(f"{theirs}.running_var", f"batch_stats/{ours}/var"),
+    ]

@@ -1,6 +1,7 @@
 """What models of time series share. Series are `batch time variates`."""
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from zoo.checkpoints.rules import Rule, chain, dense_rules, linear, norm_rules, squeeze
+from zoo.checkpoints.rules import Rule, chain, conv, dense_rules, linear, norm_rules, squeeze
 from zoo.layers import position
 from zoo.layers.attention import Attention
 from zoo.layers.dense import Dense
@@ -20,6 +21,9 @@ from zoo.layers.patch import torch_default_init
 pointwise = chain(squeeze(-1), linear)
 """`[out, in, 1]` of torch's Conv1d of width 1 <-> `[in, out]` of Flax's Dense kernel."""
 
+
+TABLES = (("month", 13), ("day", 32), ("weekday", 7), ("hour", 24), ("minute", 4))
+"""Parts of the calendar, in the order of their numbers, and how many values each has."""
 
 kaiming = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 """How Informer and its descendants start the convolution of their embedding."""
@@ -139,6 +143,65 @@ def torch_linear(model: nn.Module, width: int, fan_in: int, name: str) -> nn.Mod
     return Dense(width, name=name, dtype=model.dtype, param_dtype=model.param_dtype, **start)
 
 
+class DatedEmbedding(nn.Module):
+    """The sum of a convolution over three steps (the ends meet), positions and time.
+
+    Attributes:
+      channels: of a step.
+      time_embedding: of the date of a step: `features`: a linear map of numbers; `fixed`,
+        `learned`: tables indexed by parts of the calendar.
+      time_features: how many numbers, or parts.
+      positions: whether fixed positions are added.
+      use_bias: of the convolution and of the map.
+    """
+
+    channels: int
+    time_embedding: str
+    time_features: int
+    positions: bool = True
+    use_bias: bool = True
+    dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        series: Float[Array, "batch time variates"],
+        time_features: Array | None,
+        train: bool,
+    ) -> Float[Array, "batch time channels"]:
+        settings = dict(padding="CIRCULAR", kernel_init=kaiming, **self._settings)
+        bias = bias_init(3 * series.shape[-1])
+        x = nn.Conv(self.channels, (3,), name="conv", bias_init=bias, **settings)(series)
+        if self.positions:
+            x = x + sinusoids(series.shape[1], self.channels).astype(self.dtype)
+        if time_features is not None:
+            x = x + self._time(time_features)
+        x = nn.Dropout(self.dropout)(x, deterministic=not train)
+        return constrain(x, "batch", "length", "channels")
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        return {"use_bias": self.use_bias, **types}
+
+    def _time(self, time_features: Array) -> Float[Array, "batch time channels"]:
+        if self.time_embedding == "features":
+            start = dict(kernel_init=torch_default_init, bias_init=bias_init(self.time_features))
+            return Dense(self.channels, name="time", **start, **self._settings)(time_features)
+        tables = enumerate(TABLES[: self.time_features])
+        parts = (self._table(*table)[time_features[..., i]] for i, table in tables)
+        return sum(part.astype(self.dtype) for part in parts)
+
+    def _table(self, name: str, size: int) -> Float[Array, "size channels"]:
+        shape = (size, self.channels)
+        if self.time_embedding == "learned":
+            return self.param(name, nn.initializers.normal(1.0), shape, self.param_dtype)
+        fixed = lambda key, shape, dtype: sinusoids(*shape).astype(dtype)  # noqa: E731
+        return jax.lax.stop_gradient(self.param(f"{name}_table", fixed, shape, self.param_dtype))
+
+
 class PostNormBlock(nn.Module):
     """Self-attention and MLP, each followed by the residual connection and then LayerNorm.
 
@@ -215,6 +278,18 @@ class ProjectedAttention(nn.Module):
         y = attend(heads(query), heads(key), heads(value))
         y = y.swapaxes(1, 2) if self.mix else y
         return dense("out", y.reshape(x.shape))
+
+
+def embedding_rules(theirs: str, ours: str) -> list[Rule]:
+    """Checkpoint rules of a `DatedEmbedding`; fixed and learned tables have names of their own."""
+    table = f"{theirs}.temporal_embedding.{{}}_embed.emb.weight"
+    return [
+        Rule(f"{theirs}.value_embedding.tokenConv.weight", f"{ours}/conv/kernel", conv),
+        Rule(f"{theirs}.value_embedding.tokenConv.bias", f"{ours}/conv/bias"),
+        *dense_rules(f"{theirs}.temporal_embedding.embed", f"{ours}/time"),
+        *(Rule(table.format(name), f"{ours}/{name}_table") for name, _ in TABLES),
+        *(Rule(table.format(name).replace(".emb.", "."), f"{ours}/{name}") for name, _ in TABLES),
+    ]
 
 
 def post_norm_rules(theirs: str, ours: str) -> list[Rule]:

@@ -42,7 +42,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 import kernels_pallas
-from zoo.checkpoints.rules import Rule, Rules, dense_rules, linear, norm_rules
+from zoo.checkpoints.rules import Rule, Rules, batch_norm_rules, dense_rules, linear
 from zoo.layers.dense import Dense
 from zoo.layers.partition import constrain
 from zoo.layers.patch import torch_default_init
@@ -457,8 +457,7 @@ LAYOUTS = {
     "official": Rules(
         [
             *_mlp_rules("gn_mlp", "sizes_mlp"),
-            *norm_rules("gn_mlp.last_norm", "sizes_mlp/norm"),
-            *_statistics("gn_mlp.last_norm", "sizes_mlp/norm"),
+            *batch_norm_rules("gn_mlp.last_norm", "sizes_mlp/norm"),
             Rule("perm_emb.weight", "embed/embedding"),
             *_mlp_rules("perm_embedding", "points_mlp"),
             *_mlp_rules("b_embedding", "rows_mlp"),
@@ -469,8 +468,7 @@ LAYOUTS = {
             *_encoder_rules("trans_2", "points_encoder"),
             Rule("pooling_x.average_n", "points_pool/typical"),
             Rule("pooling_bc.average_n", "rows_pool/typical"),
-            *norm_rules("last_norm", "norm"),
-            *_statistics("last_norm", "norm"),
+            *batch_norm_rules("last_norm", "norm"),
             *_statistics("bn1", "points_memory_norm"),
             *_statistics("bn2", "rows_memory_norm"),
             *dense_rules("final_mlp.lin1", "hidden"),

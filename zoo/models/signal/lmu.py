@@ -15,7 +15,7 @@ import numpy as np
 import scipy.linalg
 from jaxtyping import Array, Bool, Float
 
-from zoo.checkpoints.rules import Rule, norm_rules
+from zoo.checkpoints.rules import Rule
 from zoo.layers.mlp import gelu
 from zoo.layers.partition import constrain
 from zoo.layers.patch import torch_default_init
@@ -265,15 +265,6 @@ class Mlp(nn.Module):
 
 
 # ---------------------------------------------------------------------------- checkpoints
-
-
-def batch_norm_rules(theirs: str, ours: str) -> list[Rule]:
-    """Those of a BatchNorm and its statistics."""
-    return [
-        *norm_rules(theirs, ours),
-        Rule(f"{theirs}.running_mean", f"batch_stats/{ours}/mean"),
-        Rule(f"{theirs}.running_var", f"batch_stats/{ours}/var"),
-    ]
 
 
 def pointwise_rules(theirs: str, ours: str) -> list[Rule]:

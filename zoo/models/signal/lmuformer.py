@@ -38,7 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from zoo.checkpoints.rules import Rule, Rules, conv, dense_rules
+from zoo.checkpoints.rules import Rule, Rules, batch_norm_rules, conv, dense_rules
 from zoo.layers.partition import constrain
 from zoo.layers.patch import torch_default_init
 from zoo.layers.series import bias_init
@@ -49,7 +49,6 @@ from zoo.models.signal.lmu import (
     Mlp,
     State,
     batch_norm,
-    batch_norm_rules,
     entry,
     frames_at,
     init,

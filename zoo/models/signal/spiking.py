@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from zoo.checkpoints.rules import Rule, Rules, conv, dense_rules
+from zoo.checkpoints.rules import Rule, Rules, batch_norm_rules, conv, dense_rules
 from zoo.layers.partition import constrain
 from zoo.layers.patch import torch_default_init
 from zoo.layers.series import bias_init, check_series, pointwise
@@ -44,7 +44,6 @@ from zoo.models.signal.lmu import (
     Fire,
     Mlp,
     TimeConv,
-    batch_norm_rules,
     init,
     lif,
     memory_size,

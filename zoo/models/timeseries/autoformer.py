@@ -33,6 +33,7 @@ W flatten(GELU(x)), with zeros where the `mask`, if it takes one, has padding.
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -47,14 +48,15 @@ from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain, on_each_device
 from zoo.layers.patch import torch_default_init
 from zoo.layers.series import (
+    DatedEmbedding,
     ProjectedAttention,
     attention_rules,
     bias_init,
     check_both,
     decodes,
     decompose,
+    embedding_rules,
     example_of_both,
-    kaiming,
     mlp_rules,
     read_classes,
     sinusoids_of,
@@ -68,14 +70,20 @@ def kept(length: int, factor: int) -> int:
 
 
 def circular_correlation(
-    x: Float[Array, "batch time heads head_dim"], y: Float[Array, "batch time heads head_dim"]
-) -> Float[Array, "batch time heads head_dim"]:
-    """At each delay: the sum over t of x_t y_(t - delay), indices modulo the length."""
+    x: Float[Array, "batch time heads head_dim"],
+    y: Float[Array, "batch time heads head_dim"],
+    even: bool = False,
+) -> Float[Array, "batch delays heads head_dim"]:
+    """At each delay: the sum over t of x_t y_(t - delay), indices modulo the length.
+
+    `even` takes the spectrum of an odd length for that of one less, and gives so many delays.
+    """
     exact = jnp.promote_types(x.dtype, jnp.float32)  # there is no transform of half precision
+    delays = x.shape[1] - (x.shape[1] % 2 if even else 0)
 
     def correlate(x: Array, y: Array) -> Array:
         spectrum = jnp.fft.rfft(x, axis=1) * jnp.fft.rfft(y, axis=1).conj()
-        return jnp.fft.irfft(spectrum, n=x.shape[1], axis=1)
+        return jnp.fft.irfft(spectrum, n=delays, axis=1)
 
     run = on_each_device(correlate, "batch", None, "heads", "head_dim")
     return run(x.astype(exact), y.astype(exact))
@@ -108,41 +116,18 @@ def auto_correlation(
     value: Float[Array, "batch keys heads head_dim"],
     factor: int,
     together: bool,
+    even: bool = False,
 ) -> Float[Array, "batch queries heads head_dim"]:
     """The values, shifted by the delays at which query and key are most alike."""
     length = query.shape[1]
     key, value = fit_length(key, length), fit_length(value, length)
-    correlation = circular_correlation(query, key).mean((2, 3))
-    weights, delays = choose_delays(correlation, kept(length, factor), together)
+    correlation = circular_correlation(query, key, even).mean((2, 3))
+    count = min(kept(length, factor), correlation.shape[1])
+    weights, delays = choose_delays(correlation, count, together)
     # sum_i w_i v_(t + tau_i): again a correlation, with a series that has w_i at tau_i
     rows = jnp.arange(len(weights))[:, None]
-    spikes = jnp.zeros_like(correlation).at[rows, delays].set(weights)
+    spikes = jnp.zeros((len(weights), length), weights.dtype).at[rows, delays].set(weights)
     return circular_correlation(value, spikes[..., None, None]).astype(value.dtype)
-
-
-class Embedding(nn.Module):
-    """The sum of a convolution over three steps (the ends meet) and a map of time features."""
-
-    channels: int
-    dropout: float
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(
-        self,
-        series: Float[Array, "batch time variates"],
-        time_features: Float[Array, "batch time features"] | None,
-        train: bool,
-    ) -> Float[Array, "batch time channels"]:
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype, "use_bias": False}
-        settings = dict(padding="CIRCULAR", kernel_init=kaiming, **types)
-        x = nn.Conv(self.channels, (3,), name="conv", **settings)(series)
-        if time_features is not None:
-            dense = Dense(self.channels, kernel_init=torch_default_init, name="time", **types)
-            x = x + dense(time_features)
-        x = nn.Dropout(self.dropout)(x, deterministic=not train)
-        return constrain(x, "batch", "length", "channels")
 
 
 class Block(nn.Module):
@@ -155,6 +140,7 @@ class Block(nn.Module):
     num_heads: int
     mlp_dim: int
     factor: int
+    even: bool
     moving_average: int
     activation: Callable
     dropout: float
@@ -172,7 +158,7 @@ class Block(nn.Module):
         """Season, and with a memory the trend."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         attention = partial(ProjectedAttention, self.num_heads, **types)
-        attend = partial(auto_correlation, factor=self.factor, together=train)
+        attend = partial(auto_correlation, factor=self.factor, together=train, even=self.even)
         dropout = partial(nn.Dropout(self.dropout), deterministic=not train)
         y = attention(name="attention")(x, x, attend)
         x, trend = decompose(x + dropout(y), self.moving_average)
@@ -200,8 +186,14 @@ class Autoformer(nn.Module):
       label_length: how many of them the decoder sees too.
       horizon: steps that it forecasts; without a decoder those of the context.
       time_features: numbers of the date of a step; 0: none.
+      outputs: variates of each layer's season and trend; None: those that it sees, of which this
+        can only be 1 or all.
       decoder_depth: layers of the decoder; 0: the encoder reconstructs the context.
+      time_embedding: `features`: a linear map of the time features; `fixed`, `learned`: tables
+        indexed by parts of the calendar, as in Informer.
       factor: c, of which the number of delays follows.
+      even_delays: as Time-Series-Library, which takes the spectrum of an odd length for that of
+        one less; of an even length it is the same.
       moving_average: steps of the average that is the trend; odd.
       num_classes: logits of so many classes in place of a forecast, from the encoder; 0: none.
       masked: a classifier that takes the `mask` of steps that are not padding.
@@ -212,12 +204,15 @@ class Autoformer(nn.Module):
     horizon: int = 96
     variates: int = 7
     time_features: int = 4
+    outputs: int | None = None
     embed_dim: int = 512
     depth: int = 2
     decoder_depth: int = 1
     num_heads: int = 8
     mlp_dim: int = 2048
+    time_embedding: Literal["features", "fixed", "learned"] = "features"
     factor: int = 3
+    even_delays: bool = False
     moving_average: int = 25
     activation: Callable = gelu
     num_classes: int = 0
@@ -228,7 +223,8 @@ class Autoformer(nn.Module):
 
     def example_inputs(self, batch_size: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of the arguments of `__call__`."""
-        return example_of_both(self, batch_size)
+        features = self.time_embedding == "features"
+        return example_of_both(self, batch_size, jnp.float32 if features else jnp.int32)
 
     def __call__(
         self,
@@ -269,9 +265,13 @@ class Autoformer(nn.Module):
     ) -> dict[str, Array]:
         """The same with the time features of all steps of the decoder given."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        embedding = partial(Embedding, self.embed_dim, self.dropout, **types)
-        block = partial(Block, self.num_heads, self.mlp_dim, self.factor, self.moving_average,
-                        self.activation, self.dropout, self.variates, **types)  # fmt: skip
+        embedding = partial(
+            DatedEmbedding, self.embed_dim, self.time_embedding, self.time_features, **types
+        )
+        embedding = partial(embedding, positions=False, use_bias=False, dropout=self.dropout)
+        sizes = (self.num_heads, self.mlp_dim, self.factor, self.even_delays, self.moving_average)
+        outputs = self.outputs or self.variates
+        block = partial(Block, *sizes, self.activation, self.dropout, outputs, **types)
 
         def season_norm(name: str, x: Array) -> Array:
             x = LayerNorm(epsilon=1e-5, name=name, **types)(x)
@@ -279,7 +279,7 @@ class Autoformer(nn.Module):
 
         def head(x: Array) -> Array:
             start = {"kernel_init": torch_default_init, "bias_init": bias_init(x.shape[-1])}
-            return Dense(self.variates, name="head", **start, **types)(x)
+            return Dense(outputs, name="head", **start, **types)(x)
 
         x = embedding(name="embed")(series, time_features, train)
         for i in range(self.depth):
@@ -316,14 +316,6 @@ class Autoformer(nn.Module):
 # ---------------------------------------------------------------------------- checkpoints
 
 
-def _embedding_rules(theirs: str, ours: str) -> list[Rule]:
-    time = f"{theirs}.temporal_embedding.embed"
-    return [
-        Rule(f"{theirs}.value_embedding.tokenConv.weight", f"{ours}/conv/kernel", conv),
-        *dense_rules(time, f"{ours}/time"),
-    ]
-
-
 def _decoder_positions(model: Autoformer) -> np.ndarray | None:
     """A table that the code holds and never reads."""
     return sinusoids_of(model) if decodes(model) else None
@@ -333,8 +325,8 @@ def _naming(head: str, unused: tuple[str, ...] = ()) -> Rules:
     """Rules of the official models with this name of the head."""
     return Rules(
         [
-            *_embedding_rules("enc_embedding", "embed"),
-            *_embedding_rules("dec_embedding", "decoder_embed"),
+            *embedding_rules("enc_embedding", "embed"),
+            *embedding_rules("dec_embedding", "decoder_embed"),
             *attention_rules("encoder.attn_layers.{i}.attention", "layers_{i}/attention"),
             *mlp_rules("encoder.attn_layers.{i}", "layers_{i}"),
             *norm_rules("encoder.norm.layernorm", "norm"),
@@ -422,4 +414,4 @@ VARIANTS: dict[str, Variant] = {
     )
 }  # fmt: skip
 
-SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS)
+SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS, frozen=(r".*_table",))

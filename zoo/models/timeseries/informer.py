@@ -41,27 +41,25 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 import kernels_pallas
-from zoo.checkpoints.rules import Rule, Rules, conv, dense_rules, norm_rules
+from zoo.checkpoints.rules import Rule, Rules, batch_norm_rules, conv, dense_rules, norm_rules
 from zoo.layers.mlp import Mlp, gelu
 from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
 from zoo.layers.patch import torch_default_init
 from zoo.layers.series import (
+    DatedEmbedding,
     ProjectedAttention,
     attention_rules,
     bias_init,
     check_both,
     decodes,
+    embedding_rules,
     example_of_both,
-    kaiming,
     mlp_rules,
     read_classes,
-    sinusoids,
     sinusoids_of,
 )
 from zoo.system import System, Variant
-
-TABLES = (("month", 13), ("day", 32), ("weekday", 7), ("hour", 24), ("minute", 4))
 
 
 def kept(length: int, factor: int) -> int:
@@ -99,51 +97,6 @@ def prob_sparse_attention(
     batch, heads = (jnp.arange(query.shape[i]) for i in (0, 2))
     place = batch[:, None, None], top, heads
     return base.at[place].set(rows.astype(base.dtype))
-
-
-class Embedding(nn.Module):
-    """The sum of a convolution over three steps (the ends meet), positions and time."""
-
-    channels: int
-    time_embedding: str
-    time_features: int
-    dropout: float
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(
-        self,
-        series: Float[Array, "batch time variates"],
-        time_features: Array | None,
-        train: bool,
-    ) -> Float[Array, "batch time channels"]:
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        width = series.shape[-1]
-        bias = bias_init(3 * width)
-        settings = dict(padding="CIRCULAR", kernel_init=kaiming, bias_init=bias, **types)
-        x = nn.Conv(self.channels, (3,), name="conv", **settings)(series)
-        x = x + sinusoids(series.shape[1], self.channels).astype(self.dtype)
-        if time_features is not None:
-            x = x + self._time(time_features)
-        x = nn.Dropout(self.dropout)(x, deterministic=not train)
-        return constrain(x, "batch", "length", "channels")
-
-    def _time(self, time_features: Array) -> Float[Array, "batch time channels"]:
-        if self.time_embedding == "features":
-            start = dict(kernel_init=torch_default_init, bias_init=bias_init(self.time_features))
-            types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-            return nn.Dense(self.channels, name="time", **start, **types)(time_features)
-        tables = enumerate(TABLES[: self.time_features])
-        parts = (self._table(*table)[time_features[..., i]] for i, table in tables)
-        return sum(part.astype(self.dtype) for part in parts)
-
-    def _table(self, name: str, size: int) -> Float[Array, "size channels"]:
-        shape = (size, self.channels)
-        if self.time_embedding == "learned":
-            return self.param(name, nn.initializers.normal(1.0), shape, self.param_dtype)
-        fixed = lambda key, shape, dtype: sinusoids(*shape).astype(dtype)  # noqa: E731
-        return jax.lax.stop_gradient(self.param(f"{name}_table", fixed, shape, self.param_dtype))
 
 
 class Block(nn.Module):
@@ -209,6 +162,8 @@ class Informer(nn.Module):
       horizon: steps that it forecasts; without a decoder those of the context.
       time_features: numbers of the date, or parts of the calendar, of a step; 0: none.
       decoder_depth: layers of the decoder; 0: the encoder reconstructs the context.
+      outputs: variates that it forecasts; None: as many as it sees.
+      stacks: layers of each encoder of a stack, in place of `depth`.
       time_embedding: `features`: a linear map of them; `fixed`, `learned`: tables indexed by month,
         day, weekday, hour and quarter of an hour (`Windows(time_features="calendar")`).
       sparse: ProbSparse self-attention; else softmax.
@@ -224,8 +179,10 @@ class Informer(nn.Module):
     horizon: int = 24
     variates: int = 7
     time_features: int = 4
+    outputs: int | None = None
     embed_dim: int = 512
     depth: int = 2
+    stacks: tuple[int, ...] = ()
     decoder_depth: int = 1
     num_heads: int = 8
     mlp_dim: int = 2048
@@ -291,22 +248,24 @@ class Informer(nn.Module):
         """The same with the decoder's input given, and perhaps each layer's sampled keys."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         embedding = partial(
-            Embedding,
-            self.embed_dim,
-            self.time_embedding,
-            self.time_features,
-            self.dropout,
-            **types,
+            DatedEmbedding, self.embed_dim, self.time_embedding, self.time_features, **types
         )
+        embedding = partial(embedding, dropout=self.dropout)
         block = partial(Block, self.num_heads, self.mlp_dim, self.activation, self.dropout, **types)
-        attend = partial(self._attend, samples, train)
-        x = embedding(name="embed")(series, time_features, train)
-        for i in range(self.depth):
-            x = block(mix=False, name=f"layers_{i}")(x, attend(i, False), train)
-            if self.distils and i < self.depth - 1:
-                x = Distil(name=f"distil_{i}", **types)(x, train)
         norm = partial(LayerNorm, epsilon=1e-5, **types)
-        x = norm(name="norm")(x)
+        attend = partial(self._attend, samples, train)
+        embedded, found, before = embedding(name="embed")(series, time_features, train), [], 0
+        for j, depth in enumerate(self.depths):
+            prefix = f"stack_{j}_" if self.stacks else ""
+            x = embedded[:, -(embedded.shape[1] // 2**j) :]
+            for i in range(depth):
+                layer = block(mix=False, name=f"{prefix}layers_{i}")
+                x = layer(x, attend(before + i, False), train)
+                if self.distils and i < depth - 1:
+                    x = Distil(name=f"{prefix}distil_{i}", **types)(x, train)
+            found.append(norm(name=f"{prefix}norm")(x))
+            before += depth
+        x = jnp.concatenate(found, axis=1)
         out = {"encoder": x}
         if self.num_classes:
             return out | {"logits": read_classes(self, x, mask, train)}
@@ -315,11 +274,16 @@ class Informer(nn.Module):
             x = embedding(name="decoder_embed")(start, start_time_features, train)
             for i in range(self.decoder_depth):
                 layer = block(mix=self.mix, name=f"decoder_{i}")
-                x = layer(x, attend(self.depth + i, True), train, memory, softmax)
+                x = layer(x, attend(before + i, True), train, memory, softmax)
             x = out["decoder"] = norm(name="decoder_norm")(x)
         head = dict(kernel_init=torch_default_init, bias_init=bias_init(self.embed_dim))
-        y = nn.Dense(self.variates, name="head", **head, **types)(x)
+        y = nn.Dense(self.outputs or self.variates, name="head", **head, **types)(x)
         return out | {"forecast": y[:, -self.horizon :]}
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Layers of each encoder."""
+        return self.stacks or (self.depth,)
 
     @property
     def distils(self) -> bool:
@@ -358,28 +322,29 @@ class Informer(nn.Module):
 # ---------------------------------------------------------------------------- checkpoints
 
 
-def _embedding_rules(theirs: str, ours: str) -> list[Rule]:
-    table = f"{theirs}.temporal_embedding.{{}}_embed.emb.weight"
-    return [
-        Rule(f"{theirs}.value_embedding.tokenConv.weight", f"{ours}/conv/kernel", conv),
-        Rule(f"{theirs}.value_embedding.tokenConv.bias", f"{ours}/conv/bias"),
-        *dense_rules(f"{theirs}.temporal_embedding.embed", f"{ours}/time"),
-        *(Rule(table.format(name), f"{ours}/{name}_table") for name, _ in TABLES),
-        *(Rule(table.format(name).replace(".emb.", "."), f"{ours}/{name}") for name, _ in TABLES),
-    ]
-
-
 def _block_rules(theirs: str, ours: str) -> list[Rule]:
     norms = [r for i in (1, 2, 3) for r in norm_rules(f"{theirs}.norm{i}", f"{ours}/norm{i}")]
     return norms + mlp_rules(theirs, ours)
 
 
-_DISTIL = "encoder.conv_layers.{i}"
+def _encoder_rules(theirs: str, prefix: str) -> list[Rule]:
+    layer, distil = f"{theirs}.attn_layers.{{i}}", f"{theirs}.conv_layers.{{i}}"
+    return [
+        *_block_rules(layer, f"{prefix}layers_{{i}}"),
+        *attention_rules(f"{layer}.attention", f"{prefix}layers_{{i}}/attention"),
+        Rule(f"{distil}.downConv.weight", f"{prefix}distil_{{i}}/conv/kernel", conv),
+        Rule(f"{distil}.downConv.bias", f"{prefix}distil_{{i}}/conv/bias"),
+        *batch_norm_rules(f"{distil}.norm", f"{prefix}distil_{{i}}/norm"),
+        *norm_rules(f"{theirs}.norm", f"{prefix}norm"),
+    ]
 
 
-def _no_batches(model: Informer, i: int) -> np.ndarray | None:
+def _counter(model: Informer, i: int, j: int | None = None) -> np.ndarray | None:
     """BatchNorm's counter, which nothing uses."""
-    return np.zeros((), np.int64) if model.distils and i < model.depth - 1 else None
+    if bool(model.stacks) != (j is not None) or not model.distils:
+        return None
+    depth = model.depth if j is None else (*model.stacks, 0)[min(j, len(model.stacks))]
+    return np.zeros((), np.int64) if i < depth - 1 else None
 
 
 def _decoder_positions(model: Informer) -> np.ndarray | None:
@@ -389,16 +354,10 @@ def _decoder_positions(model: Informer) -> np.ndarray | None:
 LAYOUTS = {
     "official": Rules(
         [
-            *_embedding_rules("enc_embedding", "embed"),
-            *_embedding_rules("dec_embedding", "decoder_embed"),
-            *_block_rules("encoder.attn_layers.{i}", "layers_{i}"),
-            *attention_rules("encoder.attn_layers.{i}.attention", "layers_{i}/attention"),
-            Rule(f"{_DISTIL}.downConv.weight", "distil_{i}/conv/kernel", conv),
-            Rule(f"{_DISTIL}.downConv.bias", "distil_{i}/conv/bias"),
-            *norm_rules(f"{_DISTIL}.norm", "distil_{i}/norm"),
-            Rule(f"{_DISTIL}.norm.running_mean", "batch_stats/distil_{i}/norm/mean"),
-            Rule(f"{_DISTIL}.norm.running_var", "batch_stats/distil_{i}/norm/var"),
-            *norm_rules("encoder.norm", "norm"),
+            *embedding_rules("enc_embedding", "embed"),
+            *embedding_rules("dec_embedding", "decoder_embed"),
+            *_encoder_rules("encoder", ""),
+            *_encoder_rules("encoder.encoders.{j}", "stack_{j}_"),
             *_block_rules("decoder.layers.{i}", "decoder_{i}"),
             *attention_rules("decoder.layers.{i}.self_attention", "decoder_{i}/attention"),
             *attention_rules("decoder.layers.{i}.cross_attention", "decoder_{i}/cross_attention"),
@@ -408,7 +367,8 @@ LAYOUTS = {
         derived={
             "enc_embedding.position_embedding.pe": sinusoids_of,
             "dec_embedding.position_embedding.pe": _decoder_positions,
-            f"{_DISTIL}.norm.num_batches_tracked": _no_batches,
+            "encoder.conv_layers.{i}.norm.num_batches_tracked": _counter,
+            "encoder.encoders.{j}.conv_layers.{i}.norm.num_batches_tracked": _counter,
         },
         fresh=("head/kernel", "head/bias"),
     )

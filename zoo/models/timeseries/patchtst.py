@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from zoo.checkpoints.rules import Rule, Rules, dense_rules, linear, norm_rules
+from zoo.checkpoints.rules import Rule, Rules, batch_norm_rules, dense_rules, linear
 from zoo.layers.dense import Dense
 from zoo.layers.mlp import gelu
 from zoo.layers.partition import constrain
@@ -173,9 +173,7 @@ def _naming(head: str) -> Rules:
         [
             Rule("patch_embedding.value_embedding.weight", "embed/kernel", linear),
             *post_norm_rules("encoder.attn_layers.{i}", "layers_{i}"),
-            *norm_rules("encoder.norm.1", "norm"),
-            Rule("encoder.norm.1.running_mean", "batch_stats/norm/mean"),
-            Rule("encoder.norm.1.running_var", "batch_stats/norm/var"),
+            *batch_norm_rules("encoder.norm.1", "norm"),
             *dense_rules(head, "head"),
         ],
         derived={
