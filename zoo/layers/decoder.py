@@ -37,16 +37,19 @@ def multiple_of_256(channels: int, ratio: float = 4.0) -> int:
 
 
 class GatedMlp(nn.Module):
-    """`down(activation(gate(x)) * up(x))`."""
+    """`down(activation(gate(x)) * up(x))`, with dropout after the product and at the end."""
 
     hidden: int
     activation: Callable[[Array], Array] = nn.silu
     use_bias: bool = False
+    dropout: float = 0.0
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
+    def __call__(
+        self, x: Float[Array, "*batch channels"], train: bool = False
+    ) -> Float[Array, "*batch channels"]:
         dense = partial(
             Dense,
             use_bias=self.use_bias,
@@ -56,7 +59,9 @@ class GatedMlp(nn.Module):
         )
         y = self.activation(dense(self.hidden, name="gate")(x)) * dense(self.hidden, name="up")(x)
         y = constrain(y, "batch", *["length"] * (y.ndim - 2), "mlp")
-        return dense(x.shape[-1], name="down")(y)
+        y = nn.Dropout(self.dropout)(y, deterministic=not train)
+        y = dense(x.shape[-1], name="down")(y)
+        return nn.Dropout(self.dropout)(y, deterministic=not train)
 
 
 class ShortConv(nn.Module):
