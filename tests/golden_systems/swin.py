@@ -9,6 +9,12 @@ import numpy as np
 
 import zoo
 
+S3 = {  # timm has them under Swin: Chen et al., arXiv 2111.14725
+    "swin_s3_tiny_224": dict(window_size=(7, 7, 14, 7)),
+    "swin_s3_small_224": dict(window_size=(14, 14, 14, 7), depths=(2, 2, 18, 2)),
+    "swin_s3_base_224": dict(window_size=(7, 7, 14, 7), depths=(2, 2, 30, 2)),
+}
+
 
 def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     """Official, timm's and torchvision's Swin: stage outputs include the merging that follows."""
@@ -31,15 +37,24 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
         patch_norm="patch_norm",
     )
     fields["scale"] = fields.get("scale") or None  # the official code takes 0 for the default too
-    for key in ("patch_size", "window_size"):
-        fields |= {key: golden.square(key, fields[key])} if key in fields else {}
+    if "patch_size" in fields:
+        fields["patch_size"] = golden.square("patch_size", fields["patch_size"])
+    window = fields.get("window_size")
+    if isinstance(window, list) and len(window) == 2:  # height and width; else one a stage
+        fields["window_size"] = golden.square("window_size", window)
     config.expect(
         cls=("SwinTransformer", None), global_pool=("avg", None), always_partition=False,
         norm_layer=(None, "LayerNorm", "nn.LayerNorm", "torch.nn.LayerNorm", "layernorm"),
     )  # fmt: skip
+    config.ignore("dropout", "attention_dropout", "stochastic_depth_prob", "weights", "progress")
     config.ignore("drop_rate", "attn_drop_rate", "drop_path_rate", "proj_drop_rate",
                   "use_checkpoint", "fused_window_process", "strict_img_size",
                   "pretrained")  # fmt: skip
+    images = case.images()
+    fields.setdefault("image_size", images.shape[1:3])
+    if name and name.split(".")[0] in S3:
+        fields = S3[name.split(".")[0]] | fields
+        name = "swin_tiny_patch4_window7_224"
     if name:
         torchvision = {f"swin_{size[0]}": size for size in ("tiny", "small", "base")}
         name = f"swin_{torchvision[name]}_patch4_window7_224" if name in torchvision else name
@@ -53,7 +68,7 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
         defaults = {f.name: f.default for f in dataclasses.fields(Swin) if f.name in base.fields}
         model = base.create(**{**defaults, **fields})
 
-    run = golden.features(model, case.images())
+    run = golden.features(model, images)
 
     def outputs(variables: dict) -> golden.Outputs:
         out = run(variables)
@@ -61,7 +76,7 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
             wanted = np.prod(case.header["outputs"].get(f"stage{i}", {}).get("shape", 0), dtype=int)
             if wanted == out[f"merge{i}"].size:  # else before merging, as timm cuts stages
                 out[f"stage{i}"] = out[f"merge{i}"]
-        return out
+        return out | {"features": out["norm"]}
 
     return model, outputs
 
@@ -69,4 +84,6 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
 def made_by(case: golden.Case) -> bool:
     config = case.header["config"]
     named = config.get("timm_model") or config.get("torchvision_model") or ""
-    return config.get("cls") == "SwinTransformer" or str(named).startswith("swin_")
+    other = case.source.startswith("CatworldLee/")  # whose class has the same name
+    official = config.get("cls") == "SwinTransformer" and not other
+    return official or str(named).startswith("swin_")

@@ -116,7 +116,7 @@ class Swin(nn.Module):
     Attributes:
       image_size: height and width in pixels; windows must tile every stage's map.
       num_classes: 0 leaves out the head (logits are then the pooled features).
-      window_size: M, in tokens, of all stages.
+      window_size: M, in tokens, of all stages, or one for each.
       scale: factor on q k^T; None is 1 / sqrt(head width).
       absolute_position: add a learned table after the patch embedding (`ape` in the code).
       patch_norm: LayerNorm in the patch embedding.
@@ -132,7 +132,7 @@ class Swin(nn.Module):
     embed_dim: int = 96
     depths: tuple[int, ...] = (2, 2, 6, 2)
     num_heads: tuple[int, ...] = (3, 6, 12, 24)
-    window_size: int = 7
+    window_size: int | tuple[int, ...] = 7
     mlp_ratio: float = 4.0
     qkv_bias: bool = True
     scale: float | None = None
@@ -181,7 +181,7 @@ class Swin(nn.Module):
             stage_block = partial(
                 block,
                 num_heads,
-                self.window_size,
+                _window_size(self, i),
                 mlp_ratio=self.mlp_ratio,
                 qkv_bias=self.qkv_bias,
                 scale=self.scale,
@@ -208,13 +208,18 @@ class Swin(nn.Module):
         return out
 
 
+def _window_size(model: Swin, stage: int) -> int:
+    size = model.window_size
+    return size if isinstance(size, int) else size[stage]
+
+
 # ---------------------------------------------------------------------------- checkpoints
 
 
 def _block(model: Swin, stage: int, layer: int) -> tuple[tuple[int, int], int, int]:
     """Map size, window and shift of a block."""
     size = tuple(s // (model.patch_size * 2**stage) for s in model.image_size)
-    return size, *fit_window(size, model.window_size, layer % 2 == 1)
+    return size, *fit_window(size, _window_size(model, stage), layer % 2 == 1)
 
 
 def _index(model: Swin, b: int, *, s: int) -> np.ndarray:
