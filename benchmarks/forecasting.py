@@ -43,12 +43,6 @@ LINEAR = {"linear": "ltsf_linear_336_96", "nlinear": "nlinear_336_96", "dlinear"
 OTHERS = ("itransformer", "informer", "autoformer", "s_mamba", "gateformer", "tempo", "patchtst")
 
 
-class Errors(Forecasting):
-    """Without the picture."""
-
-    report = None
-
-
 def model_of(name: str, variates: int) -> Model:
     """A linear model of these windows, or what the system's config file trains."""
     if name in LINEAR:
@@ -81,7 +75,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, list[float]]:
     def once(rate: float, seed: int) -> dict[str, float]:
         config = TrainConfig(
             model=model_of(name, len(table.variates)),
-            task=Errors(),
+            task=Forecasting(),
             data=Data(windows["train"], windows["val"], batch_size=args.batch, eval_batch_size=64),
             optimizer=Optimizer(
                 name="adam", learning_rate=rate, schedule="one_cycle", initial_fraction=0.04

@@ -1,6 +1,7 @@
 """What the tests of models share: inputs, weights of unit scale, the table in a docstring."""
 
 import re
+import types
 from pathlib import Path
 
 import fill
@@ -59,6 +60,12 @@ def filled(model):
 def apply(model, variables, x, **kwargs):
     """`model.apply`, compiled: op by op takes seconds."""
     return jax.jit(lambda v, x: model.apply(v, x, **kwargs))(variables, x)
+
+
+def program_of(model, task):
+    """What evaluators take of a program: the network and compiled predictions."""
+    predict = jax.jit(lambda variables, batch: task.predict(model, variables, batch))
+    return types.SimpleNamespace(networks=model, task=task, predict=predict)
 
 
 def sin_loss(outputs):

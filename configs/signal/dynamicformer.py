@@ -16,6 +16,7 @@ falls by half a unit between evaluations. `regression.png` in the run directory 
 
 from zoo.data import Data
 from zoo.data.intersection import IntersectionNumbers, airy_rows
+from zoo.evaluators import ConformalIntervals
 from zoo.tasks import Regression
 from zoo.training import Checkpointing, Model, Optimizer, TrainConfig
 
@@ -36,6 +37,7 @@ def get_config() -> TrainConfig:
             },
         ),
         task=Regression(penalties=(("alignment", 0.1 / BATCH),)),
+        evaluators=(ConformalIntervals(),),
         data=Data(
             train=IntersectionNumbers(KNOWN, POINTS, ROWS),
             eval=IntersectionNumbers(NEW, POINTS, ROWS),

@@ -16,6 +16,7 @@ values, over all held-out windows:
 
 from zoo.data import Data
 from zoo.data.series import Windows, network_traffic
+from zoo.evaluators import ForecastPlots
 from zoo.tasks import Forecasting
 from zoo.training import Checkpointing, Model, Optimizer, TrainConfig
 
@@ -39,6 +40,7 @@ def get_config() -> TrainConfig:
             },
         ),
         task=Forecasting(),
+        evaluators=(ForecastPlots(),),
         data=Data(
             train=Windows(table, "train", CONTEXT, HORIZON, time_features=None),
             eval=Windows(table, "test", CONTEXT, HORIZON, time_features=None),

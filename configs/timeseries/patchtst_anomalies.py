@@ -12,12 +12,13 @@ Time-Series-Library. 300 steps, a minute on two CPU cores; expected at the end:
     0.41       0.04    0.07    raw: each step by itself
     0.94       0.89    0.92    adjusted: a span counts as found where one step of it is
 
-The second is what papers report, and flatters (`zoo.tasks.anomaly_detection`). `anomalies.png` in
+The second is what papers report, and flatters (`zoo.evaluators.anomalies`). `anomalies.png` in
 the run directory shows the energy of every step, the threshold and the spans.
 """
 
 from zoo.data import Data
 from zoo.data.series import Segments, machine_temperature
+from zoo.evaluators import AnomalyScores
 from zoo.tasks import AnomalyDetection
 from zoo.training import Checkpointing, Model, Optimizer, TrainConfig
 
@@ -38,7 +39,8 @@ def get_config() -> TrainConfig:
                 "stride": 8,
             },
         ),
-        task=AnomalyDetection(anomaly_ratio=1.0),
+        task=AnomalyDetection(),
+        evaluators=(AnomalyScores(anomaly_ratio=1.0),),
         data=Data(
             train=Segments(table, "train", LENGTH),
             eval=Segments(table, "test", LENGTH),

@@ -12,7 +12,8 @@ which times spoke for the class that was found.
 from zoo.data import Data
 from zoo.data.light_curves import WAVELENGTHS
 from zoo.data.transients import KINDS, SyntheticTransients
-from zoo.tasks import SeriesClassification
+from zoo.evaluators import ActivationMaps
+from zoo.tasks import Classification
 from zoo.training import Checkpointing, Model, Optimizer, TrainConfig
 
 BATCH, STEPS = 32, 600
@@ -23,7 +24,8 @@ def get_config() -> TrainConfig:
     classes = tuple(shape.__name__ for shape, _ in KINDS)
     return TrainConfig(
         model=Model("t2_plasticc_wz", {"num_classes": len(classes), "num_heads": 4}),
-        task=SeriesClassification(classes=classes, variates=tuple(WAVELENGTHS)),
+        task=Classification(),
+        evaluators=(ActivationMaps(classes=classes, variates=tuple(WAVELENGTHS)),),
         data=Data(
             train=SyntheticTransients(900, seed=0),
             eval=SyntheticTransients(300, seed=1),

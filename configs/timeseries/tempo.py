@@ -16,6 +16,7 @@ is a day. GPT-2 has two blocks of 64 channels here and starts from nothing, so a
 
 from zoo.data import Data
 from zoo.data.series import Windows, network_traffic
+from zoo.evaluators import ForecastPlots
 from zoo.tasks import Forecasting
 from zoo.training import Checkpointing, Model, Optimizer, TrainConfig
 
@@ -39,6 +40,7 @@ def get_config() -> TrainConfig:
             },
         ),
         task=Forecasting(),
+        evaluators=(ForecastPlots(),),
         data=Data(
             train=Windows(table, "train", CONTEXT, HORIZON, time_features=None),
             eval=Windows(table, "test", CONTEXT, HORIZON, time_features=None),

@@ -12,7 +12,7 @@ from golden_systems.autoformer import forecast
 from golden_systems.itransformer import inverted_fields as itransformer_fields
 
 import zoo
-from zoo.tasks.anomaly_detection import point_adjust, scores, threshold
+from zoo.evaluators.anomalies import point_adjust, scores, threshold
 
 RECONSTRUCTS = ("imputation", "anomaly_detection")
 FORECASTS = ("long_term_forecast", "short_term_forecast", "zero_shot_forecast")

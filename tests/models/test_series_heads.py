@@ -8,6 +8,7 @@ import pytest
 
 import zoo
 from zoo.tasks import AnomalyDetection, Classification, Forecasting, Imputation
+from zoo.tasks.apply import zeros_like_inputs
 
 SIZES = {"dropout": 0.0, "depth": 1}
 ENCODER = {"decoder_depth": 0, "time_features": 0, **SIZES}
@@ -69,18 +70,18 @@ def test_one_backbone_learns_under_each_task(system, name):
 
     @jax.jit
     def run(key):
-        variables = model.init(key, **task.init_inputs(model))
+        variables = task.init(model, key)
 
         def step(carry, _):
             variables, state = carry
 
             def loss(params):
-                return task.loss(model, {**variables, "params": params}, batch, key, train=True)
+                return task.loss(model, {**variables, "params": params}, {}, batch, key, "train")
 
             (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(variables["params"])
             updates, state = optimizer.update(grads, state)
             params = optax.apply_updates(variables["params"], updates)
-            return ({"params": params, **aux["collections"]}, state), value
+            return ({"params": params, **aux.collections}, state), value
 
         start = (variables, optimizer.init(variables["params"]))
         (variables, _), losses = jax.lax.scan(step, start, length=40)
@@ -98,7 +99,7 @@ def test_one_backbone_learns_under_each_task(system, name):
 
 
 def zeros(model):
-    return TASKS["forecasting"].init_inputs(model)
+    return zeros_like_inputs(model)
 
 
 def shapes(variables):

@@ -14,9 +14,11 @@ from model_helpers import (
 import zoo
 from zoo.checkpoints.rules import CheckpointMismatch
 from zoo.layers.series import moving_average, standardise
+from zoo.methods.lora import merged
 from zoo.models.timeseries import tempo
 from zoo.tasks import DecomposedForecasting, Forecasting
 from zoo.tasks.forecasting import decomposition_error
+from zoo.training.groups import assign
 
 
 def series(*shape, key=0):
@@ -74,9 +76,9 @@ def test_each_variate_is_read_alone_by_the_same_weights(small):
 def test_merged_lora_gives_the_same(small):
     model, variables, features = small
     x = series(2, 32, 2)
-    merged = tempo.merge(model, variables)
+    summed = merged(variables, model.lora().scale)
     plain = model.clone(lora_rank=0)
-    got = jax.jit(plain.apply)(merged, x)
+    got = jax.jit(plain.apply)(summed, x)
     wanted = features(variables, x)["forecast"]
     assert_trees_close(got, wanted, 1e-5)
     none = jax.tree.map(lambda p: p, variables)
@@ -85,32 +87,18 @@ def test_merged_lora_gives_the_same(small):
     assert np.abs(features(none, x)["forecast"] - wanted).max() > 1e-2
 
 
-def test_lora_starts_as_nothing_and_drops_out_in_training():
-    layer = tempo.LoraDense(6, rank=2, alpha=4.0, dropout=0.5)
-    x = series(3, 5, 8)
-    params = layer.init(jax.random.key(0), x)["params"]
-    plain = x @ params["kernel"] + params["bias"]
-    apply = lambda layer, x, **k: layer.apply({"params": params}, x, **k)  # noqa: E731
-    np.testing.assert_allclose(apply(layer.clone(dropout=0.0), x), plain, atol=1e-6)
-    params["lora_b"] = jnp.ones((2, 6))
-    added = 2.0 * (x @ params["lora_a"]) @ params["lora_b"]
-    np.testing.assert_allclose(apply(layer.clone(dropout=0.0), x), plain + added, atol=1e-5)
-    dropped = apply(layer, x, rngs={"dropout": jax.random.key(1)})
-    assert np.abs(dropped - plain - added).max() > 0.1
-
-
 def test_the_authors_train_lora_and_all_that_is_not_gpt2():
     model = zoo.create("tempo_80m_v1")
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 336, 1))))["params"]
-    mask = tempo.trained(shapes)
+    groups = assign(shapes, model, freeze=tempo.FROZEN_IN_PAPER)
     counts = {True: [0, 0], False: [0, 0]}
-    for (path, leaf), chosen in zip(
-        jax.tree.leaves_with_path(shapes), jax.tree.leaves(mask), strict=True
-    ):
+    for (path, leaf), group in zip(jax.tree.leaves_with_path(shapes), groups.values(), strict=True):
+        chosen = group is not None
         of_gpt2 = path[0].key.startswith(("layers_", "norm", "position_embedding"))
         counts[of_gpt2 or path[0].key == "embed"][chosen] += leaf.size
     assert counts[True] == [82_207_488 - 308_736, 308_736]  # as peft counts them
-    assert counts[False] == [0, 94_439_770 - 82_207_488]
+    unused = 113_240  # leaves that only keep the file complete
+    assert counts[False] == [unused, 94_439_770 - 82_207_488 - unused]
 
 
 def test_a_pool_gives_the_values_of_the_nearest_keys():
@@ -149,9 +137,9 @@ def test_what_the_loss_adds_reaches_the_maps_that_take_apart_alone(small):
     @jax.jit
     def run(variables):
         def added(variables):
-            loss, aux = both.loss(model, variables, batch, None, True)
-            without, _ = plain.loss(model, variables, batch, None, True)
-            return loss - without, aux["metrics"]["decomposition"].compute()
+            loss, aux = both.loss(model, variables, {}, batch, jax.random.key(0), "train")
+            without, _ = plain.loss(model, variables, {}, batch, jax.random.key(0), "train")
+            return loss - without, aux.metrics["decomposition"].compute()
 
         return jax.value_and_grad(added, has_aux=True)(variables)
 
@@ -164,7 +152,9 @@ def test_what_the_loss_adds_reaches_the_maps_that_take_apart_alone(small):
     assert all(value < 1e-3 for name, value in largest.items() if name not in own), largest
     lacking = {name: part for name, part in batch.items() if name != "noise"}
     with pytest.raises(ValueError, match="the batch has no 'noise', which Decomposed"):
-        jax.eval_shape(lambda: both.loss(model, variables, lacking, None, True)[0])
+        jax.eval_shape(
+            lambda: both.loss(model, variables, {}, lacking, jax.random.key(0), "train")[0]
+        )
 
 
 # ------------------------------------------------------------------------- a published GPT-2
@@ -231,7 +221,7 @@ def test_it_beats_the_season_before_on_a_trend_with_a_season():
             variables, state = carry
             rows = jax.random.choice(jax.random.key(i), 512, (32,))
             some = jax.tree.map(lambda x: x[rows], batch)
-            loss = lambda v: task.loss(model, v, some, None, False)[0]  # noqa: E731
+            loss = lambda v: task.metrics(model, v, some)["loss"].compute()  # noqa: E731
             updates, state = optimizer.update(jax.grad(loss)(variables), state)
             return (optax.apply_updates(variables, updates), state), None
 

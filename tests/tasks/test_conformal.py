@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from zoo.tasks.conformal import covered, near_radii, radius
+from zoo.evaluators.conformal import covered, near_radii, radius
 
 
 def test_the_radius_is_the_conformal_quantile():

@@ -1,17 +1,18 @@
 import jax
 import numpy as np
 import pytest
-from model_helpers import filled
+from model_helpers import filled, program_of
 from sklearn.metrics import log_loss
 
 import zoo
 from zoo.data import Arrays, Data
-from zoo.tasks import SeriesClassification
-from zoo.tasks.series_classification import (
+from zoo.evaluators import ActivationMaps
+from zoo.evaluators.activation_maps import (
     class_activation_map,
     draw_activation,
     weighted_log_loss,
 )
+from zoo.tasks import Classification
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +62,10 @@ def test_a_map_is_drawn_from_zero_to_one_behind_its_series():
         draw_activation(series, activation)
 
 
-def test_its_report_draws_maps(network, tmp_path):
+def test_the_evaluator_draws_maps(network, tmp_path):
     model, variables, arrays = network
-    task = SeriesClassification(classes=("one", "two"), variates=("a", "b", "c"))
+    maps = ActivationMaps(classes=("one", "two"), variates=("a", "b", "c"))
     data = Data(*[Arrays(**arrays)] * 2, eval_batch_size=4)
-    found = task.report(model, variables, data, tmp_path)
+    found = maps.run(program_of(model, Classification()), variables, data, tmp_path)
     assert found["weighted_log_loss"] > 0
     assert (tmp_path / "activation_maps.png").stat().st_size > 1000

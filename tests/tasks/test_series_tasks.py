@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from model_helpers import program_of
 
 import zoo
 from zoo.data import Arrays, Data, eval_batches
+from zoo.evaluators import AnomalyScores, ForecastPlots
+from zoo.evaluators.anomalies import point_adjust, scores, threshold
 from zoo.tasks import AnomalyDetection, Forecasting, Imputation
-from zoo.tasks.anomaly_detection import point_adjust, scores, threshold
 from zoo.tasks.metrics import merge
 
 
@@ -35,7 +37,7 @@ def windows(count=11, horizon=3, **more):
 
 
 def evaluated(task, model, source, size):
-    variables = model.init(jax.random.key(0), **task.init_inputs(model))
+    variables = task.init(model, jax.random.key(0))
     data = Data(source, source, eval_batch_size=size)
     parts = [task.metrics(model, variables, batch) for batch in eval_batches(data)]
     return {k: float(m.compute()) for k, m in merge(parts).items()}
@@ -77,7 +79,9 @@ def test_only_hidden_values_count_in_imputation_each_the_same(size):
 def test_imputation_keeps_what_was_seen():
     mask = np.random.default_rng(1).random((11, 6, 2)) > 0.3
     batch = next(eval_batches(Data(*[windows(horizon=6, mask=mask)] * 2)))
-    filled = Imputation().predict(Repeat(6), {"params": {"factor": jnp.float32(2)}}, batch)
+    filled = Imputation().predict(Repeat(6), {"params": {"factor": jnp.float32(2)}}, batch)[
+        "series"
+    ]
     np.testing.assert_array_equal(filled[:11][mask], batch["series"][:11][mask])
     assert np.abs(filled[:11][~mask] - batch["series"][:11][~mask]).min() > 0
 
@@ -127,16 +131,17 @@ def test_a_report_scores_and_draws_anomalies(tmp_path):
     )  # fmt: skip
     zeros = {name: {"shared": {"kernel": jnp.zeros((12, 12)), "bias": jnp.zeros(12)}}
              for name in ("season", "trend")}  # fmt: skip
-    task = AnomalyDetection(anomaly_ratio=100 * 3 / 960)
-    found = task.report(model, {"params": zeros}, data, tmp_path)
+    scores = AnomalyScores(anomaly_ratio=100 * 3 / 960)
+    program = program_of(model, AnomalyDetection())
+    found = scores.run(program, {"params": zeros}, data, tmp_path)
     assert found["raw_f1"] == found["adjusted_f1"] == 1.0
     assert (tmp_path / "anomalies.png").stat().st_size > 1000
     with pytest.raises(ValueError, match="says of no step whether it is anomalous"):
-        task.report(model, {"params": zeros}, Data(*[Arrays(series=normal)] * 2), tmp_path)
+        scores.run(program, {"params": zeros}, Data(*[Arrays(series=normal)] * 2), tmp_path)
 
 
 def test_a_report_draws_forecasts(tmp_path):
     variables = {"params": {"factor": jnp.float32(1)}}
     data = Data(*[windows()] * 2)
-    assert Forecasting().report(Repeat(), variables, data, tmp_path) == {}
+    assert ForecastPlots().run(program_of(Repeat(), Forecasting()), variables, data, tmp_path) == {}
     assert (tmp_path / "forecasts.png").stat().st_size > 1000

@@ -47,7 +47,7 @@ def test_dropout_draws_the_same_masks_on_every_mesh(results):
 
 def test_fsdp_cuts_parameters_optimizer_state_and_average_alike(results):
     specs = results["fsdp"]["specs"]
-    for place in ("params", "ema", "opt_state/1/mu", "opt_state/1/nu"):
+    for place in ("params", "ema", "opt_state/train/adam/mu", "opt_state/train/adam/nu"):
         assert specs[f"{place}/mlp/up/kernel"] == "P(None, 'fsdp')"
         assert specs[f"{place}/norm/scale"] == "P()"
 

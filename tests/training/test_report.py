@@ -1,4 +1,4 @@
-"""What a task reports at the end of a run, and a config whose data is not installed."""
+"""What evaluators say at the end of a run, and a config whose data is not installed."""
 
 import dataclasses
 import gzip
@@ -14,6 +14,7 @@ from training import tiny
 
 from zoo.data import Arrays, Data
 from zoo.errors import ConfigError
+from zoo.evaluators import ForecastPlots
 from zoo.tasks import Forecasting
 from zoo.training import Model
 from zoo.training.config import load_file
@@ -22,14 +23,14 @@ from zoo.training.loop import train
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-class Counting(Forecasting):
-    """Forecasting that also measures something of the whole run."""
+class Counting(ForecastPlots):
+    """The picture, and something measured of the whole data set."""
 
-    def report(self, model, variables, data, folder):
-        return {**super().report(model, variables, data, folder), "windows": float(len(data.eval))}
+    def run(self, program, variables, data, folder):
+        return {**super().run(program, variables, data, folder), "windows": float(len(data.eval))}
 
 
-def test_a_run_ends_with_the_picture_and_the_numbers_of_its_task(tmp_path):
+def test_a_run_ends_with_the_picture_and_the_numbers_of_its_evaluators(tmp_path):
     rng = np.random.default_rng(0)
     windows = Arrays(
         series=rng.standard_normal((20, 8, 2)).astype("f"),
@@ -38,7 +39,8 @@ def test_a_run_ends_with_the_picture_and_the_numbers_of_its_task(tmp_path):
     config = dataclasses.replace(
         tiny.get_config(),
         model=Model("dlinear_test", {"context_length": 8, "horizon": 4, "variates": 2}),
-        task=Counting(),
+        task=Forecasting(),
+        evaluators=(Counting(),),
         data=Data(windows, windows, batch_size=10, threads=1),
         num_steps=2,
     )

@@ -34,6 +34,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from zoo.checkpoints import together
 from zoo.checkpoints.mismatch import CheckpointMismatch, Misfit
+from zoo.checkpoints.resume import Match, match
 from zoo.errors import CheckpointBroken, StorageError
 
 FILES = "FILES.json"
@@ -188,19 +189,22 @@ class Checkpoints:
           abstract: nested dicts of `jax.ShapeDtypeStruct` with shardings, by part.
 
         Returns:
-          the parts and what was saved as `extra`; None if there is no step.
+          the parts and what was saved as `extra`; None if there is no step. Leaves of the
+          optimizer, running mean and carry that the step lacks are not in the parts.
 
         Raises:
           CheckpointMismatch: if a whole step is of another model or optimizer.
         """
-        abstract = {name: tree for name, tree in abstract.items() if jax.tree.leaves(tree)}
+        wanted = flatten_dict(dict(abstract), sep="/")
         while (step := together.from_first(max(self.steps(), default=-1))) >= 0:
             folder = self.run / "checkpoints" / str(step)
             try:
                 with together.all_or_none(folder):
                     extra = verify_files(folder, digests=jax.process_index() == 0)
-                _check_shapes(folder, abstract, exact=True)
-                parts = _load(folder, abstract)
+                saved = read_manifest(folder)
+                found = match(saved, wanted)
+                _check_shapes(folder, saved, wanted, found)
+                parts = _load_matching(folder, saved, wanted, found)
             except CheckpointBroken as error:
                 if jax.process_index() == 0:
                     aside = set_aside(folder)
@@ -208,6 +212,8 @@ class Checkpoints:
                 together.from_first(0)  # the others go on when it is moved
                 self._orbax.reload()
                 continue
+            if said := found.sentence():
+                self.say(f"Step {step}: {said}")
             return parts, extra
         return None
 
@@ -261,13 +267,36 @@ def load_run(
     raise FileNotFoundError(f"There is no checkpoint of a run in {str(source)!r}.")
 
 
+def saved_extra(source: str | os.PathLike, step: int | None = None) -> dict[str, Any]:
+    """What was saved as `extra` (step, config, versions) with the newest step that is whole.
+
+    Raises:
+      FileNotFoundError: if there is no checkpoint.
+      CheckpointBroken: if the step asked for, or every step, is not what was saved.
+    """
+    folders = _step_folders(Path(source).resolve(), step)
+    for i, folder in enumerate(folders):
+        try:
+            return verify_files(folder)
+        except CheckpointBroken:
+            if i + 1 == len(folders):
+                raise
+    raise FileNotFoundError(f"There is no checkpoint of a run in {str(source)!r}.")
+
+
+def run_folder(source: str | os.PathLike) -> Path:
+    """The run directory of a path that `load_run` takes."""
+    folder = _step_folders(Path(source).resolve(), None)[0]
+    return folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
+
+
 def _variables(folder: Path, extra: Mapping, model: Any, sharding: Any, averaged: bool) -> dict:
     leaves = read_manifest(folder)
     params = "ema" if averaged and "ema" in extra["parts"] else "params"
     wanted = {}
     for path, leaf in leaves.items():
         part, _, rest = path.partition("/")
-        if part in (params, "collections"):
+        if part in (params, "frozen", "collections"):
             name = rest if part == "collections" else f"params/{rest}"
             place = sharding(name, tuple(leaf["shape"])) if callable(sharding) else sharding
             place = place or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -277,7 +306,8 @@ def _variables(folder: Path, extra: Mapping, model: Any, sharding: Any, averaged
     if model is not None:
         _check_model(folder, model, abstract, params)
     parts = _load(folder, abstract)
-    return {"params": parts[params], **parts.get("collections", {})}
+    flat = flatten_dict(parts[params]) | flatten_dict(parts.get("frozen", {}))
+    return {"params": unflatten_dict(flat), **parts.get("collections", {})}
 
 
 # ---------------------------------------------------------------------------- on disk
@@ -553,16 +583,52 @@ def _holds(home: tuple, span: tuple) -> bool:
     return all(h[0] <= s[0] and s[1] <= h[1] for h, s in zip(home, span, strict=True))
 
 
-def _check_shapes(folder: Path, abstract: Parts, exact: bool) -> None:
+def _check_shapes(folder: Path, saved: Mapping, wanted: Mapping, found: Match) -> None:
     """Compare what a step holds with what is wanted, before anything is read."""
-    saved = read_manifest(folder)
-    wanted = flatten_dict(abstract, sep="/")
+    spare = {*found.unused, *found.afresh}
     _compare(
-        f"Checkpoint {folder} is of another model or optimizer than this config's.",
-        {path: (tuple(leaf["shape"]), leaf["dtype"]) for path, leaf in saved.items()},
-        {path: (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in wanted.items()},
+        f"Checkpoint {folder} is of another model than this config's.",
+        {
+            path: (tuple(leaf["shape"]), leaf["dtype"])
+            for path, leaf in saved.items()
+            if path not in spare
+        },
+        {
+            found.source[path]: (tuple(leaf.shape), str(leaf.dtype))
+            for path, leaf in wanted.items()
+            if path not in spare
+        },
         "Use the config it was made with, or another workdir.",
     )
+
+
+def _load_matching(folder: Path, saved: Mapping, wanted: Mapping, found: Match) -> Parts:
+    """The leaves of a step that are wanted, under the paths by which they are wanted.
+
+    A part is read as a whole, also where some of its leaves are not wanted.
+    """
+    places = {source: wanted[path].sharding for path, source in found.source.items()}
+    some = next(iter(wanted.values())).sharding
+    whole = some
+    if isinstance(some, jax.sharding.NamedSharding):
+        whole = jax.sharding.NamedSharding(some.mesh, jax.sharding.PartitionSpec())
+    parts = {source.partition("/")[0] for source in found.source.values()}
+    read = {
+        path: jax.ShapeDtypeStruct(
+            tuple(leaf["shape"]), np.dtype(leaf["dtype"]), sharding=places.get(path, whole)
+        )
+        for path, leaf in saved.items()
+        if path.partition("/")[0] in parts
+    }
+    loaded = flatten_dict(_load(folder, unflatten_dict(read, sep="/")), sep="/")
+    taken: set[str] = set()
+    leaves = {}
+    for path, source in found.source.items():
+        leaf = loaded[source]
+        again = source in taken or leaf.sharding != wanted[path].sharding
+        leaves[path] = jax.device_put(leaf.copy(), wanted[path].sharding) if again else leaf
+        taken.add(source)
+    return unflatten_dict(leaves, sep="/")
 
 
 def _check_model(folder: Path, model: Any, abstract: Parts, params: str) -> None:
@@ -570,7 +636,10 @@ def _check_model(folder: Path, model: Any, abstract: Parts, params: str) -> None
 
     stored = model_leaves(model).stored
     flat = flatten_dict(abstract, sep="/")
-    saved = {p.removeprefix(f"{params}/").removeprefix("collections/"): s for p, s in flat.items()}
+    saved = {
+        path.removeprefix(f"{params}/").removeprefix("frozen/").removeprefix("collections/"): leaf
+        for path, leaf in flat.items()
+    }
     _compare(
         f"Checkpoint {folder} does not fit {type(model).__name__}.",
         {path: (tuple(s.shape), "") for path, s in saved.items()},

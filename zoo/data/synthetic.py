@@ -63,3 +63,39 @@ class MovingSquare:
             rows, columns = ((start + i * step)[:, None] + np.arange(side)) % self.size
             clip[i][np.ix_(rows, columns)] += 160
         return {"clip": clip, "label": label}
+
+
+@dataclass(frozen=True)
+class RingOfGaussians:
+    """Points of the plane around the corners of a regular polygon, and latents to make them from.
+
+    The usual first test of an adversarial model: one that collapses finds few of the corners.
+
+    Attributes:
+      count: examples.
+      corners: of the polygon, whose radius is 1.
+      spread: standard deviation around each.
+      latent_dim: normal numbers of each example's `latents`.
+      seed: other seeds give other points.
+    """
+
+    count: int
+    corners: int = 8
+    spread: float = 0.05
+    latent_dim: int = 8
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng((self.seed, index))
+        corner = self.centres()[rng.integers(self.corners)]
+        point = corner + self.spread * rng.standard_normal(2)
+        latents = rng.standard_normal(self.latent_dim)
+        return {"points": point.astype(np.float32), "latents": latents.astype(np.float32)}
+
+    def centres(self) -> np.ndarray:
+        """The corners, `[corners, 2]`."""
+        angle = 2 * np.pi * np.arange(self.corners) / self.corners
+        return np.stack([np.cos(angle), np.sin(angle)], 1)

@@ -1,24 +1,32 @@
 """What a model is trained for: loss, metrics and predictions, one file a task."""
 
+from zoo.tasks.adversarial import Adversarial
 from zoo.tasks.anomaly_detection import AnomalyDetection
 from zoo.tasks.classification import Classification
+from zoo.tasks.distillation import Distillation
 from zoo.tasks.forecasting import DecomposedForecasting, Forecasting
 from zoo.tasks.imputation import Imputation
 from zoo.tasks.language_modelling import LanguageModelling
 from zoo.tasks.masked_language_modelling import MaskedLanguageModelling
 from zoo.tasks.metrics import Mean
 from zoo.tasks.regression import Regression
-from zoo.tasks.series_classification import SeriesClassification
+from zoo.tasks.task import Aux, Networks, OneNetwork, Phase, Task
 
 __all__ = [
+    "Adversarial",
     "AnomalyDetection",
+    "Aux",
     "Classification",
     "DecomposedForecasting",
+    "Distillation",
     "Forecasting",
     "Imputation",
     "LanguageModelling",
     "MaskedLanguageModelling",
     "Mean",
+    "Networks",
+    "OneNetwork",
+    "Phase",
     "Regression",
-    "SeriesClassification",
+    "Task",
 ]

@@ -1,6 +1,5 @@
 """Classification of images, texts or anything else a model gives class logits for."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +9,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from zoo.tasks.apply import apply_model, zeros_like_inputs
 from zoo.tasks.metrics import Mean
+from zoo.tasks.task import Batch, OneNetwork, Variables
 
 
 def cross_entropy(
@@ -32,7 +31,7 @@ def cross_entropy(
 
 
 @dataclass(frozen=True)
-class Classification:
+class Classification(OneNetwork):
     """Cross-entropy; metrics are loss and accuracy (and top-5 with more than ten classes).
 
     Batches: the model's inputs (`images`, `tokens` ...), `labels` as class numbers `[batch]` or
@@ -45,50 +44,38 @@ class Classification:
 
     label_smoothing: float = 0.0
 
-    def init_inputs(self, model: nn.Module) -> dict[str, Array]:
-        """Zeros to initialise the model with."""
-        return zeros_like_inputs(model)
-
-    def loss(
-        self,
-        model: nn.Module,
-        variables: Mapping[str, Any],
-        batch: Mapping[str, Array],
-        rng: Array | None,
-        train: bool,
-    ) -> tuple[Float[Array, ""], dict[str, Any]]:
-        """The mean loss of the valid examples; aux has `metrics` and updated `collections`."""
-        output, collections = apply_model(model, variables, batch, rng, train)
-        heads = output if isinstance(output, tuple) else (output,)
-        smoothing = self.label_smoothing if train else 0.0
-        each = sum(cross_entropy(h, batch["labels"], smoothing) for h in heads) / len(heads)
-        metrics = self._metrics(sum(heads) / len(heads), each, batch)
-        return metrics["loss"].compute(), {"metrics": metrics, "collections": collections}
-
-    def metrics(
-        self, model: nn.Module, variables: Mapping[str, Any], batch: Mapping[str, Array]
+    def measure(
+        self, network: nn.Module, output: Any, batch: Batch, train: bool
     ) -> dict[str, Mean]:
-        """Metrics of one batch, in evaluation mode."""
-        logits, _ = apply_model(model, variables, batch, None, train=False)
-        return self._metrics(logits, cross_entropy(logits, batch["labels"]), batch)
+        """Loss, accuracy and, with more than ten classes, top-5 accuracy."""
+        if train:
+            heads = output if isinstance(output, tuple) else (output,)
+            smoothing = self.label_smoothing
+            each = sum(cross_entropy(h, batch["labels"], smoothing) for h in heads) / len(heads)
+            return class_metrics(sum(heads) / len(heads), each, batch)
+        return class_metrics(output, cross_entropy(output, batch["labels"]), batch)
 
     def predict(
-        self, model: nn.Module, variables: Mapping[str, Any], batch: Mapping[str, Array]
-    ) -> Float[Array, "batch classes"]:
+        self, networks: nn.Module, variables: Variables, batch: Batch
+    ) -> dict[str, Float[Array, "batch classes"]]:
         """Class probabilities."""
-        logits, _ = apply_model(model, variables, batch, None, train=False)
-        return jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+        logits, _ = self.run(networks, variables, batch)
+        return {"probabilities": jax.nn.softmax(logits.astype(jnp.float32), axis=-1)}
 
-    def _metrics(self, logits: Array, loss: Array, batch: Mapping[str, Array]) -> dict[str, Mean]:
-        labels, valid = batch["labels"], batch.get("valid")
-        labels = labels if labels.ndim == 1 else labels.argmax(-1)
-        metrics = {
-            "loss": Mean.of(loss, valid),
-            "accuracy": Mean.of(logits.argmax(-1) == labels, valid),
-        }
-        if logits.shape[-1] > 10:
-            metrics["top5"] = Mean.of(_rank(logits, labels) < 5, valid)
-        return metrics
+
+def class_metrics(
+    logits: Float[Array, "batch classes"], loss: Float[Array, "batch"], batch: Batch
+) -> dict[str, Mean]:
+    """Metrics of class logits, with the loss of each example that they gave."""
+    labels, valid = batch["labels"], batch.get("valid")
+    labels = labels if labels.ndim == 1 else labels.argmax(-1)
+    metrics = {
+        "loss": Mean.of(loss, valid),
+        "accuracy": Mean.of(logits.argmax(-1) == labels, valid),
+    }
+    if logits.shape[-1] > 10:
+        metrics["top5"] = Mean.of(_rank(logits, labels) < 5, valid)
+    return metrics
 
 
 def _rank(

@@ -8,13 +8,13 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from zoo.tasks.apply import apply_model, zeros_like_inputs
 from zoo.tasks.forecasting import check_output
 from zoo.tasks.metrics import Mean
+from zoo.tasks.task import Batch, OneNetwork, Variables
 
 
 @dataclass(frozen=True)
-class Imputation:
+class Imputation(OneNetwork):
     """Mean squared error (the loss) and mean absolute error of the values that were hidden.
 
     Batches are those of `zoo.data.series.Windows` with `horizon=0` behind `HideValues`. Any
@@ -22,36 +22,18 @@ class Imputation:
     same, also over batches.
     """
 
-    def init_inputs(self, model: nn.Module) -> dict[str, Array]:
-        """Zeros to initialise the model with."""
-        return zeros_like_inputs(model)
-
-    def loss(
-        self,
-        model: nn.Module,
-        variables: Mapping[str, Any],
-        batch: Mapping[str, Array],
-        rng: Array | None,
-        train: bool,
-    ) -> tuple[Float[Array, ""], dict[str, Any]]:
-        """The squared error of hidden values; aux has `metrics` and updated `collections`."""
-        output, collections = apply_model(model, variables, batch, rng, train)
-        metrics = _metrics(model, output, batch)
-        return metrics["loss"].compute(), {"metrics": metrics, "collections": collections}
-
-    def metrics(
-        self, model: nn.Module, variables: Mapping[str, Any], batch: Mapping[str, Array]
+    def measure(
+        self, network: nn.Module, output: Any, batch: Batch, train: bool
     ) -> dict[str, Mean]:
-        """Metrics of one batch, in evaluation mode."""
-        output, _ = apply_model(model, variables, batch, None, train=False)
-        return _metrics(model, output, batch)
+        """Squared and absolute error of hidden values."""
+        return _metrics(network, output, batch)
 
     def predict(
-        self, model: nn.Module, variables: Mapping[str, Any], batch: Mapping[str, Array]
-    ) -> Float[Array, "batch time variates"]:
+        self, networks: nn.Module, variables: Variables, batch: Batch
+    ) -> dict[str, Float[Array, "batch time variates"]]:
         """The window, its hidden values filled in."""
-        output, _ = apply_model(model, variables, batch, None, train=False)
-        return jnp.where(batch["mask"], batch["series"], output)
+        output, _ = self.run(networks, variables, batch)
+        return {"series": jnp.where(batch["mask"], batch["series"], output)}
 
 
 def _metrics(model: nn.Module, output: Array, batch: Mapping[str, Array]) -> dict[str, Mean]:

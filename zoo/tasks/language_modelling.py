@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from zoo.tasks.apply import apply_model, zeros_like_inputs
 from zoo.tasks.metrics import Mean
+from zoo.tasks.task import Batch, OneNetwork, Variables
 
 
 @dataclass(frozen=True)
-class LanguageModelling:
+class LanguageModelling(OneNetwork):
     """Cross-entropy of every token but the first of a sequence, given those before it.
 
     The model gives logits over the vocabulary at each of `tokens`; a batch may have `mask` (True is
@@ -22,36 +22,18 @@ class LanguageModelling:
     (in nats; its exponential is the perplexity) and accuracy.
     """
 
-    def init_inputs(self, model: nn.Module) -> dict[str, Array]:
-        """Zeros to initialise the model with."""
-        return zeros_like_inputs(model)
-
-    def loss(
-        self,
-        model: nn.Module,
-        variables: Mapping[str, Any],
-        batch: Mapping[str, Array],
-        rng: Array | None,
-        train: bool,
-    ) -> tuple[Float[Array, ""], dict[str, Any]]:
-        """The mean loss of predicted tokens; aux has `metrics` and updated `collections`."""
-        logits, collections = apply_model(model, variables, batch, rng, train)
-        metrics = _metrics(logits, batch)
-        return metrics["loss"].compute(), {"metrics": metrics, "collections": collections}
-
-    def metrics(
-        self, model: nn.Module, variables: Mapping[str, Any], batch: Mapping[str, Array]
+    def measure(
+        self, network: nn.Module, output: Any, batch: Batch, train: bool
     ) -> dict[str, Mean]:
-        """Metrics of one batch, in evaluation mode."""
-        logits, _ = apply_model(model, variables, batch, None, train=False)
-        return _metrics(logits, batch)
+        """Loss and accuracy of the predicted tokens."""
+        return _metrics(output, batch)
 
     def predict(
-        self, model: nn.Module, variables: Mapping[str, Any], batch: Mapping[str, Array]
-    ) -> Int[Array, "batch length"]:
+        self, networks: nn.Module, variables: Variables, batch: Batch
+    ) -> dict[str, Int[Array, "batch length"]]:
         """The most likely next token at every position."""
-        logits, _ = apply_model(model, variables, batch, None, train=False)
-        return logits.argmax(-1)
+        logits, _ = self.run(networks, variables, batch)
+        return {"tokens": logits.argmax(-1)}
 
 
 def _metrics(

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from zoo.tasks.apply import apply_model, zeros_like_inputs
 from zoo.tasks.metrics import Mean
+from zoo.tasks.task import Batch, OneNetwork, Variables
 
 
 @dataclass(frozen=True)
-class MaskedLanguageModelling:
+class MaskedLanguageModelling(OneNetwork):
     """Cross-entropy at the positions whose label is not negative (`zoo.data.text.MaskTokens`).
 
     Devlin et al., arXiv 1810.04805, section 3.1. The model gives logits over the vocabulary (of a
@@ -22,36 +22,18 @@ class MaskedLanguageModelling:
     token counts the same, also over batches; metrics are loss and accuracy.
     """
 
-    def init_inputs(self, model: nn.Module) -> dict[str, Array]:
-        """Zeros to initialise the model with."""
-        return zeros_like_inputs(model)
-
-    def loss(
-        self,
-        model: nn.Module,
-        variables: Mapping[str, Any],
-        batch: Mapping[str, Array],
-        rng: Array | None,
-        train: bool,
-    ) -> tuple[Float[Array, ""], dict[str, Any]]:
-        """The mean loss of predicted tokens; aux has `metrics` and updated `collections`."""
-        output, collections = apply_model(model, variables, batch, rng, train)
-        metrics = _metrics(output, batch)
-        return metrics["loss"].compute(), {"metrics": metrics, "collections": collections}
-
-    def metrics(
-        self, model: nn.Module, variables: Mapping[str, Any], batch: Mapping[str, Array]
+    def measure(
+        self, network: nn.Module, output: Any, batch: Batch, train: bool
     ) -> dict[str, Mean]:
-        """Metrics of one batch, in evaluation mode."""
-        output, _ = apply_model(model, variables, batch, None, train=False)
+        """Loss and accuracy of the predicted tokens."""
         return _metrics(output, batch)
 
     def predict(
-        self, model: nn.Module, variables: Mapping[str, Any], batch: Mapping[str, Array]
-    ) -> Int[Array, "batch length"]:
+        self, networks: nn.Module, variables: Variables, batch: Batch
+    ) -> dict[str, Int[Array, "batch length"]]:
         """The most likely token at every position."""
-        output, _ = apply_model(model, variables, batch, None, train=False)
-        return _words(output).argmax(-1)
+        output, _ = self.run(networks, variables, batch)
+        return {"tokens": _words(output).argmax(-1)}
 
 
 def _words(output: Any) -> Float[Array, "batch length vocabulary"]:

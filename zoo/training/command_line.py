@@ -13,11 +13,13 @@ from typing import Any
 import tyro
 
 from zoo.errors import ConfigError
-from zoo.training.config import Command, TrainConfig, load, load_file
+from zoo.training.config import Command, Model, TrainConfig, load, load_file
 
 DEFAULT = "configs/default.py"
 _BARE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=.*", re.DOTALL)  # partition.fsdp=2
-_OVERRIDE = "--model.overrides."
+_OVERRIDE = re.compile(
+    r"--model\.((?P<network>[\w-]+)\.)?overrides\.(?P<key>[^=]+)(=(?P<value>.*))?", re.DOTALL
+)
 
 
 def parse(args: Sequence[str], default: str = DEFAULT) -> tuple[str, Command]:
@@ -35,9 +37,7 @@ def parse(args: Sequence[str], default: str = DEFAULT) -> tuple[str, Command]:
     path, args = _config_path(args)
     base, name = _base(path, args, default)
     overrides, args = _model_overrides(args)
-    merged = {**base.model.overrides, **overrides}
-    model = dataclasses.replace(base.model, overrides=merged)
-    command = Command(config=dataclasses.replace(base, model=model))
+    command = Command(config=dataclasses.replace(base, model=_overridden(base.model, overrides)))
     return name, _tyro(args, command, f"train.py {path or default}")
 
 
@@ -63,26 +63,51 @@ def _base(path: str | None, args: list[str], default: str) -> tuple[TrainConfig,
     return load_file(default), Path(default).stem
 
 
-def _model_overrides(args: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Takes `--model.overrides.KEY VALUE` out: the module's fields are known to it alone."""
+def _model_overrides(args: list[str]) -> tuple[dict[tuple[str, str], Any], list[str]]:
+    """Takes `--model.overrides.KEY VALUE` out: the module's fields are known to it alone.
+
+    Of several networks it is `--model.NETWORK.overrides.KEY`. Keys are of network ('') and field.
+    """
     overrides, rest, i = {}, [], 0
     while i < len(args):
-        if not args[i].startswith(_OVERRIDE):
+        found = _OVERRIDE.fullmatch(args[i])
+        if found is None:
             rest.append(args[i])
             i += 1
             continue
-        key, equals, value = args[i].removeprefix(_OVERRIDE).partition("=")
-        if not equals:
+        key, value = found["key"], found["value"]
+        if value is None:
             i += 1
             if i == len(args):
-                raise ConfigError(f"--model.overrides.{key} needs a value.")
+                raise ConfigError(f"{args[i - 1]} needs a value.")
             value = args[i]
         try:
-            overrides[key.replace("-", "_")] = ast.literal_eval(value)
+            parsed = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            overrides[key.replace("-", "_")] = {"true": True, "false": False}.get(value, value)
+            parsed = {"true": True, "false": False}.get(value, value)
+        overrides[(found["network"] or "").replace("-", "_"), key.replace("-", "_")] = parsed
         i += 1
     return overrides, rest
+
+
+def _overridden(
+    model: Model | dict[str, Model], overrides: dict[tuple[str, str], Any]
+) -> Model | dict[str, Model]:
+    """The model, or models by name, with these fields.
+
+    Raises:
+      ConfigError: if a network is named that there is not.
+    """
+    models = {"": model} if isinstance(model, Model) else dict(model)
+    for (name, key), value in overrides.items():
+        if name not in models:
+            known = ", ".join(
+                f"--model.{n}.overrides" if n else "--model.overrides" for n in models
+            )
+            raise ConfigError(f"There is no network {name!r} to override {key} of; give {known}.")
+        one = models[name]
+        models[name] = dataclasses.replace(one, overrides={**one.overrides, key: value})
+    return models[""] if isinstance(model, Model) else models
 
 
 def _tyro(args: list[str], command: Command, prog: str) -> Command:

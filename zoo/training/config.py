@@ -17,9 +17,10 @@ from types import FunctionType
 from typing import Annotated, Any, Literal
 
 import tyro
-from tyro.conf import Fixed
+from tyro.conf import AvoidSubcommands, Fixed
 
 from zoo.errors import ConfigError
+from zoo.tasks.task import Task
 
 TYPE = "_type"  # the key that says which dataclass a JSON object is
 
@@ -60,6 +61,12 @@ class Optimizer:
     """Decay of each step, times the learning rate, of the leaves that decay."""
     no_decay: tuple[str, ...] = ()
     """More path patterns (regex) without decay, beside biases, norms, position tables, tokens."""
+    layer_decay: float = 1.0
+    """Factor of the learning rate from a layer to the one below it, from the head down."""
+    rate_multipliers: dict[str, float] = field(default_factory=dict)
+    """Path pattern (regex) -> factor of the learning rate of its leaves: PATTERN FACTOR ..."""
+    decay_multipliers: dict[str, float] = field(default_factory=dict)
+    """Path pattern (regex) -> factor of the weight decay of its leaves: PATTERN FACTOR ..."""
     b1: float = 0.9
     """First moment, or the momentum of sgd and rmsprop."""
     b2: float = 0.999
@@ -118,12 +125,20 @@ class Checkpointing:
 class TrainConfig:
     """One training run."""
 
-    model: Model
-    task: Any
-    """What is learnt: loss, metrics and inputs (zoo.tasks)."""
+    model: Annotated[Model | dict[str, Model], AvoidSubcommands]
+    """The network, or several by name for a task that takes several."""
+    task: Task
+    """What is learnt: loss, metrics and predictions (zoo.tasks)."""
     data: Any
     """Where examples come from and what is done to them (zoo.data.Data)."""
-    optimizer: Optimizer = Optimizer()
+    optimizer: Annotated[Optimizer | dict[str, Optimizer], AvoidSubcommands] = Optimizer()
+    """Of all that is trained, or one a group: networks are groups, methods name others."""
+    methods: tuple[Any, ...] = ()
+    """What changes the network or which leaves are trained (zoo.methods), from left to right."""
+    freeze: tuple[str, ...] = ()
+    """Path patterns (regex, whole path) of leaves that are not trained."""
+    evaluators: tuple[Any, ...] = ()
+    """What is measured or drawn over whole data sets (zoo.evaluators)."""
     partition: Partition = Partition()
     checkpoint: Checkpointing = Checkpointing()
     num_steps: int = 1000
@@ -160,9 +175,9 @@ class TrainConfig:
             (self.checkpoint, "every", 0),
             (self.checkpoint, "keep", 1),
             (self.checkpoint, "keep_best", 0),
-            (self.optimizer, "accumulate", 1),
-            (self.optimizer, "warmup_steps", 0),
         ]
+        for optimizer in self.optimizers.values():
+            checks += [(optimizer, "accumulate", 1), (optimizer, "warmup_steps", 0)]
         for part, name, least in checks:
             if getattr(part, name) < least:
                 raise ConfigError(
@@ -171,6 +186,18 @@ class TrainConfig:
                 )
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay is {self.ema_decay}; it must be in [0, 1), or None.")
+        if len({optimizer.accumulate for optimizer in self.optimizers.values()}) > 1:
+            raise ConfigError("All optimizers of a run must have the same number in accumulate.")
+
+    @property
+    def optimizers(self) -> dict[str, Optimizer]:
+        """The optimizers by group; the only one of a run has the name of none, ''."""
+        return self.optimizer if isinstance(self.optimizer, dict) else {"": self.optimizer}
+
+    @property
+    def accumulate(self) -> int:
+        """Microbatches a step."""
+        return next(iter(self.optimizers.values())).accumulate
 
 
 @dataclass(frozen=True)

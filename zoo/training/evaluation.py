@@ -2,17 +2,18 @@
 
 import dataclasses
 import os
+import tempfile
 from pathlib import Path
 
 import jax
 
-import zoo
-from zoo.checkpoints.runs import load_run
-from zoo.errors import ConfigError
+from zoo.checkpoints.runs import load_run, run_folder, saved_extra
+from zoo.errors import ConfigError, PartitionError
 from zoo.training import config as configs
-from zoo.training.config import Partition, TrainConfig
+from zoo.training.config import Model, Partition, TrainConfig
 from zoo.training.partition import make_mesh
-from zoo.training.program import Program, build_model
+from zoo.training.program import Program, build_networks
+from zoo.training.start import first_variables, placed
 
 
 def evaluate_run(
@@ -30,11 +31,14 @@ def evaluate_run(
       CheckpointBroken: if it is not what was saved.
     """
     try:
-        variables, extra = load_run(source, step=step)
+        extra = saved_extra(source, step)
+        config = configs.from_json(extra["config"]) if config is None else config
+        program = _program(config)
+        variables, extra = load_run(source, step=step, sharding=program.sharding)
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(str(error)) from None
-    config = configs.from_json(extra["config"]) if config is None else config
-    return _evaluate(config, variables), extra["step"]
+    folder = run_folder(source) / "evaluation" / str(extra["step"])
+    return _evaluate(program, placed(program, variables), folder), extra["step"]
 
 
 def evaluate_checkpoint(
@@ -50,18 +54,34 @@ def evaluate_checkpoint(
     Raises:
       ConfigError: if the file is not there or does not fit.
     """
+    if not isinstance(config.model, Model):
+        raise ConfigError(
+            "A published checkpoint is of one network; this config has "
+            f"{', '.join(config.model)}. Set the checkpoint of each in the config."
+        )
+    model = dataclasses.replace(config.model, checkpoint=os.fspath(checkpoint), adapt=adapt)
+    program = _program(dataclasses.replace(config, model=model))
+    with tempfile.TemporaryDirectory() as folder:
+        return _evaluate(program, first_variables(program), Path(folder))
+
+
+def _program(config: TrainConfig) -> Program:
+    """The program of a config on the devices here: its own mesh if it fits them."""
+    build_networks(config)  # before any device is asked, so that a wrong name is said first
+    own = dataclasses.replace(config.partition, mode="sharding", remat=None, offload="none")
     try:
-        name, overrides = config.model.name, config.model.overrides
-        _, variables = zoo.load(name, Path(checkpoint), adapt=adapt, **overrides)
-    except (FileNotFoundError, ValueError) as error:
-        raise ConfigError(str(error)) from None
-    return _evaluate(config, variables)
+        mesh = make_mesh(own, jax.devices())
+    except PartitionError:
+        own = Partition()
+        mesh = make_mesh(own, jax.devices())
+    return Program(dataclasses.replace(config, partition=own), mesh)
 
 
-def _evaluate(config: TrainConfig, variables: dict) -> dict[str, float]:
-    """On all devices, whatever mesh the run was trained on."""
-    build_model(config.model)  # before any device is asked, so that a wrong name is said first
-    config = dataclasses.replace(config, partition=Partition())
-    program = Program(config, make_mesh(config.partition, jax.devices()))
+def _evaluate(program: Program, variables: dict, folder: Path) -> dict[str, float]:
+    """The task's metrics, then what the evaluators of the config say."""
     with program.context():
-        return program.evaluate(program.put(variables))
+        found = program.evaluate(variables)
+        for evaluator in program.config.evaluators:
+            folder.mkdir(parents=True, exist_ok=True)
+            found |= evaluator.run(program, variables, program.config.data, folder)
+    return found

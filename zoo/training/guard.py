@@ -1,5 +1,6 @@
 """What happens when a loss or a gradient is not finite."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -8,19 +9,29 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from zoo.errors import NonFiniteError
-from zoo.training.tree import leaf_paths
+from zoo.tasks.task import Phase
 
 
 def first_bad(loss: Float[Array, ""], grads: Any) -> Int[Array, ""]:
-    """-1 if all is finite, else the index in `watched` of the first that is not."""
+    """Index in `watched` of the first that is not finite, or -1 if all is."""
     flags = [jnp.isfinite(x).all() for x in (loss, *jax.tree.leaves(grads))]
     fine = jnp.stack(flags)
     return jnp.where(fine.all(), -1, jnp.argmin(fine)).astype(jnp.int32)
 
 
-def watched(params: Any) -> list[str]:
-    """Names of what `first_bad` looks at, in its order."""
-    return ["the loss", *(f"the gradient of {path}" for path in leaf_paths(params))]
+def watched(phases: Sequence[tuple[str, Phase]], assigned: Mapping[str, str | None]) -> list[str]:
+    """Names of what `first_bad` looks at in the turns of a step, in its order.
+
+    Args:
+      phases: as `zoo.training.step.turns` gives them.
+      assigned: path of each leaf, in tree order -> its group.
+    """
+    names = []
+    for prefix, phase in phases:
+        names.append(f"the loss of {phase.name}" if prefix else "the loss")
+        trained = (path for path, group in assigned.items() if group in phase.groups)
+        names += [f"the gradient of {path}" for path in trained]
+    return names
 
 
 @dataclass

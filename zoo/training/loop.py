@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +25,9 @@ from zoo.training.logbook import Logbook
 from zoo.training.prefetch import Prefetch
 from zoo.training.profile import Profile
 from zoo.training.program import Program, make_program
-from zoo.training.start import first_state
+from zoo.training.start import completed, first_state
 from zoo.training.state import State
-from zoo.training.tree import from_dict, to_dict
+from zoo.training.step import turns
 
 EXIT_STOPPED = 75
 """Exit code of a run that was asked to stop (SIGTERM, SIGINT) and saved: give the same command
@@ -114,7 +114,8 @@ class Loop:
             self.window = extra["window"]
             self.iterator.set_state(extra["iterator"])
             logbook.say(f"Continuing {run} after step {self.step}.")
-        self.guard = Guard(config.guard, config.guard_limit, watched(program.abstract.params))
+        names = watched(turns(config.task.phases), program.assigned)
+        self.guard = Guard(config.guard, config.guard_limit, names)
         self.outputs: collections.deque = collections.deque()
         self.clock = (time.perf_counter(), self.step, 0.0)
 
@@ -152,7 +153,6 @@ class Loop:
                     )
             if not self.evaluated:
                 self.evaluate()
-            self.report()
         self.logbook.picture()
         self.logbook.close()
         self.logbook.table(time.perf_counter() - started)
@@ -199,10 +199,11 @@ class Loop:
         self.logbook.progress(step, {"train/loss": means.get("train/loss", float("nan")), **timing})
 
     def evaluate(self) -> None:
-        """Measure the held-out examples, every one once."""
+        """Measure the held-out examples, every one once, and run the evaluators that are due."""
         self.look(0)
         started = time.perf_counter()
         self.evaluated = self.program.evaluate(self.state.variables())
+        self.evaluated |= self.run_evaluators()
         self.logbook.row(self.step, {f"eval/{k}": v for k, v in self.evaluated.items()})
         shown = "  ".join(f"{k} {v:.4f}" for k, v in self.evaluated.items())
         self.logbook.say(f"step {self.step}  held out: {shown}")
@@ -210,17 +211,18 @@ class Loop:
         self.clock = (self.clock[0] + lost, *self.clock[1:])
         self.evaluated_at = self.step
 
-    def report(self) -> None:
-        """What the task draws of the whole run, or measures, if it has a `report`."""
-        report = getattr(self.config.task, "report", None)
-        if report is None or jax.process_count() > 1:
-            return
+    def run_evaluators(self) -> dict[str, float]:
+        """What the evaluators say that are due at this step; of several processes none is run."""
+        wanted = [
+            e for e in self.config.evaluators if due(self.step, e.every, self.config.num_steps)
+        ]
+        if not wanted or jax.process_count() > 1:
+            return {}
         variables = self.program.to_global(self.state).variables()
-        found = report(self.program.model, variables, self.config.data, self.run)
-        if found:
-            self.evaluated = {**self.evaluated, **found}
-            self.logbook.row(self.step, {f"eval/{k}": v for k, v in found.items()})
-            self.logbook.say("  ".join(f"{k} {v:.4f}" for k, v in found.items()))
+        found: dict[str, float] = {}
+        for evaluator in wanted:
+            found |= evaluator.run(self.program, variables, self.config.data, self.run)
+        return found
 
     def save(self) -> None:
         """Start to write a checkpoint of this step."""
@@ -233,20 +235,20 @@ class Loop:
             "config": configs.to_json(self.config),
         }
         fresh = self.evaluated_at == self.step
-        parts = to_parts(self.program.to_global(self.state))
+        parts = self.program.to_global(self.state).to_parts()
         self.checkpoints.save(self.step, parts, extra, self.evaluated if fresh else None)
         self.saved = self.step
 
     def restore(self) -> tuple[State, dict[str, Any]] | None:
         """State and extra of the newest checkpoint that is whole."""
         try:
-            found = self.checkpoints.restore(to_parts(self.program.abstract))
+            found = self.checkpoints.restore(self.program.abstract.to_parts())
         except ValueError as error:  # CheckpointMismatch
             raise ConfigError(str(error)) from None
         if found is None:
             return None
         parts, extra = found
-        return self.program.from_global(from_parts(parts, self.program.abstract)), extra
+        return self.program.from_global(completed(self.program, parts)), extra
 
     def roll_back(self) -> None:
         """Go on from the newest checkpoint, with the batches that come next."""
@@ -262,29 +264,6 @@ class Loop:
         self.outputs.clear()
         self.logbook.start(self.step)
         self.clock = (time.perf_counter(), self.step, self.batches.waited)
-
-
-def to_parts(state: State) -> dict[str, Any]:
-    """A state as the parts of a checkpoint, nested dicts of arrays."""
-    return {
-        "params": to_dict(state.params),
-        "collections": to_dict(state.collections),
-        "optimizer": to_dict(state.opt_state),
-        "ema": to_dict(state.ema),
-        "progress": {"step": state.step, "rng": state.rng},
-    }
-
-
-def from_parts(parts: Mapping[str, Any], like: State) -> State:
-    """The inverse of `to_parts`."""
-    return State(
-        step=parts["progress"]["step"],
-        params=from_dict(parts["params"], like.params),
-        collections=from_dict(parts.get("collections", {}), like.collections),
-        opt_state=from_dict(parts.get("optimizer", {}), like.opt_state),
-        ema=from_dict(parts.get("ema", {}), like.ema),
-        rng=parts["progress"]["rng"],
-    )
 
 
 def due(step: int, every: int, num_steps: int) -> bool:

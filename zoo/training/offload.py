@@ -1,9 +1,9 @@
 """Optimizer state that lives in the hosts' memory and visits the device a leaf at a time.
 
-Were all of it on its way at once, as the compiler likes it, nothing would be saved. So the state of
-a parameter is fetched when that of the one before is back in the host's memory. Rules treat each
-parameter by itself; clipping, which needs the norm of all gradients, is done before, after which
-the rule's own does nothing.
+XLA would prefetch the whole state at once, which saves no memory. So the state of a parameter is
+fetched only when that of the parameter before it is back in the host's memory. Rules treat each
+parameter by itself. Clipping needs the norm of all gradients, so it is done first; the rule's own
+clipping then changes nothing.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+
+from zoo.training.step import scaled
 
 
 def on_host(places: Any, shapes: Any) -> Any:
@@ -25,8 +27,8 @@ def on_host(places: Any, shapes: Any) -> Any:
 
 def leaf_by_leaf(
     optimizer: optax.GradientTransformation, clip: float | None, places: Any
-) -> Callable[[Any, Any, Any, Any], tuple[Any, Any]]:
-    """The function `(grads, state, params, bad) -> (params, state)` of `zoo.training.step`.
+) -> Callable[[Any, Any, Any, Any, Any], tuple[Any, Any]]:
+    """The update of a group's leaves, one after the other; see `zoo.training.step.Update`.
 
     Args:
       optimizer: as `make_optimizer` gives it.
@@ -35,7 +37,7 @@ def leaf_by_leaf(
     """
     here = jax.tree.map(lambda s: s.with_memory_kind("device"), places)
 
-    def update(grads: Any, state: Any, params: Any, bad: Any) -> tuple[Any, Any]:
+    def update(grads: Any, state: Any, params: Any, bad: Any, rates: Any) -> tuple[Any, Any]:
         if clip:
             grads, _ = optax.clip_by_global_norm(clip).update(grads, optax.EmptyState())
         structure = jax.tree.structure(params)
@@ -64,8 +66,11 @@ def leaf_by_leaf(
             steps, new = optimizer.update(only(i, grads), old, only(i, params))
             (param,) = jax.tree.leaves(only(i, params))
             (step,) = jax.tree.leaves(steps)
+            (rate,) = jax.tree.leaves(only(i, rates))
             param, new = jax.tree.map(
-                lambda n, o: jnp.where(bad < 0, n, o), (param + step, new), (param, old)
+                lambda n, o: jnp.where(bad < 0, n, o),
+                (param + scaled(step, rate), new),
+                (param, old),
             )
             before = param, jax.device_put(new, take(i, places))
             new_params.append(before[0])

@@ -1,23 +1,16 @@
-"""Update rules of optax by name, their schedules, and which leaves decay."""
+"""Update rules of optax by name and their schedules."""
 
-import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from zoo.errors import ConfigError
+from zoo.tasks.task import Networks
+from zoo.training import groups
 from zoo.training.config import Optimizer
-from zoo.training.tree import path_of
-
-NO_DECAY = (
-    r".*position.*",  # position embeddings, relative position bias tables
-    r".*(^|/)(cls|dist|class|mask)?_?tokens?",
-    r".*(^|/)norm[^/]*/.*",
-    r".*(^|/)random_features",  # frozen
-)
-"""Paths of leaves of more than one axis that do not decay, besides all biases, scales and norms."""
 
 
 def make_schedule(config: Optimizer, num_steps: int) -> Callable[[Any], Any]:
@@ -58,50 +51,67 @@ def _cosine(start: float, end: float, steps: int) -> Callable[[Any], Any]:
     return schedule
 
 
-def decays(params: Any, no_decay: tuple[str, ...] = ()) -> Any:
-    """A tree of booleans: whether a leaf has weight decay.
+def make_optimizer(
+    config: Optimizer, networks: Networks | None = None
+) -> optax.GradientTransformation:
+    """Clipping, the rule and decoupled weight decay; the learning rate is the step's.
 
-    Matrices and filters do. Biases, scales and all else of one axis, norms, tables of positions,
-    class tokens, and what `no_decay` matches (whole path, regex) do not. Layers stacked by scan
-    count as one leaf each.
-    """
-    patterns = [re.compile(p) for p in (*NO_DECAY, *no_decay)]
+    The state is a dict by the names of these parts, so that a run can go on with another clip or
+    decay.
 
-    def decides(keys: tuple, leaf: Any) -> bool:
-        path = path_of(keys)
-        axes = len(leaf.shape) - bool(re.search(r"(^|/)layers/", path))
-        return axes > 1 and not any(p.fullmatch(path) for p in patterns)
-
-    return jax.tree_util.tree_map_with_path(decides, params)
-
-
-def make_optimizer(config: Optimizer, num_steps: int) -> optax.GradientTransformation:
-    """Clipping, the rule, decoupled weight decay and the schedule, in this order.
-
-    Raises:
-      ConfigError: if the warmup is longer than the run.
+    Args:
+      config: which rule, and its numbers.
+      networks: whose systems say which leaves decay.
     """
     b1, b2, eps = config.b1, config.b2, config.eps
+    adam = lambda: optax.scale_by_adam(b1, b2, eps)  # noqa: E731
     rules: dict[str, Callable[[], optax.GradientTransformation]] = {
-        "adamw": lambda: optax.scale_by_adam(b1, b2, eps),
-        "adam": lambda: optax.scale_by_adam(b1, b2, eps),
+        "adamw": adam,
+        "adam": adam,
         "nadamw": lambda: optax.scale_by_adam(b1, b2, eps, nesterov=True),
-        "lamb": lambda: optax.scale_by_adam(b1, b2, eps),
+        "lamb": adam,
         "lion": lambda: optax.scale_by_lion(b1, b2),
         "sgd": lambda: optax.trace(b1, nesterov=config.nesterov) if b1 else optax.identity(),
-        "rmsprop": lambda: optax.chain(
-            optax.scale_by_rms(b2, eps), optax.trace(b1) if b1 else optax.identity()
+        "rmsprop": lambda: optax.named_chain(
+            ("scale", optax.scale_by_rms(b2, eps)),
+            ("momentum", optax.trace(b1) if b1 else optax.identity()),
         ),
-        "adafactor": lambda: optax.chain(
-            optax.scale_by_factored_rms(decay_rate=0.8), optax.clip_by_block_rms(1.0)
+        "adafactor": lambda: optax.named_chain(
+            ("scale", optax.scale_by_factored_rms(decay_rate=0.8)),
+            ("clip", optax.clip_by_block_rms(1.0)),
         ),
     }
-    parts = [optax.clip_by_global_norm(config.clip)] if config.clip else []
-    parts.append(rules[config.name]())
+    parts = [("clip", optax.clip_by_global_norm(config.clip))] if config.clip else []
+    parts.append((STATES.get(config.name, config.name), rules[config.name]()))
     if config.weight_decay:
-        mask = lambda params: decays(params, config.no_decay)  # noqa: E731
-        parts.append(optax.add_decayed_weights(config.weight_decay, mask))
+        parts.append(("decay", _weight_decay(config, networks)))
     if config.name == "lamb":
-        parts.append(optax.scale_by_trust_ratio())
-    parts.append(optax.scale_by_learning_rate(make_schedule(config, num_steps)))
-    return optax.chain(*parts)
+        parts.append(("trust_ratio", optax.scale_by_trust_ratio()))
+    return optax.named_chain(*parts)
+
+
+STATES = {"adamw": "adam", "nadamw": "adam", "lamb": "adam"}
+"""Rules that keep the same moments as another, under one name."""
+
+
+def _weight_decay(config: Optimizer, networks: Networks | None) -> optax.GradientTransformation:
+    def add(updates: Any, params: Any) -> Any:
+        decaying = groups.decays(params, networks, config.no_decay)
+        factors = groups.multipliers(params, config.decay_multipliers)
+
+        def one(update: Any, param: Any, decays: bool, factor: Any) -> Any:
+            rate = jnp.asarray(config.weight_decay * factor, param.dtype)
+            return update + rate * param if decays else update
+
+        return jax.tree.map(one, updates, params, decaying, factors)
+
+    return optax.stateless(add)
+
+
+def rate_factors(config: Optimizer, networks: Networks, params: Any) -> Any | None:
+    """A tree of factors of the learning rate, or None where all are 1."""
+    if config.layer_decay == 1 and not config.rate_multipliers:
+        return None
+    factors = groups.multipliers(params, config.rate_multipliers)
+    layers = groups.layer_factors(params, networks, config.layer_decay)
+    return jax.tree.map(lambda a, b: a * b, factors, layers)

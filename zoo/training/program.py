@@ -8,6 +8,7 @@ the real step for devices that need not be there.
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,33 +21,58 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import zoo
 from zoo.errors import ConfigError
-from zoo.system import of as system_of
-from zoo.training import partition
-from zoo.training.config import Model, TrainConfig, resolve
+from zoo.methods.method import adapt_all, wrap_all
+from zoo.tasks.task import Networks, joined, of_network
+from zoo.training import groups, partition
+from zoo.training.config import Model, Optimizer, TrainConfig, resolve
 from zoo.training.offload import leaf_by_leaf, on_host
-from zoo.training.optimizer import make_optimizer, make_schedule
+from zoo.training.optimizer import make_optimizer, make_schedule, rate_factors
+from zoo.training.precision import compute_in
 from zoo.training.state import State
-from zoo.training.step import in_bfloat16, make_eval_step, make_init, make_train_step
+from zoo.training.step import Group, make_eval_step, make_train_step, whole_update
+from zoo.training.tree import join, path_of, split
 
 Batch = Mapping[str, np.ndarray]
+METHODS, CARRY = 0x6D657468, 0x63617272  # what the run's seed is folded with, for other uses
 
 
-def build_model(config: Model, precision: str = "float32") -> nn.Module:
-    """The module that a config names, computing in `precision` if it has a `dtype` field.
+def build_model(config: Model) -> nn.Module:
+    """The module that a config names.
 
     Raises:
       ConfigError: if there is none of that name or it lacks an overridden field.
     """
     try:
         if ":" not in config.name:
-            model = zoo.create(config.name, **config.overrides)
-        else:
-            model = zoo.Variant(resolve(config.name), {}, "").create(**config.overrides)
+            return zoo.create(config.name, **config.overrides)
+        return zoo.Variant(resolve(config.name), {}, "").create(**config.overrides)
     except (ValueError, TypeError) as error:
         raise ConfigError(str(error)) from None
-    if precision == "bfloat16" and "dtype" in type(model).__dataclass_fields__:
-        return model.clone(dtype=jnp.bfloat16)
-    return model
+
+
+def build_networks(config: TrainConfig) -> Networks:
+    """The network, or networks by name, that a config names, without its methods.
+
+    Raises:
+      ConfigError: if one is not there, lacks an overridden field, or cannot have `partition.remat`.
+    """
+    remat = config.partition.remat
+    if isinstance(config.model, Model):
+        network = build_model(config.model)
+        return network if remat is None else _with_remat(network, remat)
+    networks = {name: build_model(model) for name, model in config.model.items()}
+    if remat is not None:
+        can = {n: "remat" in type(m).__dataclass_fields__ for n, m in networks.items()}
+        networks |= {n: _with_remat(networks[n], remat) for n in networks if can[n]}
+    return networks
+
+
+def trained_networks(config: TrainConfig, networks: Networks) -> tuple[str, ...]:
+    """Names of the networks that a phase trains: methods apply to them. '' is an only network."""
+    if isinstance(networks, nn.Module):
+        return ("",)
+    groups = {group for phase in config.task.phases for group in phase.groups}
+    return tuple(name for name in networks if name in groups)
 
 
 def make_program(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> "Program":
@@ -59,7 +85,7 @@ def make_program(config: TrainConfig, devices: Sequence[jax.Device] | None = Non
     if kind is PmapProgram and config.partition.offload != "none":
         raise ConfigError("partition.offload needs partition.mode=sharding, not pmap.")
     mesh = partition.make_mesh(config.partition, devices)
-    partition.check_batch(config.data.batch_size, dict(mesh.shape), config.optimizer.accumulate)
+    partition.check_batch(config.data.batch_size, dict(mesh.shape), config.accumulate)
     return kind(config, mesh)
 
 
@@ -69,8 +95,10 @@ class Program:
     Attributes:
       config: of the run.
       mesh: its devices.
-      model: the module.
-      task: what it learns.
+      base: the network or networks of the config, as checkpoints know them.
+      networks: the same with the config's methods, as the task sees them.
+      task: what they learn.
+      assigned: path of each parameter -> its optimizer group, None for a frozen one.
       abstract: the state as `jax.ShapeDtypeStruct`s with shardings.
       train_step: `(state, batch) -> (state, output)`, jitted; the state is donated.
       eval_step: `(variables, batch) -> metrics`, jitted.
@@ -80,46 +108,157 @@ class Program:
 
     def __init__(self, config: TrainConfig, mesh: Mesh) -> None:
         """Check everything that shapes alone can tell, and set up the functions."""
-        self.config, self.mesh = config, mesh
-        self.model = build_model(config.model, config.precision)
-        if config.partition.remat is not None:
-            self.model = _with_remat(self.model, config.partition.remat)
-        self.task = config.task
-        if config.precision == "bfloat16" and not hasattr(self.model, "dtype"):
-            self.task = in_bfloat16(config.task)
-        optimizer = make_optimizer(config.optimizer, config.num_steps)
-        ema = config.ema_decay is not None
-        self._init = make_init(self.model, self.task, optimizer, ema)
+        self.config, self.mesh, self.task = config, mesh, config.task
+        self.base, self.precision = compute_in(build_networks(config), config.precision)
+        self.adapted = trained_networks(config, self.base)
+        try:
+            self.networks = self._wrapped()
+            shapes = jax.eval_shape(self._variables, jax.eval_shape(lambda: self._key(0)))
+        except ValueError as error:
+            if not config.methods:
+                raise
+            raise ConfigError(str(error)) from None
+        self.assigned = groups.assign(
+            shapes["params"],
+            self.base,
+            phases=self.task.phases,
+            methods=config.methods,
+            freeze=config.freeze,
+        )
+        self.optimizers = self._optimizers()
         self.whole = NamedSharding(mesh, PartitionSpec())
         self.batch_sharding = NamedSharding(mesh, partition.BATCH)
         self.abstract = self._abstract_state()
-        update = None
-        if config.partition.offload == "optimizer":
-            there = jax.tree.map(lambda s: s.sharding, self.abstract.opt_state)
-            update = leaf_by_leaf(optimizer, config.optimizer.clip, there)
         step = make_train_step(
-            self.model,
+            self.networks,
             self.task,
-            optimizer,
-            make_schedule(config.optimizer, config.num_steps),
-            accumulate=config.optimizer.accumulate,
+            {name: self._group(name) for name in self.optimizers},
+            self.assigned,
+            accumulate=config.accumulate,
             ema_decay=config.ema_decay,
             axis=self.axis,
-            update=update,
+            precision=self.precision,
         )
-        self._compile(step, make_eval_step(self.model, self.task, self.axis))
+        self._compile(step, make_eval_step(self.networks, self.task, self.axis, self.precision))
+
+    # ------------------------------------------------------------------------ what is trained
+
+    def _wrapped(self) -> Networks:
+        methods = self.config.methods
+        if isinstance(self.base, nn.Module):
+            return wrap_all(self.base, methods)
+        return {
+            name: wrap_all(network, methods) if name in self.adapted else network
+            for name, network in self.base.items()
+        }
+
+    def adapt(self, variables: Any, rng: jax.Array, batches: Any = None) -> dict[str, Any]:
+        """Variables of `networks` from those of `base`."""
+        methods = self.config.methods
+        if isinstance(self.base, nn.Module):
+            return adapt_all(self.base, variables, methods, rng, batches)
+        each = {name: of_network(variables, name) for name in self.base}
+        for name in self.adapted:
+            each[name] = adapt_all(self.base[name], each[name], methods, rng, batches)
+        return joined(each)
+
+    def _variables(self, seed: jax.Array) -> dict[str, Any]:
+        key = jax.random.wrap_key_data(seed)
+        variables = self.task.init(self.base, key)
+        return self.adapt(variables, jax.random.fold_in(key, METHODS))
+
+    def _optimizers(self) -> dict[str, Optimizer]:
+        """Group -> its optimizer's config, of the groups that have leaves.
+
+        Raises:
+          ConfigError: for a group without an optimizer, an optimizer without a group, or a pattern
+            that matches nothing.
+        """
+        config, used = self.config, {g for g in self.assigned.values() if g is not None}
+        if "" not in config.optimizers:
+            for name, known in ((n, config.optimizers) for n in sorted(used)):
+                if name not in known:
+                    raise ConfigError(
+                        f"optimizer has no entry for the group {name!r}; it has {', '.join(known)}."
+                    )
+            for name in config.optimizers:
+                if name not in used:
+                    raise ConfigError(
+                        f"optimizer has an entry {name!r}, but no leaf is trained in that group; "
+                        f"the groups are {', '.join(sorted(used))}."
+                    )
+        for name, optimizer in config.optimizers.items():
+            paths = [p for p, g in self.assigned.items() if g is not None and name in ("", g)]
+            for what in ("rate_multipliers", "decay_multipliers", "no_decay"):
+                groups.check_patterns(f"optimizer.{what}", getattr(optimizer, what), paths)
+        return {name: config.optimizers.get(name) or config.optimizers[""] for name in sorted(used)}
+
+    def _group(self, name: str) -> Group:
+        config = self.optimizers[name]
+        optimizer = make_optimizer(config, self.base)
+        update = whole_update(optimizer)
+        if self.config.partition.offload == "optimizer":
+            there = jax.tree.map(lambda s: s.sharding, self.abstract.opt_state[name])
+            update = leaf_by_leaf(optimizer, config.clip, there)
+        return Group(
+            update,
+            make_schedule(config, self.config.num_steps),
+            lambda params: rate_factors(config, self.base, params),
+        )
+
+    # ------------------------------------------------------------------------ the state
+
+    def _init(self, seed: jax.Array) -> State:
+        """The first state from a seed's key data."""
+        return self._begin(self._variables(seed), seed)
+
+    def _begin(self, variables: Any, seed: jax.Array) -> State:
+        """The state of step 0 with these variables."""
+        collections = {name: tree for name, tree in variables.items() if name != "params"}
+        params, frozen = split(variables["params"], lambda path: self.assigned[path] is not None)
+        opt_state = {}
+        for name, config in self.optimizers.items():
+            own, _ = split(params, lambda path, name=name: self.assigned[path] == name)
+            opt_state[name] = make_optimizer(config, self.base).init(own)
+        average = jax.tree.map(jnp.copy, params) if self.config.ema_decay is not None else None
+        key = jax.random.fold_in(jax.random.wrap_key_data(seed), CARRY)
+        carry = self.task.init_carry(self.networks, jax.vmap(
+            lambda row: jax.random.fold_in(key, row)
+        )(self._rows()))  # fmt: skip
+        zero = jnp.zeros((), jnp.int32)
+        return State(zero, params, frozen, collections, carry, opt_state, average, seed)
+
+    def _rows(self) -> jax.Array:
+        """Numbers of the rows of the global batch that a program of this kind holds."""
+        return jnp.arange(self.config.data.batch_size)
 
     def _abstract_state(self) -> State:
         shapes = jax.eval_shape(self._init, jax.eval_shape(lambda: self._key(0)))
-        extra = _partition_rules(self.model)
-        params = partition.shardings(shapes.params, self.mesh, self.config.partition, extra)
-        places = partition.like_parameters(shapes, shapes.params, params, self.whole)
+        whole = join(shapes.params, shapes.frozen)
+        rules = groups.partition_rules(self.base)
+        params = partition.shardings(whole, self.mesh, self.config.partition, rules)
+        places = partition.like_parameters(shapes, whole, params, self.whole)
+        carry = jax.tree.map(lambda _: self.batch_sharding, shapes.carry)
+        places = dataclasses.replace(places, carry=carry)
         if self.config.partition.offload == "optimizer":
             opt_state = on_host(places.opt_state, shapes.opt_state)
             places = dataclasses.replace(places, opt_state=opt_state)
         return jax.tree.map(
             lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places
         )
+
+    def sharding(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
+        """Where a leaf of the variables lives, as `zoo.load` asks: paths relative to `params`.
+
+        Leaves of other collections have its name in front. What the program does not know is whole.
+        """
+        return self._places.get(path.removeprefix("params/"), self.whole)
+
+    @functools.cached_property
+    def _places(self) -> dict[str, NamedSharding]:
+        variables = self.abstract.variables(averaged=False)
+        flat = jax.tree_util.tree_leaves_with_path(variables)
+        return {path_of(keys).removeprefix("params/"): leaf.sharding for keys, leaf in flat}
 
     def _compile(self, step: Any, eval_step: Any) -> None:
         places = jax.tree.map(lambda s: s.sharding, self.abstract)
@@ -131,6 +270,8 @@ class Program:
         )
         self.eval_step = jax.jit(eval_step, out_shardings=self.whole)
         self._first = jax.jit(self._init, out_shardings=places)
+        # what variables become is what they were: no second copy is made
+        self._first_with = jax.jit(self._begin, out_shardings=places, donate_argnums=0)
 
     @staticmethod
     def _key(seed: int) -> jax.Array:
@@ -168,6 +309,10 @@ class Program:
     def init(self, seed: int) -> State:
         """The first state, made where it lives."""
         return self._first(self._key(seed))
+
+    def init_with(self, variables: Mapping[str, Any], seed: int) -> State:
+        """The first state with these variables of `networks`, which are used up."""
+        return self._first_with(dict(variables), self._key(seed))
 
     def place(self, batch: Batch) -> dict[str, jax.Array]:
         """This process's rows of a batch as global arrays on the mesh."""
@@ -209,6 +354,16 @@ class Program:
                 total[1] += float(mean.count)
         return {name: total / max(count, 1.0) for name, (total, count) in sums.items()}
 
+    @functools.cached_property
+    def predict(self) -> Any:
+        """`(variables, batch) -> {name: array}` of the task, compiled when it is called."""
+
+        def predict(variables: Mapping[str, Any], batch: Batch) -> dict[str, jax.Array]:
+            cast = self.precision
+            return self.task.predict(self.networks, cast.variables(variables), cast.batch(batch))
+
+        return jax.jit(predict)
+
     def put(self, variables: Mapping[str, Any]) -> dict[str, Any]:
         """Variables from elsewhere, whole on each device, for `evaluate`."""
         return jax.device_put(dict(variables), self.whole)
@@ -235,11 +390,24 @@ class PmapProgram(Program):
 
     axis = "data"
 
+    def _rows(self) -> jax.Array:
+        rows = self.config.data.batch_size // self.mesh.size
+        return jax.lax.axis_index(self.axis) * rows + jnp.arange(rows)
+
     def _abstract_state(self) -> State:
-        shapes = jax.eval_shape(self._init, jax.eval_shape(lambda: self._key(0)))
-        return jax.tree.map(
-            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self.whole), shapes
-        )
+        seed = jax.eval_shape(lambda: self._key(0))
+        init = jax.vmap(self._init, axis_name=self.axis, axis_size=self.mesh.size, in_axes=None)
+        shapes = jax.eval_shape(init, seed)
+
+        def one(leaf: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=self.whole)
+
+        def all_rows(leaf: Any) -> jax.ShapeDtypeStruct:
+            shape = (leaf.shape[0] * leaf.shape[1], *leaf.shape[2:])
+            return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=self.batch_sharding)
+
+        carry = jax.tree.map(all_rows, shapes.carry)
+        return dataclasses.replace(jax.tree.map(one, shapes), carry=carry)
 
     def _compile(self, step: Any, eval_step: Any) -> None:
         devices = list(self.mesh.devices.flat)
@@ -248,6 +416,7 @@ class PmapProgram(Program):
         self.train_step = jax.pmap(step, donate_argnums=0, **options)
         self.eval_step = jax.pmap(eval_step, **options)
         self._first = jax.pmap(self._init, **options)
+        self._first_with = jax.pmap(self._begin, **options)
         self._copy = jax.pmap(lambda x: x, **options)
 
     def context(self) -> contextlib.AbstractContextManager:
@@ -263,6 +432,11 @@ class PmapProgram(Program):
         """The first state, made on each device."""
         return self._first(self._spread(np.asarray(self._key(seed))))
 
+    def init_with(self, variables: Mapping[str, Any], seed: int) -> State:
+        """The first state with these variables, on each device."""
+        seeds = self._spread(np.asarray(self._key(seed)))
+        return self._first_with(self._spread(dict(variables)), seeds)
+
     def place(self, batch: Batch) -> dict[str, np.ndarray]:
         """Rows of a batch, a part for each local device."""
         parts = len(self.local)
@@ -273,18 +447,32 @@ class PmapProgram(Program):
         return jax.tree.map(lambda x: x[0], jax.device_get(_local(output)))
 
     def to_global(self, state: State) -> State:
-        """Replicas as one array that is whole on every device."""
+        """Replicas as one array that is whole on every device; each has its rows of the carry."""
 
-        def join(x: jax.Array) -> jax.Array:
+        def one(x: jax.Array) -> jax.Array:
             shape = x.shape[1:]
             parts = [shard.data.reshape(shape) for shard in x.addressable_shards]
             return jax.make_array_from_single_device_arrays(shape, self.whole, parts)
 
-        return jax.tree.map(join, state)
+        def all_rows(x: jax.Array) -> jax.Array:
+            shape = (x.shape[0] * x.shape[1], *x.shape[2:])
+            parts = [shard.data.reshape(x.shape[1:]) for shard in x.addressable_shards]
+            return jax.make_array_from_single_device_arrays(shape, self.batch_sharding, parts)
+
+        carry = jax.tree.map(all_rows, state.carry)
+        rest = dataclasses.replace(state, carry={})
+        return dataclasses.replace(jax.tree.map(one, rest), carry=carry)
 
     def from_global(self, state: State) -> State:
-        """A replica of the state on each device."""
-        return self._copy(self._spread(state))
+        """A replica of the state on each device, and its rows of the carry."""
+
+        def own_rows(x: jax.Array) -> np.ndarray:
+            shards = {s.device: np.asarray(s.data) for s in x.addressable_shards}
+            return np.stack([shards[device] for device in self.local])
+
+        carry = jax.tree.map(own_rows, state.carry)
+        rest = self._spread(dataclasses.replace(state, carry={}))
+        return self._copy(dataclasses.replace(rest, carry=carry))
 
 
 def _local(tree: Any) -> Any:
@@ -298,9 +486,3 @@ def _with_remat(model: nn.Module, how: str) -> nn.Module:
             f"{type(model).__name__} has none."
         )
     return model.clone(remat=False if how == "none" else how)
-
-
-def _partition_rules(model: nn.Module) -> Mapping[str, Any]:
-    """What the model's system says of where its leaves live, or nothing."""
-    found = system_of(model)
-    return {} if found is None else found.partition

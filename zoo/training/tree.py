@@ -1,5 +1,6 @@
 """Paths of leaves, and trees as plain nested dicts."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -43,3 +44,25 @@ def from_dict(nested: Any, like: Any) -> Any:
         return node
 
     return jax.tree_util.tree_map_with_path(pick, like)
+
+
+def split(tree: Any, chosen: Callable[[str], bool]) -> tuple[dict, dict]:
+    """A tree of nested dicts as two: the leaves whose path is chosen, and the others."""
+    yes: dict = {}
+    no: dict = {}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        node = yes if chosen(path_of(keys)) else no
+        *parents, last = (path_of((key,)) for key in keys)
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = leaf
+    return yes, no
+
+
+def join(first: Any, second: Any) -> dict:
+    """The inverse of `split`: one tree of nested dicts that has the leaves of both."""
+    joined = dict(first)
+    for name, node in second.items():
+        both = isinstance(node, dict) and isinstance(joined.get(name), dict)
+        joined[name] = join(joined[name], node) if both else node
+    return joined

@@ -58,7 +58,6 @@ class CausalAttention(nn.Module):
       num_heads: must divide the channels.
       dropout: rate on the attention weights.
       out_init: initialiser of `out`.
-      qkv: what makes the map to query, key and value (TEMPO puts LoRA here).
       scale: of the scores; None: one over the root of a head's width.
       use_bias: whether the maps have biases.
     """
@@ -66,7 +65,6 @@ class CausalAttention(nn.Module):
     num_heads: int
     dropout: float = 0.0
     out_init: Callable = init
-    qkv: Callable[..., nn.Module] = Dense
     scale: float | None = None
     use_bias: bool = True
     dtype: jnp.dtype = jnp.float32
@@ -89,7 +87,7 @@ class CausalAttention(nn.Module):
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         heads = (batch, length, self.num_heads, channels // self.num_heads)
         maps = {"use_bias": self.use_bias, **types}
-        qkv = self.qkv(3 * channels, kernel_init=init, name="qkv", **maps)(x)
+        qkv = Dense(3 * channels, kernel_init=init, name="qkv", **maps)(x)
         query, key, value = (
             constrain(t.reshape(heads), "batch", "length", "heads", "head_dim")
             for t in jnp.split(qkv, 3, axis=-1)
@@ -118,7 +116,6 @@ class GPT2Block(nn.Module):
       num_heads: must divide the channels.
       dropout: rate on the attention weights and on both branches.
       out_init: initialiser of the two matrices that write into the residual stream.
-      qkv: see `CausalAttention`.
       mlp_dim: width of the MLP; None: four times the channels.
       activation: of the MLP.
       scale: see `CausalAttention`.
@@ -129,7 +126,6 @@ class GPT2Block(nn.Module):
     num_heads: int
     dropout: float = 0.0
     out_init: Callable = init
-    qkv: Callable[..., nn.Module] = Dense
     mlp_dim: int | None = None
     activation: Callable[[Array], Array] = ACTIVATIONS["gelu_new"]
     scale: float | None = None
@@ -154,7 +150,6 @@ class GPT2Block(nn.Module):
             self.num_heads,
             self.dropout,
             self.out_init,
-            self.qkv,
             self.scale,
             self.use_bias,
             name="attention",

@@ -37,10 +37,8 @@ t, heads that read the prompts, too, and models without prompts.
     forecast     96   1
 """
 
-import re
+import contextlib
 from collections.abc import Mapping
-from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -48,12 +46,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from zoo.checkpoints.rules import Rule, Rules, dense_rules, linear, stack
-from zoo.layers.dense import Dense, dot_general
+from zoo.layers.dense import Dense
 from zoo.layers.mlp import Mlp
 from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
 from zoo.layers.patch import torch_default_init
 from zoo.layers.series import bias_init, check_series, moving_average, standardise
+from zoo.methods.lora import LoRA
 from zoo.models.language.gpt2 import GPT2Block, init, residual_init, trunk_rules
 from zoo.models.timeseries.patchtst import patch_count, patches
 from zoo.system import File, System, Variant
@@ -63,31 +62,14 @@ _PREDICT = (47, 17407, 262, 2003, 640, 2239, 1813, 262)
 PROMPTS = ((*_PREDICT, 5182), (*_PREDICT, 1622), (*_PREDICT, 29598))
 """Token numbers of the three prompts: "Predict the future time step given the trend", ..."""
 
+FROZEN_IN_PAPER = (
+    r"embed/.*|position_embedding|norm/.*",
+    r"layers_\d+/(?!attention/qkv/(lora_[ab]|bias)$).*",
+)
+"""For `TrainConfig.freeze`: the authors train nothing of GPT-2 but LoRA and the biases beside it
+(`bias="lora_only"` of peft), and all that is not GPT-2's."""
+
 POOL_SIZE, TOP_K, VALUE_TOKENS = 30, 3, 3
-
-
-class LoraDense(nn.Dense):
-    """`y = x W + b + alpha / rank * dropout(x) A B`: LoRA (Hu et al., arXiv 2106.09685).
-
-    Attributes:
-      rank: columns of A and rows of B, which starts at zero.
-      alpha: see above.
-      dropout: rate in front of A.
-    """
-
-    rank: int = 16
-    alpha: float = 16.0
-    dropout: float = 0.0
-    dot_general: Any = dot_general
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch features"]:
-        y = super().__call__(x)
-        zeros = nn.initializers.zeros
-        down = self.param("lora_a", torch_default_init, (x.shape[-1], self.rank), self.param_dtype)
-        up = self.param("lora_b", zeros, (self.rank, self.features), self.param_dtype)
-        x = nn.Dropout(self.dropout)(x.astype(self.dtype), deterministic=not self.dropout)
-        return y + self.alpha / self.rank * (x @ down.astype(y.dtype) @ up.astype(y.dtype))
 
 
 def unit_length(x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
@@ -165,7 +147,8 @@ class TEMPO(nn.Module):
       prompts: token numbers before trend, season and noise.
       pool: prompts from the pool instead.
       moving_average: steps of the average under the trend; odd.
-      lora_rank: of the matrices beside GPT-2's `qkv`; 0: none (`merge` makes such variables).
+      lora_rank: of the matrices beside GPT-2's `qkv`; 0: none (`zoo.methods.lora.merged` makes such
+        variables).
       lora_alpha: what they count, times the rank.
       dropout: GPT-2's rates, and the one in front of LoRA.
     """
@@ -188,6 +171,10 @@ class TEMPO(nn.Module):
     dropout: float = 0.1
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
+
+    def lora(self) -> LoRA:
+        """The method beside GPT-2's `qkv`."""
+        return LoRA(self.lora_rank, self.lora_alpha, r"(.*/)?attention/qkv", self.dropout)
 
     def example_inputs(self, batch_size: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of the arguments of `__call__`."""
@@ -275,15 +262,13 @@ class TEMPO(nn.Module):
         table = self.param("position_embedding", init, shape, self.param_dtype)
         x = x + table[: x.shape[1]].astype(self.dtype)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        lora = partial(LoraDense, rank=self.lora_rank, alpha=self.lora_alpha)
-        lora = partial(lora, dropout=self.dropout if train else 0.0)
-        qkv = lora if self.lora_rank else Dense
         start = residual_init(12)  # the code builds all 12 blocks and keeps the first
         out = {}
-        for i in range(self.depth):
-            block = GPT2Block(self.num_heads, self.dropout, start, qkv, name=f"layers_{i}", **types)
-            x, _ = block(x, None, train)
-            out[f"layer{i}"] = x
+        with self.lora().applied() if self.lora_rank else contextlib.nullcontext():
+            for i in range(self.depth):
+                block = GPT2Block(self.num_heads, self.dropout, start, name=f"layers_{i}", **types)
+                x, _ = block(x, None, train)
+                out[f"layer{i}"] = x
         return out | {"norm": LayerNorm(epsilon=1e-5, name="norm", **types)(x)}
 
     def _read(self, x: Float[Array, "batch length channels"]) -> Float[Array, "batch horizon"]:
@@ -312,35 +297,6 @@ class TEMPO(nn.Module):
                 f"than the {self.max_positions} positions of this GPT-2; choose a longer stride or "
                 "a shorter context_length."
             )
-
-
-def trained(params: Mapping[str, Any]) -> Any:
-    """A tree of booleans: what the authors train. For `optax.masked` or `optax.multi_transform`.
-
-    Of GPT-2 that is LoRA and the biases beside it (`bias="lora_only"` of peft); all else is.
-    """
-
-    def decides(keys: tuple, _: Any) -> bool:
-        path = jax.tree_util.keystr(keys, simple=True, separator="/")
-        of_gpt2 = re.match(r"(embed|layers_\d+|norm)/|position_embedding", path)
-        return not of_gpt2 or re.search(r"qkv/(lora_a|lora_b|bias)$", path) is not None
-
-    return jax.tree_util.tree_map_with_path(decides, params)
-
-
-def merge(model: TEMPO, variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Variables for `model.clone(lora_rank=0)`, which gives the same: W + alpha / rank * A B."""
-
-    def walk(tree: Any) -> Any:
-        if not isinstance(tree, Mapping):
-            return tree
-        rest = {name: walk(leaf) for name, leaf in tree.items() if not name.startswith("lora_")}
-        if "lora_a" in tree:
-            added = model.lora_alpha / model.lora_rank * (tree["lora_a"] @ tree["lora_b"])
-            rest["kernel"] = tree["kernel"] + added
-        return rest
-
-    return walk(variables)
 
 
 # ---------------------------------------------------------------------------- checkpoints

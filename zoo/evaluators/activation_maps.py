@@ -1,4 +1,4 @@
-"""Classification of series, and what in them spoke for a class.
+"""What in a series spoke for its class, and the weighted log-loss of a classifier.
 
 Where a classifier is linear in the mean over time of its last features, each step's part of a logit
 is known: the class-activation map (Zhou et al., arXiv 1512.04150).
@@ -8,18 +8,17 @@ is known: the class-activation map (Zhou et al., arXiv 1512.04150).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from zoo.evaluators.evaluator import Evaluator, predictions, some_examples
 from zoo.tasks.apply import apply_model
-from zoo.tasks.classification import Classification
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -104,36 +103,36 @@ def draw_activation(
 
 
 @dataclass(frozen=True)
-class SeriesClassification(Classification):
-    """`Classification` whose report has the weighted log-loss and `activation_maps.png`.
+class ActivationMaps(Evaluator):
+    """The weighted log-loss (PLAsTiCC) of a classifier of series, and `activation_maps.png`.
 
     The maps are of models that give `activation` among their features, for their own predictions.
 
     Attributes:
       classes: names, by number.
       variates: names.
+      every: steps between measurements; 0 is at the end only.
     """
 
     classes: tuple[str, ...] = ()
     variates: tuple[str, ...] = ()
+    every: int = 0
 
-    def report(
-        self, model: nn.Module, variables: Mapping[str, Any], data: Any, folder: Path
+    def run(
+        self, program: Any, variables: Mapping[str, Any], data: Any, folder: Path
     ) -> dict[str, float]:
         """Weighted log-loss of the held-out series; maps of the first of each class."""
-        from zoo.data import eval_batches
-
-        predict = jax.jit(lambda v, b: self.predict(model, v, b))
         found, labels = [], []
-        for batch in eval_batches(data):
-            found.append(np.asarray(predict(variables, batch))[batch["valid"]])
-            labels.append(batch["labels"][batch["valid"]])
+        for batch, said in predictions(program, variables, data):
+            found.append(said["probabilities"])
+            labels.append(batch["labels"])
         probabilities, labels = np.concatenate(found), np.concatenate(labels)
-        places = np.unique(labels, return_index=True)[1][:8].tolist()
-        some = replace(data, eval=[data.eval[i] for i in places], eval_batch_size=len(places))
-        batch = next(eval_batches(some))
-        run = jax.jit(lambda v, b: apply_model(model, v, b, None, False, method="features")[0])
-        out = run(variables, batch)
+        batch = some_examples(data, np.unique(labels, return_index=True)[1][:8].tolist())
+
+        def features(variables: Mapping[str, Any], batch: Mapping[str, Array]) -> Any:
+            return apply_model(program.networks, variables, batch, None, False, "features")[0]
+
+        out = jax.jit(features)(variables, batch)
         if "activation" in out:
             self._draw(folder / "activation_maps.png", batch, jax.device_get(out))
         return {"weighted_log_loss": weighted_log_loss(probabilities, labels)}

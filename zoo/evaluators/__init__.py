@@ -1,0 +1,9 @@
+"""What is measured or drawn over whole data sets, with a cadence: one file an evaluator."""
+
+from zoo.evaluators.activation_maps import ActivationMaps
+from zoo.evaluators.anomalies import AnomalyScores
+from zoo.evaluators.evaluator import Evaluator
+from zoo.evaluators.forecasts import ForecastPlots
+from zoo.evaluators.intervals import ConformalIntervals
+
+__all__ = ["ActivationMaps", "AnomalyScores", "ConformalIntervals", "Evaluator", "ForecastPlots"]

@@ -1,0 +1,6 @@
+"""What changes a model or its training and works on every model, one file a method."""
+
+from zoo.methods.lora import LoRA
+from zoo.methods.method import Method, adapt_all, wrap_all
+
+__all__ = ["LoRA", "Method", "adapt_all", "wrap_all"]
