@@ -69,11 +69,6 @@ MIXERS = ("attention", "retention", "hyena", "dss")
 CELLS = ("lstm", "gru")
 
 
-def _torch_dense(width: int, **options: Any) -> nn.Module:
-    """The fused map of attention; it starts as PyTorch's Linear, whatever GPT-2's block asks."""
-    return Dense(width, **options | {"kernel_init": torch_default_init})
-
-
 class Block(nn.Module):
     """A mixer and an MLP four times as wide, each behind a LayerNorm and with a residual sum."""
 
@@ -281,7 +276,7 @@ class InContextBoolean(nn.Module):
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype, "parent": None}
         if self.mixer == "attention":
             start = torch_default_init
-            return CausalAttention(self.num_heads, out_init=start, qkv=_torch_dense, **types)
+            return CausalAttention(self.num_heads, kernel_init=start, out_init=start, **types)
         if self.mixer == "retention":
             return Retention(self.num_heads, self.gated, **types)
         if self.mixer == "hyena":

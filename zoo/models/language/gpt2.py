@@ -57,6 +57,7 @@ class CausalAttention(nn.Module):
     Attributes:
       num_heads: must divide the channels.
       dropout: rate on the attention weights.
+      kernel_init: initialiser of `qkv`.
       out_init: initialiser of `out`.
       scale: of the scores; None: one over the root of a head's width.
       use_bias: whether the maps have biases.
@@ -64,6 +65,7 @@ class CausalAttention(nn.Module):
 
     num_heads: int
     dropout: float = 0.0
+    kernel_init: Callable = init
     out_init: Callable = init
     scale: float | None = None
     use_bias: bool = True
@@ -87,7 +89,7 @@ class CausalAttention(nn.Module):
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         heads = (batch, length, self.num_heads, channels // self.num_heads)
         maps = {"use_bias": self.use_bias, **types}
-        qkv = Dense(3 * channels, kernel_init=init, name="qkv", **maps)(x)
+        qkv = Dense(3 * channels, kernel_init=self.kernel_init, name="qkv", **maps)(x)
         query, key, value = (
             constrain(t.reshape(heads), "batch", "length", "heads", "head_dim")
             for t in jnp.split(qkv, 3, axis=-1)
@@ -149,6 +151,7 @@ class GPT2Block(nn.Module):
         attention = CausalAttention(
             self.num_heads,
             self.dropout,
+            init,
             self.out_init,
             self.scale,
             self.use_bias,
