@@ -1,4 +1,4 @@
-"""What a model file says of itself: found through every kind of wrapper, complete for every leaf."""
+"""What a model file says of itself: found through any wrapper, complete for every leaf."""
 
 import flax.linen as nn
 import jax
