@@ -4,13 +4,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
-from flax.nnx import bridge
 from model_helpers import representatives
 
 import zoo
-from zoo import system
 from zoo.methods import LoRA
+from zoo.system import of
 from zoo.training import groups
 from zoo.training.tree import path_of
 
@@ -46,20 +44,15 @@ def wrappers(model):
 @pytest.mark.parametrize("kind", wrappers(zoo.create("vit_test")))
 def test_a_wrapped_model_is_of_its_system(kind):
     model = zoo.create("vit_test")
-    found = system.of(wrappers(model)[kind])
+    found = of(wrappers(model)[kind])
     assert found is zoo.registry.system("vit_test") is not None
     assert found.layouts and "vit_test" in found.variants
 
 
 def test_a_module_that_is_nobodys_has_no_system():
-    assert system.of(nn.Dense(3)) is None
+    assert of(nn.Dense(3)) is None
     with pytest.raises(ValueError, match="Dense belongs to no system of the zoo"):
         zoo.registry.system(nn.Dense(3))
-
-
-def test_the_nnx_bridge_holds_a_model_that_is_found():
-    model = zoo.create("vit_test")
-    assert system.of(bridge.ToNNX(model, rngs=nnx.Rngs(0)).to_nnx__module) is not None
 
 
 @pytest.mark.parametrize("name", representatives(zoo.list_models()))

@@ -15,7 +15,8 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from zoo.registry import create, info, list_models, system
+from zoo import registry
+from zoo.registry import create, info, list_models
 from zoo.system import File, Preprocessing, Variant
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def load(
         return model, runs.load_variables(source, model, sharding=sharding)
     state = files.open_checkpoint(files.resolve(source))
     variables = rules.convert(
-        system(model).layouts, state, model, adapt=adapt, sharding=sharding, rng=rng
+        registry.system(model).layouts, state, model, adapt=adapt, sharding=sharding, rng=rng
     )
     return model, variables
 
@@ -104,7 +105,7 @@ def convert(
 
     module = create(model) if isinstance(model, str) else model
     return rules.convert(
-        system(module).layouts, state_dict, module, adapt=adapt, sharding=sharding, rng=rng
+        registry.system(module).layouts, state_dict, module, adapt=adapt, sharding=sharding, rng=rng
     )
 
 
@@ -122,4 +123,4 @@ def export(
     from zoo.checkpoints import rules
 
     module = create(model) if isinstance(model, str) else model
-    return rules.export(system(module).layouts, variables, module, layout=layout)
+    return rules.export(registry.system(module).layouts, variables, module, layout=layout)

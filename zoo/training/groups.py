@@ -24,13 +24,14 @@ FROZEN = None
 
 STACKED = r"(^|/)layers/"  # of a path: layers stacked along the first axis
 
-DECAY = (r".*(^|/)(kernel|embedding)",)
+DECAY = (r".*(^|/)(\w+_)?(kernel|embedding)|.*(^|/)lora_[ab]",)
 """Leaves of several axes that decay: matrices, filters and tables of tokens."""
 
 NO_DECAY = (
     r".*position(s|al)?(_\w+)?(/embedding)?",  # position embeddings, tables of relative positions
     r".*(^|/)((cls|dist|class|mask|distillation|register|pad)_?)?(token|register)s?(_embedding)?",
     r".*(^|/)norm[^/]*/.*",
+    r".*(^|/)(\w+_)?bias",
 )
 """Leaves that do not decay, beside all of one axis. They go before `DECAY`."""
 

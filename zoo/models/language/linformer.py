@@ -258,4 +258,6 @@ VARIANTS: dict[str, Variant] = {
     ),
 }  # fmt: skip
 
-SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS, partition=PARTITION)
+SYSTEM = System(
+    variants=VARIANTS, layouts=LAYOUTS, decay=(r".*project_(key|value)",), partition=PARTITION
+)

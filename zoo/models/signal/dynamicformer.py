@@ -501,4 +501,4 @@ VARIANTS = {
     ),
 }  # fmt: skip
 
-SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS)
+SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS, decay=(r".*memory",))

@@ -469,4 +469,6 @@ VARIANTS = {
     ),
 }
 
-SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS)
+SYSTEM = System(
+    variants=VARIANTS, layouts=LAYOUTS, decay=(r".*mask/(alpha|sigma)", r".*mix_(before|after)")
+)

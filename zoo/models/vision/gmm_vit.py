@@ -486,4 +486,4 @@ VARIANTS = {
     ),
 }
 
-SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS)
+SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS, decay=(r".*mask/(alpha|sigma)",))

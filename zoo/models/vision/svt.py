@@ -552,4 +552,4 @@ VARIANTS = {
     ),
 }
 
-SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS)
+SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS, decay=(r".*lowpass",))
