@@ -467,8 +467,18 @@ def check(path: str | os.PathLike, weights: str | None = None) -> Report:
         results.append(Result(name, float(error), float(np.abs(reference).max(initial=0.0))))
     params = None
     if model is not None:
-        params = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+        params = count(model, variables["params"], "trainable_parameters" in case.config.entries)
     return Report(case, system, tuple(results), params)
+
+
+def count(model: Any, params: Any, trained: bool) -> int:
+    """The number of parameters; `trained`: without those that the system freezes."""
+    frozen = zoo.registry.system(model).is_frozen
+    return sum(
+        leaf.size
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if not (trained and frozen("/".join(key.key for key in path)))
+    )
 
 
 def thinned(name: str, output: Any, described: Mapping[str, Any], size: int) -> np.ndarray:

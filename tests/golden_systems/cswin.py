@@ -36,7 +36,13 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     # the stem has stride 4 whatever patch_size says
     config.ignore("patch_size", "drop_rate", "attn_drop_rate", "drop_path_rate", "use_chk",
                   "pretrained")  # fmt: skip
+    if not name:  # the constructor's defaults
+        base = {"embed_dim": 96, "depths": (2, 2, 6, 2), "stripe_widths": (3, 5, 7)}
+        fields = base | fields
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    widths = fields.get("stripe_widths", ())
+    if len(widths) == 3:  # the official code reads the last for the last stage
+        fields["stripe_widths"] = (*widths, widths[-1])
     model = zoo.create(name, **fields) if name else CSWin(**fields)
     run = golden.features(model, case.images())
 

@@ -49,20 +49,24 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
         layer_scale="layer_scale",
     )
     fields["scale"] = fields.get("scale") or None  # the official code takes 0 for the default too
-    if "mlp_ratio" in fields:
-        fields["mlp_ratio"] = float(fields["mlp_ratio"])
+    for key in ("mlp_ratio", "layer_scale"):
+        if fields.get(key) is not None:
+            fields[key] = float(fields[key])
     if cls in ("DiNAT_s", "NATIsotropic"):
-        fields |= config.rename(patch_size="patch_size")
-        config.expect(patch_norm=True)
-        if "layer_scale" in fields and fields.pop("layer_scale") is not None:
-            raise golden.Unsupported(f"{cls} ignores layer_scale, which its config has")
+        fields |= config.rename(patch_size="patch_size", patch_norm="patch_norm")
+        fields.pop("layer_scale", None)  # which these classes swallow
     if isotropic:
         depth, heads = config.take("depth", 12), fields.pop("num_heads", 12)
-        dilation = config.take("dilation", 2)
+        dilation = config.take("dilation", 2) or 1
         fields |= {"depths": (depth,), "num_heads": (heads,)}
         fields["dilations"] = (tuple(dilation if b % 2 else 1 for b in range(depth)),)
         config.ignore("img_size")  # of the map that the images give
-        config.expect(layer=("NATransformerLayer", None))
+        layer = config.take("layer", "NATransformerLayer")
+        if layer not in ("NATransformerLayer", "VisionTransformerLayer"):
+            raise golden.Unsupported(f"its layer is {layer}, which its code does not have")
+        if layer == "VisionTransformerLayer":
+            fields["kernel_size"] = None
+        fields["image_size"] = case.images().shape[1:3]
     else:
         given = config.take("dilations")
         if given is not None:
@@ -90,4 +94,4 @@ def _tuples(fields: dict) -> dict:
 def made_by(case: golden.Case) -> bool:
     config = case.header["config"]
     named = str(config.get("model") or "")
-    return config.get("cls") in _DEFAULTS or named.startswith(("nat_", "dinat_"))
+    return config.get("cls") in _DEFAULTS or named.startswith(("nat_", "dinat_", "vitrpb_"))

@@ -15,7 +15,8 @@ norm and before `qkv`: padded tokens take part as keys that hold the biases.
 
 NAT has dilation 1 throughout; DiNAT alternates 1 and the largest dilation that the map at 224
 pixels holds; both embed and merge with overlapping convolutions. DiNAT_s has Swin's patches and
-widths; its isotropic variants have patches of 16 pixels and one stage.
+widths; its isotropic variants have patches of 16 pixels and one stage. `vitrpb_*`, to compare those
+with, attend to the whole map (`kernel_size=None`), with a bias for each offset.
 
     features         dinat_mini
     patch_embed      56  56   64    stride 4: two 3x3 convolutions, LayerNorm
@@ -61,7 +62,7 @@ from zoo.layers.mlp import Mlp
 from zoo.layers.norm import LayerNorm as _LayerNorm
 from zoo.layers.partition import constrain
 from zoo.layers.patch import PatchEmbed, torch_default_init
-from zoo.layers.position import resize_grid
+from zoo.layers.position import relative_position_index, resize_grid
 from zoo.layers.stack import remat_block
 from zoo.layers.stochastic import DropPath
 from zoo.layers.window import pad_map, pad_to_multiple
@@ -72,10 +73,14 @@ init = nn.initializers.normal(0.02)  # the official truncation, at 100 deviation
 
 
 class NeighborhoodAttention(nn.Module):
-    """Multi-head attention of each position to its neighbourhood."""
+    """Multi-head attention of each position to its neighbourhood.
+
+    Attributes:
+      kernel_size: neighbours along each axis; None: the whole map, which then has to be a square.
+    """
 
     num_heads: int
-    kernel_size: int
+    kernel_size: int | None
     dilation: int = 1
     qkv_bias: bool = True
     scale: float | None = None
@@ -88,14 +93,19 @@ class NeighborhoodAttention(nn.Module):
         self, x: Float[Array, "batch height width channels"], train: bool = False
     ) -> Float[Array, "batch height width channels"]:
         _, height, width, channels = x.shape
-        if self.kernel_size % 2 == 0:
+        if self.kernel_size is None and height != width:
+            raise ValueError(
+                f"kernel_size=None attends to a whole square map, not to one of {height}x{width}; "
+                "choose square images or a kernel size."
+            )
+        if self.kernel_size is not None and self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size={self.kernel_size} has no centre; choose an odd number.")
         if channels % self.num_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} does not divide {channels} channels; choose a divisor."
             )
         dense = partial(Dense, kernel_init=init, dtype=self.dtype, param_dtype=self.param_dtype)
-        reach = self.kernel_size * self.dilation
+        reach = (self.kernel_size or 0) * self.dilation
         x = pad_map(x, reach, reach)
         qkv = dense(3 * channels, use_bias=self.qkv_bias, name="qkv")(x)
         heads = (*x.shape[:3], self.num_heads, channels // self.num_heads)
@@ -103,19 +113,25 @@ class NeighborhoodAttention(nn.Module):
             constrain(t.reshape(heads), "batch", "height", "width", "heads", "head_dim")
             for t in jnp.split(qkv, 3, axis=-1)
         )
-        rows = 2 * self.kernel_size - 1
+        rows = 2 * (self.kernel_size or height) - 1
         table = self.param(
             "relative_position_bias", init, (self.num_heads, rows, rows), self.param_dtype
         )
-        x = kernels_pallas.neighborhood_attention(
-            query,
-            key,
-            value,
-            kernel_size=self.kernel_size,
-            dilation=self.dilation,
-            bias=table,
-            scale=self.scale,
-        )
+        if self.kernel_size is None:
+            index = relative_position_index((height, width)).T  # key minus query
+            bias = table.reshape(self.num_heads, -1)[:, index][None]
+            flat = (t.reshape(len(x), height * width, *heads[3:]) for t in (query, key, value))
+            x = kernels_pallas.attention(*flat, bias=bias, scale=self.scale).reshape(heads)
+        else:
+            x = kernels_pallas.neighborhood_attention(
+                query,
+                key,
+                value,
+                kernel_size=self.kernel_size,
+                dilation=self.dilation,
+                bias=table,
+                scale=self.scale,
+            )
         x = x[:, :height, :width].reshape(x.shape[0], height, width, channels)
         x = dense(channels, name="out")(x)
         return nn.Dropout(self.dropout)(x, deterministic=not train)
@@ -125,7 +141,7 @@ class Block(nn.Module):
     """Neighbourhood attention and MLP, each behind a LayerNorm and a residual connection."""
 
     num_heads: int
-    kernel_size: int
+    kernel_size: int | None
     dilation: int = 1
     mlp_ratio: float = 4.0
     qkv_bias: bool = True
@@ -199,7 +215,8 @@ class DiNAT(nn.Module):
         merge them as Swin does, padded with zeros where they do not fit (DiNAT_s).
       patch_size: of the patches; overlapping ones have stride 4.
       num_classes: 0 leaves out the head (logits are then the pooled features).
-      kernel_size: neighbours along each axis, odd.
+      patch_norm: LayerNorm behind the embedding.
+      kernel_size: neighbours along each axis, odd; None: all positions of a square map.
       dilations: of each block, stage by stage; None: 1 everywhere.
       scale: factor on q k^T; None is 1 / sqrt(head width).
       layer_scale: initial value of a learned scale per channel on every branch; None: no scales.
@@ -214,9 +231,10 @@ class DiNAT(nn.Module):
     in_channels: int = 3
     num_classes: int = 1000
     embed_dim: int = 64
+    patch_norm: bool = True
     depths: tuple[int, ...] = (3, 4, 6, 5)
     num_heads: tuple[int, ...] = (2, 4, 8, 16)
-    kernel_size: int = 7
+    kernel_size: int | None = 7
     dilations: tuple[tuple[int, ...], ...] | None = None
     mlp_ratio: float = 3.0
     qkv_bias: bool = True
@@ -252,7 +270,8 @@ class DiNAT(nn.Module):
         else:
             whole = pad_to_multiple(images, self.patch_size, self.patch_size)
             x = PatchEmbed(self.embed_dim, self.patch_size, name="embed", **types)(whole)
-        x = out["patch_embed"] = LayerNorm(name="embed_norm", **types)(x)
+        x = LayerNorm(name="embed_norm", **types)(x) if self.patch_norm else x
+        out["patch_embed"] = x
         x = nn.Dropout(self.dropout)(x, deterministic=not train)
 
         rates = iter(np.linspace(0.0, self.drop_path, sum(self.depths)).tolist())
@@ -352,6 +371,12 @@ def _hugging_face_block(theirs: str, ours: str) -> list[Rule]:
     ]
 
 
+def _index(model: DiNAT, **_: int) -> np.ndarray | None:
+    """What the layers that attend to a whole map have in their files."""
+    side = -(-model.image_size[0] // model.patch_size)
+    return None if model.kernel_size else relative_position_index((side, side)).T
+
+
 def _layout(embed: str, embed_norm: str, norm: str, head: str, *rules: Rule) -> Rules:
     return Rules(
         (
@@ -366,6 +391,7 @@ def _layout(embed: str, embed_norm: str, norm: str, head: str, *rules: Rule) -> 
             *norm_rules(norm, "norm"),
             *dense_rules(head, "head"),
         ),
+        derived={"layers.{b}.attn.relative_position_index": _index},
         fresh=("head/kernel", "head/bias"),
         resize={"stages_{s}/layers_{b}/attention/relative_position_bias": _resize_bias},
     )
@@ -442,14 +468,14 @@ def _variant(
     **fields,
 ) -> tuple[str, Variant]:
     """A model under its official name; dilations are 1, w, 1, w ... by `wide`, None for NAT."""
-    size = next(size for size in _SIZES if size in name)
+    size = next(size for size in _SIZES if size in name.replace("vitrpb", "isotropic"))
     width, depths, heads, mlp_ratio, drop_path = _SIZES[size]
     if wide:
         wide = tuple(
             tuple(w if b % 2 else 1 for b in range(depth))
             for depth, w in zip(depths, wide, strict=True)
         )
-    dilated = name.startswith("dinat") or "isotropic" in name
+    dilated = name.startswith("dinat") or size.startswith("isotropic")
     return name, Variant(
         module=DiNAT,
         fields={
@@ -485,6 +511,7 @@ _384 = {"resolution": 384}
 _384_WIDE = {"resolution": 384, "wide": (13, 6, 3, 1)}
 _22K = {"num_classes": 21841, "drop_path": 0.2}
 _K11 = {"kernel_size": 11}
+_WHOLE = {"kernel_size": None}
 
 VARIANTS = dict(
     _variant(name, file, top1, params, gflops, **fields)
@@ -524,6 +551,8 @@ VARIANTS = dict(
         ("dinat_s_large_21k", "dinat_s_large_in22k_224", None, 228_565_093, None, _22K),
         ("nat_isotropic_small", "nat_isotropic_small_in1k_224", 80.0, 21_999_736, 4.3, _NAT),
         ("nat_isotropic_base", "nat_isotropic_base_in1k_224", 81.6, 86_465_800, 16.9, _NAT),
+        ("vitrpb_small", "vitrpb_small_in1k_224", 81.2, 22_080_376, 4.6, _NAT | _WHOLE),
+        ("vitrpb_base", "vitrpb_base_in1k_224", 82.5, 86_627_080, 17.5, _NAT | _WHOLE),
         ("dinat_isotropic_small", "dinat_isotropic_small_in1k_224", 80.8, 21_999_736, 4.3, _ISO),
         ("dinat_isotropic_base", "dinat_isotropic_base_in1k_224", 82.1, 86_465_800, 16.9, _ISO),
     )

@@ -138,7 +138,7 @@ class T2TViT(nn.Module):
       image_size: height and width in pixels, multiples of 16.
       num_classes: 0 leaves out the head (logits are then the pooled features).
       performer: linear attention in the token layers; else softmax.
-      token_dim: width of the token layers; even with `performer`.
+      token_dim: width of the token layers; Performer's have half as many features, rounded down.
       scale: of the backbone's q k^T; None is 1 / sqrt(head width).
       token_dropout: in the token layers; the authors' Performer layers have 0.1, the others none.
       drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
@@ -237,8 +237,6 @@ class T2TViT(nn.Module):
         check_image_size(self, shape)
         if any(size % 16 for size in self.image_size):
             raise ValueError(f"image_size={self.image_size} is no multiple of 16 on both sides.")
-        if self.performer and self.token_dim % 2:
-            raise ValueError(f"token_dim={self.token_dim} is odd; Performer layers halve it.")
 
 
 # ---------------------------------------------------------------------------- checkpoints
