@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from zoo.methods.method import Intercepted, Method, Variables, unwrap
+from zoo.methods.method import Method, Variables, intercepted, unwrap
 
 LEAVES = r".*(^|/)lora_[ab]"
 
@@ -51,7 +51,7 @@ class LoRA(Method):
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """The module with the product beside each target."""
-        return Intercepted(module, self)
+        return intercepted(module, self)
 
     def adapt(self, module: nn.Module, variables: Variables, rng: Any, batches: Any = None) -> dict:
         """The variables with both matrices at each target.
@@ -99,13 +99,15 @@ class LoRA(Method):
 
     def merge(self, module: nn.Module, variables: Variables) -> tuple[nn.Module, dict[str, Any]]:
         """The product is added to each matrix."""
-        return unwrap(module, self), merged(variables, self.scale)
+        return unwrap(module, self), merged(variables, self.scale, self.targets)
 
 
-def merged(variables: Variables, scale: float) -> dict[str, Any]:
-    """Variables in which every pair of thin matrices is added to the matrix beside it."""
+def merged(variables: Variables, scale: float, targets: str = ".*") -> dict[str, Any]:
+    """Variables in which the pair of thin matrices of each target is added to its matrix."""
     flat = flatten_dict(dict(variables))
     for path in [p for p in flat if p[-1] == "lora_a"]:
+        if not re.fullmatch(targets, "/".join(path[1:-1])):
+            continue
         a, b = flat.pop(path), flat.pop((*path[:-1], "lora_b"))
         kernel = (*path[:-1], "kernel")
         flat[kernel] = flat[kernel] + (scale * (a @ b)).astype(flat[kernel].dtype)

@@ -16,6 +16,7 @@ files keep loading. In a config, `methods=(LoRA(rank=8), ...)` composes from lef
 second method wraps what the first has wrapped.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -92,15 +93,15 @@ class Intercepting(Protocol):
 
 
 class Intercepted(nn.Module):
-    """A module under whose calls a method listens; its variables keep their paths.
+    """A module under whose calls methods listen; its variables keep their paths.
 
     Attributes:
       inner: the module.
-      method: whose `intercept` sees every call of every submodule.
+      methods: whose `intercept` sees every call of every submodule, the last one first.
     """
 
     inner: nn.Module
-    method: Intercepting
+    methods: tuple[Intercepting, ...]
 
     def setup(self) -> None:
         """The inner module's scope is this one's."""
@@ -112,22 +113,35 @@ class Intercepted(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The inner module's call."""
-        with nn.intercept_methods(self.method.intercept):
+        with self._listening():
             return self.inner(*args, **kwargs)
 
     def features(self, *args: Any, **kwargs: Any) -> Any:
         """The inner module's `features`."""
-        with nn.intercept_methods(self.method.intercept):
+        with self._listening():
             return self.inner.features(*args, **kwargs)
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """The inner module's `step`."""
-        with nn.intercept_methods(self.method.intercept):
+        with self._listening():
             return self.inner.step(*args, **kwargs)
+
+    def _listening(self) -> contextlib.ExitStack:
+        stack = contextlib.ExitStack()
+        for method in self.methods:
+            stack.enter_context(nn.intercept_methods(method.intercept))
+        return stack
 
     def init_state(self, *args: Any, **kwargs: Any) -> Any:
         """The inner module's `init_state`."""
         return self.inner.init_state(*args, **kwargs)
+
+
+def intercepted(module: nn.Module, method: Intercepting) -> nn.Module:
+    """The module with one more method that listens."""
+    if isinstance(module, Intercepted):
+        return Intercepted(module.inner, (*module.methods, method))
+    return Intercepted(module, (method,))
 
 
 def unwrap(module: nn.Module, method: Any) -> nn.Module:
@@ -136,8 +150,9 @@ def unwrap(module: nn.Module, method: Any) -> nn.Module:
     Raises:
       ValueError: if `module` is not wrapped by this method.
     """
-    if isinstance(module, Intercepted) and module.method == method:
-        return module.inner
+    if isinstance(module, Intercepted) and module.methods[-1] == method:
+        rest = module.methods[:-1]
+        return Intercepted(module.inner, rest) if rest else module.inner
     raise ValueError(
         f"{type(module).__name__} is not wrapped by {type(method).__name__}; methods are taken "
         "away in the reverse of the order in which they were put on."

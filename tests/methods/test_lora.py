@@ -1,0 +1,88 @@
+"""LoRA on any model: nothing at first, two thin matrices a target, gone after merging."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from model_helpers import assert_trees_close
+
+import zoo
+from zoo.methods import LoRA, adapt_all, wrap_all
+from zoo.tasks.apply import zeros_like_inputs
+
+
+def random_inputs(model, batch=2):
+    inputs = zeros_like_inputs(model, batch)
+    return {
+        name: jax.random.randint(jax.random.key(0), x.shape, 0, 5)
+        if jnp.issubdtype(x.dtype, jnp.integer)
+        else jax.random.normal(jax.random.key(0), x.shape)
+        for name, x in inputs.items()
+    }
+
+
+def moved(variables):
+    """With second matrices that are not zero."""
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, x: x + 0.1 if "lora_b" in jax.tree_util.keystr(keys) else x, variables
+    )
+
+
+@pytest.mark.parametrize("name, fields", [("vit_test", {}), ("gpt2_test", {"scan_layers": True})])
+def test_it_is_nothing_at_first_and_merges_into_the_matrices(name, fields):
+    model, method = zoo.create(name, **fields), LoRA(rank=3, alpha=6.0)
+    inputs = random_inputs(model)
+    variables = jax.jit(model.init)(jax.random.key(0), **inputs)
+    adapted = method.adapt(model, variables, jax.random.key(1))
+    run = jax.jit(lambda m, v: m.apply(v, **inputs), static_argnums=0)
+    wrapped = method.wrap(model)
+    before = run(model, variables)
+    np.testing.assert_array_equal(run(wrapped, adapted), before)
+    other = run(wrapped, moved(adapted))
+    assert np.abs(other - before).max() > 1e-3
+    plain, merged = method.merge(wrapped, moved(adapted))
+    assert plain == model
+    assert_trees_close(run(plain, merged), other, 1e-5)
+    assert flatten_dict(merged).keys() == flatten_dict(variables).keys()
+    zoo.export(plain, merged)  # in the official layout
+
+
+def test_added_leaves_stand_beside_their_matrix_and_alone_are_trained():
+    model, method = zoo.create("vit_test"), LoRA(rank=3, targets=r".*mlp/(up|down)")
+    variables = jax.jit(model.init)(jax.random.key(0), **zeros_like_inputs(model))
+    adapted = flatten_dict(method.adapt(model, variables, jax.random.key(1))["params"], sep="/")
+    added = {path for path in adapted if method.trains(path)}
+    assert added == set(adapted) - set(flatten_dict(variables["params"], sep="/"))
+    width = adapted["layers_0/mlp/up/kernel"].shape
+    assert adapted["layers_0/mlp/up/lora_a"].shape == (width[0], 3)
+    assert adapted["layers_0/mlp/up/lora_b"].shape == (3, width[1])
+
+
+def test_the_scale_is_alpha_over_the_rank_or_its_root():
+    assert LoRA(rank=16, alpha=8.0).scale == 0.5
+    assert LoRA(rank=16, alpha=8.0, rank_stabilised=True).scale == 2.0
+
+
+def test_two_of_them_compose_and_come_off_in_reverse():
+    model = zoo.create("vit_test")
+    both = LoRA(rank=2, targets=r".*/qkv"), LoRA(rank=4, targets=r".*mlp/up")
+    inputs = random_inputs(model)
+    variables = jax.jit(model.init)(jax.random.key(0), **inputs)
+    wrapped = wrap_all(model, both)
+    adapted = moved(adapt_all(model, variables, both, jax.random.key(1)))
+    run = jax.jit(lambda m, v: m.apply(v, **inputs), static_argnums=0)
+    wanted = run(wrapped, adapted)
+    with pytest.raises(ValueError, match="in the reverse of the order"):
+        both[0].merge(wrapped, adapted)
+    for method in reversed(both):
+        wrapped, adapted = method.merge(wrapped, adapted)
+    assert wrapped == model
+    assert_trees_close(run(model, adapted), wanted, 1e-5)
+
+
+def test_targets_that_match_nothing_are_refused():
+    model = zoo.create("vit_test")
+    variables = jax.jit(model.init)(jax.random.key(0), **zeros_like_inputs(model))
+    with pytest.raises(ValueError, match=r"targets 'attn' match no dense map of VisionTransf"):
+        LoRA(targets="attn").adapt(model, variables, jax.random.key(0))
