@@ -20,7 +20,7 @@ import jax
 from training import tiny
 
 import train
-from zoo.checkpoints import runs
+from zoo.checkpoints.runs import disk
 from zoo.training.program import Program
 
 
@@ -28,7 +28,7 @@ def main(event, args):
     kind, _, number = event.partition(":")
     kept = Path(args[args.index("--workdir") + 1]) / "checkpoints" if "--workdir" in args else None
     if kind == "kill":
-        write = runs._Json.save
+        write = disk.Json.save
 
         async def save(self, directory):
             background = await write(self, directory)
@@ -41,7 +41,7 @@ def main(event, args):
                 return dies()
             return background
 
-        runs._Json.save = save
+        disk.Json.save = save
     if kind in ("die", "term", "slow"):
         step, count = Program.step, [0]
 
