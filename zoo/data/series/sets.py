@@ -75,3 +75,6 @@ def machine_temperature() -> Table:
     From the Numenta Anomaly Benchmark, in the package hyperts (Apache-2.0). The first 2,000 rows,
     all normal, are for training.
     """
+    path = packaged("hyperts", "hyperts==0.2.2", "datasets/realKnownCause.csv")
+    splits = (2000, 0, 20_683)
+    return Table(path, "timestamp", ("value",), labels="anomaly", splits=splits, frequency="t")
