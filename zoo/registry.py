@@ -54,6 +54,7 @@ SYSTEMS: dict[str, tuple[str, ...]] = {
     "zoo.models.signal.lmuformer": ("lmuformer_*",),
     "zoo.models.signal.spiking": ("slmu_rnn_*", "attn_ms_*", "spiking_*"),
     "zoo.models.signal.dynamicformer": ("dynamicformer_*",),
+    "zoo.models.signal.dynamic_mlp": ("dra_mlp_*",),
 }
 
 

@@ -10,7 +10,8 @@ import numpy as np
 
 import zoo
 from zoo.data.intersection import airy_b, airy_c, exponents, genus, intersection_number, logarithm
-from zoo.models.signal.dynamicformer import dra, package_dra, pool
+from zoo.models.signal.dynamic_mlp import DraMlp, DynamicNetwork, dra, package_dra
+from zoo.models.signal.dynamicformer import pool
 
 
 def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
@@ -20,7 +21,52 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     if "dra" in case.config.entries:
         parts = _parts(case)
         return None, lambda variables: parts
+    if "trans_1.memory_tokens" not in case.shapes:
+        return _mlp(case)
     return _network(case)
+
+
+# What the shapes of a multilayer perceptron's tensors say, too, and what does not shape it.
+_SIZES = """
+    activation batch bias dim_in dim_in_2 dim_out dims dra dropout depth hidden hidden_size in_dim
+    in_features inputs layers nb_layers num_layers out_dim out_features outputs return_inter sizes
+    skip width widths BN
+""".split()
+
+
+def _mlp(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
+    """`MLP_dra` of the repository, or maps with an activation behind each but the last."""
+    config, shapes = case.config, case.shapes
+    modulation = config.take("modulation", "+")
+    config.ignore(*_SIZES, "model", "class", "class_")
+    named = f"{config.entries.get('activation', '')} {case.source}"
+    types = {"activation": package_dra if "package" in named or "dra/" in named else dra}
+    if "lin_final.weight" in shapes:
+        second = shapes.get("lin2.weight", (0, 0))[1]
+        (hidden, inputs), channels = shapes["lin1.weight"], shapes["lin_final.weight"][0]
+        norm, bias = "last_norm.weight" in shapes, "lin1.bias" in shapes
+        model = DynamicNetwork(inputs, channels, hidden, second, modulation, bias, norm, **types)
+    else:
+        maps = [s for name, s in shapes.items() if name.endswith("weight") and len(s) == 2]
+        bias = any(name.endswith("bias") for name in shapes)
+        widths = tuple(out for out, _ in maps[:-1])
+        model = DraMlp(maps[0][1], widths, maps[-1][0], bias, **types)
+    x = {name: case.input(name) for name in case.names}
+    rows = next((x.pop(name) for name in ("x", "input", "inputs") if name in x), None)
+    second = next((x.pop(name) for name in ("y", "z", "cond") if name in x), None)
+    mask = x.pop("mask", None)
+    if rows is None or x:
+        raise golden.Unsupported(f"its inputs are {', '.join(case.names)}, not x, y and mask")
+    flat = [None if a is None else a.reshape(-1, a.shape[-1]) for a in (rows, second)]
+    if mask is not None and np.any(mask != 1):
+        raise golden.Unsupported("its mask hides rows; the model here takes none")
+    flat = [a for a in flat if a is not None]
+
+    def outputs(variables: dict) -> golden.Outputs:
+        y = jax.jit(model.apply)(variables, *flat).reshape(*rows.shape[:-1], -1)
+        return dict.fromkeys(case.header["outputs"], y)
+
+    return model, outputs
 
 
 def _numbers(case: golden.Case) -> golden.Outputs:
@@ -60,8 +106,16 @@ def _network(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     case.config.entries["post_fill_add"] = {
         name: 9.0 if name.endswith("average_n") else 1.0 for name in changed
     }
-    model = zoo.create("dynamicformer_psi")
     exponents, sizes, airy = (case.input(name) for name in ("x", "gn", "b"))
+    vocab_size, channels = case.shapes["perm_emb.weight"]
+    model = zoo.info("dynamicformer_psi").create(
+        points=exponents.shape[1],
+        rows=airy.shape[1],
+        vocab_size=vocab_size,
+        channels=channels,
+        embed_dim=case.shapes["trans_1.project_in.weight"][0],
+        hidden=case.shapes["perm_embedding.lin1.weight"][0],
+    )
     # the network finds both masks by itself
     places = np.arange(exponents.shape[1])
     np.testing.assert_array_equal(places < sizes[:, 1:], case.inputs["mask_x"])

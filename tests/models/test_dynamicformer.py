@@ -10,15 +10,8 @@ import zoo
 from zoo.data import Data, eval_batches
 from zoo.data.intersection import IntersectionNumbers, airy_b
 from zoo.models.signal import dynamicformer
-from zoo.models.signal.dynamicformer import (
-    DistanceBias,
-    alignment,
-    away_from_zero,
-    dra,
-    package_dra,
-    pool,
-    unit_groups,
-)
+from zoo.models.signal.dynamic_mlp import away_from_zero, dra, package_dra
+from zoo.models.signal.dynamicformer import DistanceBias, alignment, pool, unit_groups
 
 
 def test_shapes_are_those_of_the_docstring():

@@ -79,12 +79,12 @@ def test_a_spike_has_the_slope_of_a_sigmoid():
     np.testing.assert_allclose(slope[0, 0, 0], 0.5 * 4 * s * (1 - s), rtol=1e-6)
 
 
-def test_frames_that_are_not_real_leave_the_potential():
+def test_frames_that_are_not_valid_leave_the_potential():
     x = jax.random.normal(jax.random.key(0), (2, 9, 3)) * 2
-    real = jnp.array([1, 0, 1, 1, 0, 1, 1, 0, 1], bool)
-    spikes, potential = lif(x, real=real)
-    alone, last = lif(x[:, real])
-    np.testing.assert_array_equal(spikes[:, real], alone)
+    valid = jnp.array([1, 0, 1, 1, 0, 1, 1, 0, 1], bool)
+    spikes, potential = lif(x, valid=valid)
+    alone, last = lif(x[:, valid])
+    np.testing.assert_array_equal(spikes[:, valid], alone)
     np.testing.assert_array_equal(potential, last)
 
 
@@ -109,9 +109,9 @@ def test_the_stream_equals_the_parallel_form_after_every_frame(spiking):
     @jax.jit
     def run(variables, series):
         frames = jnp.pad(series, ((0, 0), (0, DELAY), (0, 0)), constant_values=7.0)
-        real = jnp.arange(frames.shape[1]) < series.shape[1]
+        valid = jnp.arange(frames.shape[1]) < series.shape[1]
         step = lambda state, x: model.apply(variables, state, *x, method="step")  # noqa: E731
-        return jax.lax.scan(step, model.init_state(2), (frames.swapaxes(0, 1), real))
+        return jax.lax.scan(step, model.init_state(2), (frames.swapaxes(0, 1), valid))
 
     state, logits = run(variables, series)
     assert state["count"] == series.shape[1]

@@ -33,7 +33,6 @@ starts anywhere; ours starts at least 0.1 from 0, where dra has no value. C is r
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -42,86 +41,19 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 import kernels_pallas
-from zoo.checkpoints.rules import Rule, Rules, batch_norm_rules, dense_rules, linear
-from zoo.layers.dense import Dense
+from zoo.checkpoints.rules import Rule, Rules, batch_norm_rules, dense_rules
+from zoo.checkpoints.rules import linear as transposed
 from zoo.layers.partition import constrain
-from zoo.layers.patch import torch_default_init
-from zoo.layers.series import bias_init
+from zoo.models.signal.dynamic_mlp import (
+    DynamicMlp,
+    DynamicRange,
+    activation_rules,
+    batch_norm,
+    dra,
+    linear,
+    mlp_rules,
+)
 from zoo.system import System, Variant
-
-# ----------------------------------------------------------------------------- activation
-
-
-def dra(x: Float[Array, "*shape"], a: Array, b: Array, c: Array, d: Array) -> Array:
-    """Dynamic range activator: identity, two waves and a step."""
-    return x + a / b * jnp.sin(a * x) ** 2 + c * jnp.cos(b * x) + d * jnp.tanh(b * x)
-
-
-def package_dra(x: Float[Array, "*shape"], a: Array, b: Array, c: Array, d: Array) -> Array:
-    """The same in the authors' package torch-dra."""
-    return x + b / a * jnp.sin(a * x) ** 2 + c * jnp.cos(a * x) + d * jnp.tanh(b * x)
-
-
-def away_from_zero(key: Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Array:
-    """Normal numbers whose absolute values are at least 0.1."""
-    x = jax.random.normal(key, shape, dtype)
-    return jnp.where(x < 0, -1, 1) * jnp.maximum(jnp.abs(x), 0.1)
-
-
-class DynamicRange(nn.Module):
-    """`activation` with its four scalars; computed in float32, for waves of large numbers."""
-
-    activation: Callable = dra
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        normal = nn.initializers.normal(1.0)
-        starts = {"a": away_from_zero, "b": away_from_zero, "c": normal, "d": normal}
-        scalars = [self.param(name, f, (1,), self.param_dtype) for name, f in starts.items()]
-        scalars = [s.astype(jnp.float32) for s in scalars]
-        return self.activation(x.astype(jnp.float32), *scalars).astype(self.dtype)
-
-
-class DynamicMlp(nn.Module):
-    """`down(activation(up(x) + modulation(z)))`; perhaps with BatchNorm behind the activation."""
-
-    hidden: int
-    channels: int
-    activation: Callable = dra
-    use_bias: bool = True
-    batch_norm: bool = False
-    dropout: float = 0.0
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "batch *rows inputs"], z: Array | None = None, train: bool = False
-    ) -> Float[Array, "batch *rows channels"]:
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        names = ("batch", *["length"] * (x.ndim - 2), "mlp")
-        linear = partial(_linear, self.use_bias, **types)
-        y = linear(self.hidden, "up", x)
-        if z is not None:
-            y = y + linear(self.hidden, "modulation", z)
-        y = constrain(DynamicRange(self.activation, name="activation", **types)(y), *names)
-        if self.batch_norm:
-            y = _batch_norm("norm", train, **types)(y)
-        y = nn.Dropout(self.dropout)(y, deterministic=not train)
-        return linear(self.channels, "down", y)
-
-
-def _linear(use_bias: bool, channels: int, name: str, x: Array, **types: Any) -> Array:
-    start = {"kernel_init": torch_default_init, "bias_init": bias_init(x.shape[-1])}
-    return Dense(channels, use_bias=use_bias, name=name, **start, **types)(x)
-
-
-def _batch_norm(name: str, train: bool, **fields: Any) -> nn.BatchNorm:
-    fields = {"momentum": 0.9, "epsilon": 1e-5, **fields}
-    return nn.BatchNorm(use_running_average=not train, name=name, **fields)
-
 
 # -------------------------------------------------------------------------------- encoder
 
@@ -155,11 +87,11 @@ class DistanceBias(nn.Module):
 
     @nn.compact
     def __call__(self, length: int) -> Float[Array, "1 heads length length"]:
-        linear = partial(_linear, True, dtype=self.dtype, param_dtype=self.param_dtype)
+        dense = partial(linear, True, dtype=self.dtype, param_dtype=self.param_dtype)
         x = jnp.arange(1.0 - length, length)[:, None]
         for i in range(2):
-            x = nn.silu(linear(self.hidden, f"hidden{i}", x))
-        table = linear(self.num_heads, "head", x)
+            x = nn.silu(dense(self.hidden, f"hidden{i}", x))
+        table = dense(self.num_heads, "head", x)
         distance = np.subtract.outer(np.arange(length), np.arange(length))
         return jnp.moveaxis(table[distance + length - 1], -1, 0)[None]
 
@@ -193,7 +125,7 @@ class Encoder(nn.Module):
         norm = partial(OffsetNorm, **types)
         memory = self.param("memory", nn.initializers.normal(1.0), (1, self.embed_dim),
                             self.param_dtype).astype(self.dtype)  # fmt: skip
-        y = _linear(False, self.embed_dim, "embed", x, **types)
+        y = linear(False, self.embed_dim, "embed", x, **types)
         y = jnp.concatenate([jnp.broadcast_to(memory, (batch, *memory.shape)), y], 1)
         visible = jnp.pad(visible, ((0, 0), (1, 0)), constant_values=True)
         y = constrain(y, "batch", "length", "channels")
@@ -203,7 +135,7 @@ class Encoder(nn.Module):
         mlp = DynamicMlp(*sizes, use_bias=False, dropout=self.dropout, name="mlp", **types)
         y = y + self._sometimes(train, mlp(norm(name="norm2")(y), train=train))
         y = norm(name="norm")(constrain(y, "batch", "length", "channels"))
-        return _linear(False, channels, "project", y[:, 1:], **types), y[:, 0]
+        return linear(False, channels, "project", y[:, 1:], **types), y[:, 0]
 
     def _attend(self, x: Array, visible: Array, train: bool) -> Array:
         """Padding is not seen, and gets zeros."""
@@ -211,7 +143,7 @@ class Encoder(nn.Module):
         query, key, value = (
             constrain(y.reshape(*x.shape[:2], self.num_heads, -1), "batch", "length", "heads", None)
             for y in (
-                _linear(False, self.embed_dim, n, x, **types) for n in ("query", "key", "value")
+                linear(False, self.embed_dim, n, x, **types) for n in ("query", "key", "value")
             )
         )
         bias = None
@@ -230,7 +162,7 @@ class Encoder(nn.Module):
             dropout=self.dropout if dropping else 0.0,
             rng=self.make_rng("dropout") if dropping else None,
         )
-        out = _linear(False, self.embed_dim, "out", x.reshape(*x.shape[:2], -1), **types)
+        out = linear(False, self.embed_dim, "out", x.reshape(*x.shape[:2], -1), **types)
         return jnp.where(visible[..., None], out, 0)
 
     def _sometimes(self, train: bool, x: Array) -> Array:
@@ -353,7 +285,7 @@ class DynamicFormer(nn.Module):
         activation = partial(DynamicRange, self.activation, **types)
         encoder = partial(Encoder, self.embed_dim, self.num_heads, self.groups,
                           activation=self.activation, dropout=self.dropout, **types)  # fmt: skip
-        real = jnp.arange(exponents.shape[1]) < sizes[:, 1:]
+        valid = jnp.arange(exponents.shape[1]) < sizes[:, 1:]
         entry = airy[..., 3] != 0
 
         z = mlp(batch_norm=True, name="sizes_mlp")(sizes.astype(self.dtype), train=train)
@@ -364,7 +296,7 @@ class DynamicFormer(nn.Module):
         rows = mlp(name="rows_mlp")(airy.astype(self.dtype), z[:, None])
         rows = activation(name="rows_activation")(jnp.where(entry[..., None], rows, 0))
 
-        y, first = encoder(distances=False, name="points_encoder")(points, real, train)
+        y, first = encoder(distances=False, name="points_encoder")(points, valid, train)
         points = points + y
         y, second = encoder(distances=True, name="rows_encoder")(rows, entry, train)
         rows = rows + y
@@ -373,11 +305,11 @@ class DynamicFormer(nn.Module):
         pooled = pooled + Pool(self.param_dtype, name="points_pool")(points)
         pooled = activation(name="pooled_activation")(pooled)
         x = jnp.concatenate([pooled, z], -1)
-        x = _batch_norm("norm", train, **types)(x)
-        x = nn.relu(_linear(True, self.hidden, "hidden", x, **types))
+        x = batch_norm("norm", train, **types)(x)
+        x = nn.relu(linear(True, self.hidden, "hidden", x, **types))
         plain = {"use_scale": False, "use_bias": False}
         tokens = [
-            _batch_norm(name, train, **plain)(token.astype(jnp.float32))
+            batch_norm(name, train, **plain)(token.astype(jnp.float32))
             for name, token in (("points_memory_norm", first), ("rows_memory_norm", second))
         ]
         return {
@@ -386,7 +318,7 @@ class DynamicFormer(nn.Module):
             "rows": rows,
             "pooled": pooled,
             "alignment": alignment(*tokens),
-            "logits": _linear(True, 1, "head", x, **types),
+            "logits": linear(True, 1, "head", x, **types),
         }
 
     def _check(self, exponents: Array, sizes: Array, airy: Array) -> None:
@@ -418,19 +350,6 @@ _DISTANCE = (("0.0", "hidden0"), ("1.0", "hidden1"), ("2", "head"))
 _COUNTERS = ("gn_mlp.last_norm", "last_norm", "bn1", "bn2")
 
 
-def _activation_rules(theirs: str, ours: str) -> list[Rule]:
-    return [Rule(f"{theirs}.{name}", f"{ours}/{name}") for name in "abcd"]
-
-
-def _mlp_rules(theirs: str, ours: str) -> list[Rule]:
-    return [
-        *dense_rules(f"{theirs}.lin1", f"{ours}/up"),
-        *dense_rules(f"{theirs}.lin2", f"{ours}/modulation"),
-        *dense_rules(f"{theirs}.lin_final", f"{ours}/down"),
-        *_activation_rules(f"{theirs}.dra_1", f"{ours}/activation"),
-    ]
-
-
 def _statistics(theirs: str, ours: str) -> list[Rule]:
     return [
         Rule(f"{theirs}.running_mean", f"batch_stats/{ours}/mean"),
@@ -442,9 +361,9 @@ def _encoder_rules(theirs: str, ours: str) -> list[Rule]:
     layers = f"{theirs}.attn_layers"
     return [
         Rule(f"{theirs}.memory_tokens", f"{ours}/memory"),
-        *(Rule(f"{theirs}.{a}", f"{ours}/{b}", linear) for a, b in _ENCODER),
+        *(Rule(f"{theirs}.{a}", f"{ours}/{b}", transposed) for a, b in _ENCODER),
         *(Rule(f"{layers}.{a}.g", f"{ours}/{b}/scale") for a, b in _NORMS),
-        *_activation_rules(f"{layers}.layers.1.1.ff.0.1", f"{ours}/mlp/activation"),
+        *activation_rules(f"{layers}.layers.1.1.ff.0.1", f"{ours}/mlp/activation"),
         *(
             rule
             for a, b in _DISTANCE
@@ -456,14 +375,13 @@ def _encoder_rules(theirs: str, ours: str) -> list[Rule]:
 LAYOUTS = {
     "official": Rules(
         [
-            *_mlp_rules("gn_mlp", "sizes_mlp"),
-            *batch_norm_rules("gn_mlp.last_norm", "sizes_mlp/norm"),
+            *mlp_rules("gn_mlp.", "sizes_mlp"),
             Rule("perm_emb.weight", "embed/embedding"),
-            *_mlp_rules("perm_embedding", "points_mlp"),
-            *_mlp_rules("b_embedding", "rows_mlp"),
-            *_activation_rules("nonlin_x", "points_activation"),
-            *_activation_rules("nonlin_b", "rows_activation"),
-            *_activation_rules("nonlin", "pooled_activation"),
+            *mlp_rules("perm_embedding.", "points_mlp"),
+            *mlp_rules("b_embedding.", "rows_mlp"),
+            *activation_rules("nonlin_x", "points_activation"),
+            *activation_rules("nonlin_b", "rows_activation"),
+            *activation_rules("nonlin", "pooled_activation"),
             *_encoder_rules("trans_1", "rows_encoder"),
             *_encoder_rules("trans_2", "points_encoder"),
             Rule("pooling_x.average_n", "points_pool/typical"),

@@ -99,7 +99,7 @@ def _surrogate(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Ar
 def lif(
     x: Float[Array, "batch length channels"],
     potential: Float[Array, "batch channels"] | None = None,
-    real: Bool[Array, "length"] | None = None,
+    valid: Bool[Array, "length"] | None = None,
     threshold: float = 1.0,
 ) -> tuple[Float[Array, "batch length channels"], Float[Array, "batch channels"]]:
     """Leaky integrate-and-fire neurons: the spikes, and the potentials at the end.
@@ -110,19 +110,19 @@ def lif(
     Args:
       x: input current.
       potential: at the start; None: zero.
-      real: frames that count; the potential stays as it is in the others.
+      valid: frames that count; the potential stays as it is in the others.
       threshold: of the potential.
     """
     current = x.astype(jnp.float32).swapaxes(0, 1)
     potential = jnp.zeros_like(current[0]) if potential is None else potential
-    real = jnp.ones(len(current), bool) if real is None else real
+    valid = jnp.ones(len(current), bool) if valid is None else valid
 
     def step(v: Array, now: tuple[Array, Array]) -> tuple[Array, Array]:
         charged = v + (now[0] - v) / 2
         fired = spike(charged - threshold)
         return jnp.where(now[1], charged * (1 - jax.lax.stop_gradient(fired)), v), fired
 
-    potential, spikes = jax.lax.scan(step, potential, (current, real))
+    potential, spikes = jax.lax.scan(step, potential, (current, valid))
     return spikes.swapaxes(0, 1).astype(x.dtype), potential
 
 
@@ -135,10 +135,10 @@ class Fire(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, potential: Array | None, real: Array | None, train: bool
+        self, x: Array, potential: Array | None, valid: Array | None, train: bool
     ) -> tuple[Array, Array]:
         x = batch_norm(self)("norm", x, train)
-        return lif(x, potential, real, self.threshold)
+        return lif(x, potential, valid, self.threshold)
 
 
 # --------------------------------------------------------------------------------- blocks
@@ -164,9 +164,9 @@ def entry(state: State, name: str) -> Any:
     return None if state is None else state[name]
 
 
-def frames_at(real: Array | None, delay: int, length: int) -> Array | None:
-    """Which frames are real at a place that is `delay` convolutions late."""
-    return None if real is None else real[DELAY - delay :][:length]
+def frames_at(valid: Array | None, delay: int, length: int) -> Array | None:
+    """Which frames are valid at a place that is `delay` convolutions late."""
+    return None if valid is None else valid[DELAY - delay :][:length]
 
 
 class TimeConv(nn.Module):
@@ -200,15 +200,15 @@ class Embed(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch length variates"], state: State, real: Array | None,
+        self, x: Float[Array, "batch length variates"], state: State, valid: Array | None,
         train: bool,
     ) -> tuple[Float[Array, "batch length channels"], dict[str, Array]]:  # fmt: skip
         kept = {}
         length = x.shape[1]
 
         def convolve(i: int, x: Array) -> Array:
-            if real is not None:
-                x = jnp.where(frames_at(real, i, length)[:, None], x, 0)
+            if valid is not None:
+                x = jnp.where(frames_at(valid, i, length)[:, None], x, 0)
             past = entry(state, f"past{i}")
             x = jnp.pad(x, ((0, 0), (1, 1), (0, 0))) if past is None else _append(past, x)
             kept[f"past{i}"] = x[:, -2:].astype(jnp.float32)
@@ -216,7 +216,7 @@ class Embed(nn.Module):
 
         def fire(i: int, x: Array) -> Array:
             layer = Fire(name=f"fire{i}", **types_of(self))
-            frames = frames_at(real, i + 1, length)
+            frames = frames_at(valid, i + 1, length)
             x, kept[f"fire{i}"] = layer(x, entry(state, f"fire{i}"), frames, train)
             return x
 
@@ -247,7 +247,7 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch length channels"], state: State, real: Array | None,
+        self, x: Float[Array, "batch length channels"], state: State, valid: Array | None,
         train: bool,
     ) -> tuple[Float[Array, "batch length channels"], dict[str, Array]]:  # fmt: skip
         kept, norm = {}, batch_norm(self)
@@ -256,12 +256,22 @@ class Mlp(nn.Module):
         ):
             if self.spiking:
                 layer = Fire(name=f"fire{i}", **types_of(self))
-                x, kept[f"fire{i}"] = layer(x, entry(state, f"fire{i}"), real, train)
+                x, kept[f"fire{i}"] = layer(x, entry(state, f"fire{i}"), valid, train)
             dense = partial(nn.Dense, kernel_init=torch_default_init, **types_of(self))
             x = dense(width, bias_init=bias_init(x.shape[-1]), name=name)(x)
             x = x if self.spiking else act(norm(f"norm{i}", x, train))
             x = constrain(x, "batch", "length", "mlp" if name == "up" else "channels")
         return x, kept
+
+
+def read_out(
+    head: Any, x: Float[Array, "batch length channels"]
+) -> dict[str, Float[Array, "batch ... classes"]]:
+    """`logits` of the mean over all frames, and `prefix_logits`: had the series ended at each."""
+    x = x.astype(jnp.float32)
+    steps = jnp.arange(1, x.shape[1] + 1)[:, None]
+    prefixes = head(jnp.cumsum(x, 1) / steps).astype(jnp.float32)
+    return {"prefix_logits": prefixes, "logits": head(x.mean(1))}
 
 
 # ---------------------------------------------------------------------------- checkpoints

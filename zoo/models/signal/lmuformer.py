@@ -54,6 +54,7 @@ from zoo.models.signal.lmu import (
     init,
     memory_size,
     pointwise_rules,
+    read_out,
     remember,
     remember_step,
     stored_system,
@@ -74,7 +75,7 @@ class Memory(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch length channels"], state: State, real: Array | None,
+        self, x: Float[Array, "batch length channels"], state: State, valid: Array | None,
         train: bool,
     ) -> tuple[Float[Array, "batch length channels"], dict[str, Array]]:  # fmt: skip
         channels, kept = x.shape[-1], {}
@@ -84,7 +85,7 @@ class Memory(nn.Module):
             if not self.spiking:
                 return otherwise(x)
             layer = Fire(threshold, name=name, **types_of(self))
-            x, kept[name] = layer(x, entry(state, name), real, train)
+            x, kept[name] = layer(x, entry(state, name), valid, train)
             return x
 
         x = fire("fire_x", x, lambda x: x, 0.5)
@@ -92,7 +93,7 @@ class Memory(nn.Module):
         if state is None:
             memory = remember(u, memory_size(channels, self.spiking), self.theta)
         else:
-            memory, kept["memory"] = self.recur(state["memory"], u, real)
+            memory, kept["memory"] = self.recur(state["memory"], u, valid)
         memory = fire("fire_m", memory.astype(self.dtype), lambda m: m)
         h = dense(channels, name="read")(jnp.concatenate([memory, x], -1))
         h = fire("fire_h", h, nn.relu)
@@ -100,7 +101,7 @@ class Memory(nn.Module):
         x = batch_norm(self)("norm", conv(channels, name="out", **types_of(self))(h), train)
         return constrain(x, "batch", "length", "channels"), kept
 
-    def recur(self, memory: Array, u: Array, real: Array) -> tuple[Array, Array]:
+    def recur(self, memory: Array, u: Array, valid: Array) -> tuple[Array, Array]:
         """The memory after each frame, and at the end."""
 
         def step(memory: Array, now: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -108,7 +109,7 @@ class Memory(nn.Module):
             memory = jnp.where(now[1], after, memory)
             return memory, memory
 
-        last, memories = jax.lax.scan(step, memory, (u.T, real))
+        last, memories = jax.lax.scan(step, memory, (u.T, valid))
         return memories.swapaxes(0, 1), last
 
 
@@ -123,15 +124,15 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch length channels"], state: State, real: Array | None,
+        self, x: Float[Array, "batch length channels"], state: State, valid: Array | None,
         train: bool,
     ) -> tuple[tuple[Array, Array], dict[str, dict[str, Array]]]:  # fmt: skip
         fields = {"spiking": self.spiking, **types_of(self)}
         memory = Memory(self.theta, name="memory", **fields)
         mlp = Mlp(int(x.shape[-1] * self.mlp_ratio), name="mlp", **fields)
-        y, kept_memory = memory(x, entry(state, "memory"), real, train)
+        y, kept_memory = memory(x, entry(state, "memory"), valid, train)
         x = x + y
-        z, kept_mlp = mlp(x, entry(state, "mlp"), real, train)
+        z, kept_mlp = mlp(x, entry(state, "mlp"), valid, train)
         return (y, x + z), {"memory": kept_memory, "mlp": kept_mlp}
 
 
@@ -177,8 +178,8 @@ class LMUFormer(nn.Module):
         """Every named map (see the table above)."""
         return self.run(series, None, None, train)[0]
 
-    def init_state(self, batch: int) -> dict[str, Any]:
-        """What `stream` starts from: no frame seen."""
+    def init_state(self, batch: int, length: int = 0) -> dict[str, Any]:
+        """What `stream` starts from: no frame seen; `length` does not matter."""
         c, hidden = self.embed_dim, int(self.embed_dim * self.mlp_ratio)
         d = memory_size(c, self.spiking)
         channels = [self.variates, c, c, c, c]
@@ -195,40 +196,40 @@ class LMUFormer(nn.Module):
         } | ({"fire": (c,)} if self.spiking else {})
         is_shape = lambda x: isinstance(x, tuple)  # noqa: E731
         state = jax.tree.map(lambda s: jnp.zeros((batch, *s)), shapes, is_leaf=is_shape)
-        return state | {"real": jnp.zeros(DELAY, bool), "count": jnp.zeros((), jnp.int32)}
+        return state | {"valid": jnp.zeros(DELAY, bool), "count": jnp.zeros((), jnp.int32)}
 
     def stream(
         self,
         state: dict[str, Any],
         frames: Float[Array, "batch length variates"],
-        real: bool | Bool[Array, "length"] = True,
+        valid: bool | Bool[Array, "length"] = True,
     ) -> tuple[dict[str, Any], Float[Array, "batch classes"]]:
         """Goes on with a series; any number of frames at once.
 
         Args:
           state: of `init_state`, or what `stream` gave.
           frames: the next ones.
-          real: False for frames behind the end: `DELAY` of them get the last real ones out.
+          valid: False for frames behind the end: `DELAY` of them get the last valid ones out.
 
         Returns:
           The new state; logits of all frames but the last `DELAY` given. In the beginning, when
           there are none, those of a series of zeros.
         """
-        out, state = self.run(frames, state, jnp.broadcast_to(real, frames.shape[1:2]), False)
+        out, state = self.run(frames, state, jnp.broadcast_to(valid, frames.shape[1:2]), False)
         return state, out["logits"]
 
     def step(
         self,
         state: dict[str, Any],
         frame: Float[Array, "batch variates"],
-        real: bool | Array = True,
+        valid: bool | Array = True,
     ) -> tuple[dict[str, Any], Float[Array, "batch classes"]]:
         """`stream` with one frame."""
-        return self.stream(state, frame[:, None], real)
+        return self.stream(state, frame[:, None], valid)
 
     @nn.compact
     def run(
-        self, series: Array, state: dict[str, Any] | None, real: Array | None, train: bool
+        self, series: Array, state: dict[str, Any] | None, valid: Array | None, train: bool
     ) -> tuple[dict[str, Array], dict[str, Any]]:
         """The parallel form, or the streaming form from a state: features and the new state."""
         if series.ndim != 3 or series.shape[2] != self.variates:
@@ -238,12 +239,12 @@ class LMUFormer(nn.Module):
             )
         fields = {"spiking": self.spiking, **types_of(self)}
         length = series.shape[1]
-        if real is not None:
-            real = jnp.concatenate([state["real"], real])
+        if valid is not None:
+            valid = jnp.concatenate([state["valid"], valid])
         embed = Embed(self.embed_dim, name="embed", **fields)
-        x, kept = embed(series, entry(state, "embed"), real, train)
+        x, kept = embed(series, entry(state, "embed"), valid, train)
         new, out = {"embed": kept, "layers": []}, {"embed": x}
-        frames = frames_at(real, DELAY, length)
+        frames = frames_at(valid, DELAY, length)
         for i in range(self.depth):
             block = Block(self.mlp_ratio, self.theta, name=f"layers_{i}", **fields)
             past = None if state is None else state["layers"][i]
@@ -254,13 +255,10 @@ class LMUFormer(nn.Module):
             fire = Fire(name="fire", **types_of(self))
             x, new["fire"] = fire(x, entry(state, "fire"), frames, train)
         head = nn.Dense(self.num_classes, kernel_init=init, name="head", **types_of(self))
-        x = x.astype(jnp.float32)
         if state is None:
-            steps = jnp.arange(1, length + 1)[:, None]
-            out["prefix_logits"] = head(jnp.cumsum(x, 1) / steps).astype(jnp.float32)
-            out["logits"] = head(x.mean(1))
-            return out, new
-        new["real"] = real[-DELAY:]
+            return out | read_out(head, x), new
+        x = x.astype(jnp.float32)
+        new["valid"] = valid[-DELAY:]
         new["count"] = state["count"] + frames.sum()
         new["total"] = state["total"] + jnp.where(frames[:, None], x, 0).sum(1)
         out["logits"] = head(new["total"] / jnp.maximum(new["count"], 1))

@@ -20,10 +20,11 @@ cannot stream; the first could, and is here in its parallel form only. The offic
 first drops its arguments and so has 128 mel bands and 256 channels whatever one asks for; ours has
 what one asks. Both are a `SpikingNetwork`, the second where it has heads.
 
-    features    attn_ms_conv1d
-    embed       128  256
-    block1      128  256
-    logits      35
+    features       attn_ms_conv1d
+    embed          128  256
+    block1         128  256
+    prefix_logits  128  35     had the series ended here
+    logits         35
 """
 
 from functools import partial
@@ -48,6 +49,7 @@ from zoo.models.signal.lmu import (
     lif,
     memory_size,
     pointwise_rules,
+    read_out,
     remember,
     stored_system,
     types_of,
@@ -249,7 +251,7 @@ class SpikingNetwork(nn.Module):
             x = out[f"block{i + 1}"] = block(name=f"layers_{i}")(x, train)
         x = Fire(name="fire", **types)(x, None, None, train)[0] if attends else x
         head = nn.Dense(self.num_classes, kernel_init=init, name="head", **types_of(self))
-        return out | {"logits": head(x.astype(jnp.float32).mean(1))}
+        return out | read_out(head, x)
 
 
 # ---------------------------------------------------------------------------- checkpoints
