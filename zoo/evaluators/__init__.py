@@ -5,5 +5,13 @@ from zoo.evaluators.anomalies import AnomalyScores
 from zoo.evaluators.evaluator import Evaluator
 from zoo.evaluators.forecasts import ForecastPlots
 from zoo.evaluators.intervals import ConformalIntervals
+from zoo.evaluators.modes import ModesFound
 
-__all__ = ["ActivationMaps", "AnomalyScores", "ConformalIntervals", "Evaluator", "ForecastPlots"]
+__all__ = [
+    "ActivationMaps",
+    "AnomalyScores",
+    "ConformalIntervals",
+    "Evaluator",
+    "ForecastPlots",
+    "ModesFound",
+]

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,7 +196,7 @@ class Loop:
         }
         self.window = {}
         self.logbook.row(step, {**means, **timing})
-        self.logbook.progress(step, {"train/loss": means.get("train/loss", float("nan")), **timing})
+        self.logbook.progress(step, {"train/loss": first_loss(means), **timing})
 
     def evaluate(self) -> None:
         """Measure the held-out examples, every one once, and run the evaluators that are due."""
@@ -264,6 +264,11 @@ class Loop:
         self.outputs.clear()
         self.logbook.start(self.step)
         self.clock = (time.perf_counter(), self.step, self.batches.waited)
+
+
+def first_loss(means: Mapping[str, float]) -> float:
+    """The loss of a row, of several phases that of the first."""
+    return next((value for name, value in means.items() if name.endswith("loss")), float("nan"))
 
 
 def due(step: int, every: int, num_steps: int) -> bool:

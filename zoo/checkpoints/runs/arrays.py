@@ -135,4 +135,3 @@ def load_matching(folder: Path, saved: Mapping, wanted: Mapping, found: Match) -
         leaves[path] = jax.device_put(leaf.copy(), wanted[path].sharding) if again else leaf
         taken.add(source)
     return unflatten_dict(leaves, sep="/")
-

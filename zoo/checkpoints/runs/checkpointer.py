@@ -31,6 +31,7 @@ from zoo.errors import CheckpointBroken, StorageError
 
 MARGIN = 1 << 20  # bytes that a step takes besides its arrays, generously
 
+
 class Checkpoints:
     """The checkpoints of one run: written behind its back, read with suspicion.
 
@@ -205,6 +206,7 @@ class Checkpoints:
             return parts, extra
         return None
 
+
 def _host_copy(parts: Parts, before: Parts) -> Parts:
     """Arrays in the host's memory, in place of those of an earlier copy where they are alike.
 
@@ -223,4 +225,3 @@ def _host_copy(parts: Parts, before: Parts) -> Parts:
         return old
 
     return jax.tree_util.tree_map_with_path(copy, parts)
-

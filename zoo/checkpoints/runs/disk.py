@@ -110,6 +110,8 @@ class Json:
         self.writes = every_process or jax.process_index() == 0
 
     async def save(self, directory: Any) -> Any:
+        """The writing, for Orbax to wait for."""
+
         async def write() -> None:
             folder = Path(await directory.await_creation())
             if self.writes:
@@ -118,10 +120,12 @@ class Json:
         return write()
 
     async def load(self, directory: Any) -> Any:
+        """Not used: JSON is read without Orbax."""
         raise NotImplementedError
 
 
 def write_files(folder: Path) -> None:
+    """Write the digest of each file of a step beside it."""
     files = {
         str(p.relative_to(folder)): _file_digest(p)
         for p in sorted(folder.rglob("*"))

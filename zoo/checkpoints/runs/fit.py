@@ -31,6 +31,11 @@ def check_shapes(folder: Path, saved: Mapping, wanted: Mapping, found: Match) ->
 
 
 def check_model(folder: Path, model: Any, abstract: Parts, params: str) -> None:
+    """Compare what a step holds with what a module takes.
+
+    Raises:
+      CheckpointMismatch: naming all that is missing, unexpected or of another shape.
+    """
     from zoo.checkpoints.leaves import model_leaves
 
     stored = model_leaves(model).stored

@@ -105,4 +105,3 @@ def _variables(folder: Path, extra: Mapping, model: Any, sharding: Any, averaged
     parts = load(folder, abstract)
     flat = flatten_dict(parts[params]) | flatten_dict(parts.get("frozen", {}))
     return {"params": unflatten_dict(flat), **parts.get("collections", {})}
-

@@ -44,4 +44,3 @@ def quiet() -> Iterator[None]:
     yield
     logger.setLevel(level)
     sys.unraisablehook = hook
-
