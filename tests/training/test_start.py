@@ -1,6 +1,9 @@
 """A run that starts from a published checkpoint."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -9,11 +12,11 @@ from model_helpers import filled_state_dict
 from safetensors.numpy import save_file
 
 import zoo
-from zoo.data import Data, Digits
+from zoo.data import Arrays, Data, Digits
 from zoo.data.transforms import Normalize, Resize
 from zoo.errors import ConfigError
 from zoo.tasks import Classification
-from zoo.training import Model, Partition, TrainConfig
+from zoo.training import Model, Optimizer, Partition, TrainConfig
 from zoo.training.program import make_program
 from zoo.training.start import first_state
 
@@ -73,3 +76,57 @@ def test_a_missing_file_and_a_module_of_ones_own_are_said(tmp_path):
     made.config = dataclasses.replace(config, model=foreign)
     with pytest.raises(ConfigError, match="no checkpoint rules"):
         first_state(made)
+
+
+SCRIPT = """
+import resource, sys, dataclasses, jax
+from training.test_start import large
+from zoo.training.start import first_state
+from zoo.training.program import make_program
+
+made = make_program(large(sys.argv[1]))
+with made.context():
+    # the program is compiled before memory is looked at
+    made._first_with.lower(made.abstract.variables(averaged=False), made._key(0)).compile()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    state = jax.block_until_ready(first_state(made))
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+kernel = state.params["layers_0"]["mlp"]["up"]["kernel"]
+print(kernel.sharding.spec, (after - before) * 1024, sum(x.nbytes for x in jax.tree.leaves(state)))
+"""
+
+
+def large(checkpoint):
+    """A network of 100 MB whose largest leaf is 9 MB, cut over two devices."""
+    fields = {
+        "image_size": (16, 16),
+        "patch_size": 8,
+        "embed_dim": 768,
+        "depth": 4,
+        "num_heads": 12,
+    }
+    images = Arrays(image=np.zeros((4, 16, 16, 3), "f"), label=np.zeros(4, int))
+    return TrainConfig(
+        model=Model("vit_test", fields, checkpoint=checkpoint),
+        task=Classification(),
+        data=Data(images, images, batch_size=4, threads=1),
+        optimizer=Optimizer(name="sgd", b1=0.0, schedule="constant"),
+        partition=Partition(fsdp=2),
+    )
+
+
+def test_a_checkpoint_goes_leaf_by_leaf_into_the_sharding_of_the_run(tmp_path):
+    """The peak is the state itself and a few leaves, not a whole copy more on the host."""
+    model = zoo.create("vit_test", **large("").model.overrides)
+    file = tmp_path / "vit.safetensors"
+    save_file(filled_state_dict(model), file)
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+    env = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(file)], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    spec, grown, held = done.stdout.strip().rsplit(" ", 2)
+    assert spec == "P(None, 'fsdp')"
+    assert int(held) > 100e6
+    assert int(grown) < 1.5 * int(held)
