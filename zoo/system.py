@@ -112,7 +112,7 @@ class System:
         a published file complete. The trainer takes no gradient for them.
       no_decay: leaves without weight decay, beside those that `zoo.training.optimizer` names.
       decay: leaves with weight decay although `zoo.training.optimizer` or `no_decay` names them.
-      depth: its group is the number of a leaf's layer, for layer-wise learning rates.
+      depth: its matches in a path, in order, number the leaf's layer: layer-wise learning rates.
     """
 
     variants: Mapping[str, Variant]
@@ -121,7 +121,7 @@ class System:
     frozen: tuple[str, ...] = ()
     no_decay: tuple[str, ...] = ()
     decay: tuple[str, ...] = ()
-    depth: str = r"layers_(\d+)"
+    depth: str = r"(?:stages|groups|blocks|layers)_(\d+)"
 
     def is_frozen(self, path: str) -> bool:
         """Whether the leaf of this path (`params` left out) is never trained."""

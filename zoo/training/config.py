@@ -20,6 +20,8 @@ import tyro
 from tyro.conf import AvoidSubcommands, Fixed
 
 from zoo.errors import ConfigError
+from zoo.evaluators.evaluator import Evaluator
+from zoo.methods.method import Method
 from zoo.tasks.task import Task
 
 TYPE = "_type"  # the key that says which dataclass a JSON object is
@@ -133,11 +135,11 @@ class TrainConfig:
     """Where examples come from and what is done to them (zoo.data.Data)."""
     optimizer: Annotated[Optimizer | dict[str, Optimizer], AvoidSubcommands] = Optimizer()
     """Of all that is trained, or one a group: networks are groups, methods name others."""
-    methods: tuple[Any, ...] = ()
+    methods: tuple[Method, ...] = ()
     """What changes the network or which leaves are trained (zoo.methods), from left to right."""
     freeze: tuple[str, ...] = ()
     """Path patterns (regex, whole path) of leaves that are not trained."""
-    evaluators: tuple[Any, ...] = ()
+    evaluators: tuple[Evaluator, ...] = ()
     """What is measured or drawn over whole data sets (zoo.evaluators)."""
     partition: Partition = Partition()
     checkpoint: Checkpointing = Checkpointing()
