@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 SYSTEMS: dict[str, tuple[str, ...]] = {
     "zoo.models.vision.swin": ("swin_*_patch4_*", "swin_test"),
-    "zoo.models.vision.dinat": ("dinat_*", "nat_*"),
+    "zoo.models.vision.dinat": ("dinat_*", "nat_*", "vitrpb_*"),
     "zoo.models.vision.cswin": ("CSWin_*", "cswin_*"),
     "zoo.models.vision.favit": ("favit_*",),
     "zoo.models.vision.sret": ("SReT_*", "sret_*"),
