@@ -58,6 +58,21 @@ def test_what_is_wrong_is_said_in_one_sentence(args, said):
     assert "\n" not in str(error.value)
 
 
+def test_an_unknown_field_is_said_beside_a_source_of_ones_own(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "import dataclasses\nfrom training import tiny\n"
+        "@dataclasses.dataclass(frozen=True)\nclass Own:\n    size: int = 9\n"
+        "def get_config():\n    config = tiny.get_config()\n"
+        "    data = dataclasses.replace(config.data, train=Own())\n"
+        "    return dataclasses.replace(config, data=data)\n"
+    )
+    own = str(tmp_path / "own.py")
+    with pytest.raises(ConfigError, match=r"no field --partition\.fspd; did you mean --part"):
+        parse([own, "partition.fspd=2"])
+    with pytest.raises(ConfigError, match=r"There is no field --nosuch\."):
+        parse([own, "--nosuch", "2"])
+
+
 def test_a_missing_config_file_and_a_wrong_model_are_said():
     with pytest.raises(ConfigError, match=r"no config file 'configs/nothing\.py'"):
         parse(["configs/nothing.py"])

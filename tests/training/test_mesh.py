@@ -91,7 +91,7 @@ def test_what_remains_is_taken_by_any_axis():
 
 
 @libtpu
-@pytest.mark.parametrize("topology", ["v5e:16x16", "v6e:4x8", "v5p:4x4x4", "v3:4x4"])
+@pytest.mark.parametrize("topology", ["v5e:16x16", "v6e:4x8", "v5p:4x4x12", "v5e:4x12", "v3:4x4"])
 def test_a_host_holds_one_part_of_the_batch(topology):
     devices = described(topology)
     for sizes in factorisations(len(devices)):

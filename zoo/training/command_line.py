@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import dataclasses
+import difflib
 import io
 import re
 import warnings
@@ -123,7 +124,32 @@ def _tyro(args: list[str], command: Command, prog: str) -> Command:
     except SystemExit as stop:
         if helping or not stop.code:
             raise
-        raise ConfigError(_sentence(said.getvalue(), prog)) from None
+        unknown = _unknown(args, command)
+        raise ConfigError(unknown or _sentence(said.getvalue(), prog)) from None
+
+
+def _unknown(args: list[str], command: Command) -> str | None:
+    """The sentence for the first flag that names no field; None if there is no such flag.
+
+    Tyro says it, too, but not where the config has a source of the user's own: then it cannot list
+    the fields.
+    """
+    roots = {f.name: getattr(command.config, f.name) for f in dataclasses.fields(command.config)}
+    roots |= {f.name: None for f in dataclasses.fields(command) if f.name != "config"}
+    for arg in args:
+        if not arg.startswith("--"):
+            continue
+        flag, fields, place = arg.partition("=")[0], roots, "--"
+        for part in flag.removeprefix("--").replace("-", "_").split("."):
+            part = part if part in fields else part.removeprefix("no_")
+            if part not in fields:
+                close = difflib.get_close_matches(part, fields, 1)
+                hint = f"; did you mean {place}{close[0].replace('_', '-')}?" if close else "."
+                return f"There is no field {flag}{hint}"
+            value, place = fields[part], f"{place}{part.replace('_', '-')}."
+            inner = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+            fields = {f.name: getattr(value, f.name) for f in inner}
+    return None
 
 
 def _sentence(box: str, prog: str) -> str:

@@ -25,7 +25,8 @@ def arrange(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
     order.
 
     Args:
-      sizes: of the mesh axes, their product the number of devices.
+      sizes: of the mesh axes, their product the number of devices; the batch is cut over the
+        first two.
       devices: of one slice.
     """
     torus = _torus(devices)
@@ -33,11 +34,28 @@ def arrange(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
         grid = np.empty(len(devices), object)
         grid[:] = devices
         return grid.reshape(sizes)
+    grid = _spread(sizes, torus)
+    if not _one_part_each(grid):  # an odd factor: let data and fsdp share their blocks
+        grid = _spread((math.prod(sizes[:2]), *sizes[2:]), torus).reshape(sizes)
+    return grid
+
+
+def _spread(sizes: Sequence[int], torus: np.ndarray) -> np.ndarray:
+    """The devices of a torus as an array of these sizes."""
     taken = _assign(sizes, torus.shape)
     # every axis of the torus is split among the mesh axes, the last of which gets neighbours
     split = torus.reshape(taken.T.reshape(-1))
     order = np.arange(taken.size).reshape(taken.T.shape).T
     return split.transpose(order.reshape(-1)).reshape(sizes)
+
+
+def _one_part_each(grid: np.ndarray) -> bool:
+    """Whether each process holds contiguous rows of a batch that is cut over the first two axes."""
+    held: dict[int, set[int]] = {}
+    for row, devices in enumerate(grid.reshape(math.prod(grid.shape[:2]), -1)):
+        for device in devices:
+            held.setdefault(getattr(device, "process_index", 0), set()).add(row)
+    return all(max(rows) - min(rows) + 1 == len(rows) for rows in held.values())
 
 
 def _torus(devices: Sequence[Any]) -> np.ndarray | None:
