@@ -37,6 +37,8 @@ SYSTEMS: dict[str, tuple[str, ...]] = {
     "zoo.models.language.deltanet": ("deltanet_*",),
     "zoo.models.language.longformer": ("longformer_*",),
     "zoo.models.language.linformer": ("linformer_*",),
+    "zoo.models.language.performer": ("performer_*",),
+    "zoo.models.language.reformer": ("reformer_*",),
     "zoo.models.incontext.algoformer": ("algoformer_*", "looped_*"),
     "zoo.models.incontext.icl_boolean": ("icl_boolean_*",),
     "zoo.models.incontext.icl_sequential": ("icl_sequential_*",),

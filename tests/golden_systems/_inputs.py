@@ -14,19 +14,13 @@ BOOKKEEPING = """
 """Entries of transformers' configurations that do not change what is compared."""
 
 
-def names(case: golden.Case) -> set[str]:
-    """All inputs of a case, stored or described; trained weights are none."""
-    described = {**case.config.entries.get("inputs", {}), **case.inputs}
-    return {name for name in described if not name.startswith("weights.")}
-
-
 def inputs(case: golden.Case, **ours: str | tuple[str, ...]) -> dict[str, np.ndarray]:
     """`{our argument: array}` of those that are there; several names are synonyms.
 
     Raises:
       golden.Unsupported: if the case has an input that none of the names is.
     """
-    found, left = {}, names(case)
+    found, left = {}, set(case.names)
     for argument, theirs in ours.items():
         for name in (theirs,) if isinstance(theirs, str) else theirs:
             if name in left:

@@ -22,7 +22,7 @@ init = nn.initializers.normal(0.02)
 
 
 class ScaleNorm(nn.Module):
-    """`scale * x / max(|x|, epsilon)`, one learned number (arXiv 1910.05895)."""
+    """`gain * x / max(|x|, epsilon)`, one learned number (arXiv 1910.05895)."""
 
     epsilon: float = 1e-5
     dtype: jnp.dtype = jnp.float32
@@ -31,10 +31,10 @@ class ScaleNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
         """The scaled vectors."""
-        scale = self.param("scale", nn.initializers.ones, (1,), self.param_dtype)
+        gain = self.param("gain", nn.initializers.ones, (1,), self.param_dtype)
         y = x.astype(jnp.float32)
         square = jnp.maximum(jnp.sum(y * y, -1, keepdims=True), self.epsilon**2)
-        return (y / jnp.sqrt(square) * scale).astype(self.dtype)
+        return (y / jnp.sqrt(square) * gain).astype(self.dtype)
 
 
 def shift_tokens(

@@ -38,7 +38,8 @@ def run_reversible(
         `attend(x, context, train)` and `feed(x, context, train)`, which return what is added.
       x1: the stream that attention writes into.
       x2: the stream that attention reads.
-      context: a tree of arrays for every layer, such as a mask. It receives no gradient.
+      context: a tree of arrays for every layer, such as a mask. It receives no gradient, and other
+        collections than `params` neither; they are not changed.
       train: whether to drop out; the second computation drops the same numbers.
     """
     if model.is_initializing():
@@ -48,6 +49,12 @@ def run_reversible(
             x2 = x2 + layer.feed(x1, context, train)
         return x1, x2
     params = [model.variables["params"][f"layers_{i}"] for i in range(len(layers))]
+    fixed = {name: tree for name, tree in model.variables.items() if name != "params"}
+    fixed = [
+        {name: tree[f"layers_{i}"] for name, tree in fixed.items() if f"layers_{i}" in tree}
+        for i in range(len(layers))
+    ]
+    context = (context, fixed)
     free = [make(parent=None) for make in layers]
     key = model.make_rng("dropout") if train and model.has_rng("dropout") else None
 
@@ -55,7 +62,9 @@ def run_reversible(
         def run(params, x, context, key):
             salt = 2 * i + (method == "feed")
             rngs = None if key is None else {"dropout": jax.random.fold_in(key, salt)}
-            return free[i].apply({"params": params}, x, context, train, rngs=rngs, method=method)
+            context, fixed = context
+            variables = {"params": params, **fixed[i]}
+            return free[i].apply(variables, x, context, train, rngs=rngs, method=method)
 
         return run
 

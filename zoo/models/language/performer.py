@@ -1,0 +1,535 @@
+"""Performer: softmax attention estimated by random features, at linear cost (FAVOR+).
+
+Choromanski et al., "Rethinking Attention with Performers", ICLR 2021, arXiv 2009.14794; official
+code github.com/google-research/google-research/tree/master/performer (Apache-2.0). We follow the
+names and numbers of github.com/lucidrains/performer-pytorch (MIT), a port of it. For one head with
+fixed random rows w_1 ... w_m of width d, orthogonal in blocks of d, and x~ = x / d^(1/4):
+
+    phi(x)_r = m^(-1/2) [ exp(w_r . x~ - |x~|^2 / 2 - c) + 1e-4 ]
+    E phi(q).phi(k) = exp(q.k / sqrt d)                            without c and the 1e-4
+    out_i = sum_j phi(q_i).phi(k_j) v_j / sum_j phi(q_i).phi(k_j)      j <= i in a causal model
+
+c is the largest w_r . x~: of the token for queries, of all tokens for keys. That one number lets
+later tokens change earlier outputs by the little that 1e-4 weighs; `strict=True` bounds the keys by
+|w_r| |x~| instead, which sees no other token, and gives models with states. Other features:
+`generalized` (activation(w_r . x~) + 1e-3) and none (`projected=False`: a softmax over channels).
+
+    x = E[token] + P[position];   x = x + attention(LN(x));   x = x + W2 gelu(W1 LN(x))
+    logits = W LN(x) + b
+
+    features            performer_imagenet64
+    embed               2048  512    for 2,048 tokens
+    layer0              2048  512    up to layer5
+    last_hidden_state   2048  512    behind the last LayerNorm
+    logits              2048  256
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+import kernels_pallas
+from zoo.checkpoints.rules import Rule, Rules, dense_rules, norm_rules, squeeze
+from zoo.layers.decoder import check_tokens
+from zoo.layers.dense import Dense
+from zoo.layers.local import local_attention
+from zoo.layers.mlp import gelu
+from zoo.layers.norm import LayerNorm
+from zoo.layers.partition import constrain
+from zoo.layers.residual import ResidualLayer, ScaleNorm, init, mlp_rules
+from zoo.layers.reversible import run_reversible
+from zoo.system import System, Variant
+
+Heads = Float[Array, "batch length heads head_dim"]
+Features = Float[Array, "batch length heads features"]
+
+
+def orthogonal_features(
+    key: Array, shape: tuple[int, int], dtype: jnp.dtype = jnp.float32, scaling: int = 0
+) -> Float[Array, "features head_dim"]:
+    """Random rows, orthogonal in blocks of `head_dim`.
+
+    Args:
+      key: of `jax.random`.
+      shape: rows and columns.
+      dtype: of the result.
+      scaling: 0: rows as long as normal ones are; 1: all of length sqrt(head_dim).
+    """
+    rows, columns = shape
+    key, lengths = jax.random.split(key)
+    count = -(-rows // columns)
+    blocks = jax.random.normal(key, (count, columns, columns))
+    q, r = jnp.linalg.qr(blocks)
+    q = q * jnp.sign(jnp.diagonal(r, axis1=1, axis2=2))[:, None]  # else no direction is uniform
+    directions = q.swapaxes(1, 2).reshape(count * columns, columns)[:rows]
+    if scaling == 1:
+        length = jnp.full((rows, 1), math.sqrt(columns))
+    else:
+        normal = jax.random.normal(lengths, (rows, columns))
+        length = jnp.linalg.norm(normal, axis=1, keepdims=True)
+    return (length * directions).astype(dtype)
+
+
+def softmax_features(
+    x: Heads,
+    features: Float[Array, "features head_dim"],
+    *,
+    is_query: bool,
+    epsilon: float = 1e-4,
+    strict: bool = False,
+) -> Features:
+    """Phi of the module, in float32; `strict` bounds keys without a look at other tokens."""
+    x = x.astype(jnp.float32) * x.shape[-1] ** -0.25
+    dash = jnp.einsum("blnd,md->blnm", x, features)
+    half_square = jnp.sum(x * x, -1, keepdims=True) / 2
+    if is_query:
+        bound = dash.max(-1, keepdims=True)
+    elif strict:
+        bound = half_square * 0
+    else:
+        bound = dash.max((1, 3), keepdims=True)
+    weights = jnp.exp(dash - half_square - jax.lax.stop_gradient(bound))
+    return features.shape[0] ** -0.5 * (weights + epsilon)
+
+
+def linear_attention(query: Features, key: Features, value: Heads, causal: bool) -> Heads:
+    """`sum_j (q_i.k_j) v_j / sum_j q_i.k_j` over all j, or j <= i, in float32."""
+    ones = jnp.ones((*value.shape[:3], 1), jnp.float32)
+    value = jnp.concatenate([value.astype(jnp.float32), ones], -1)
+    if causal:
+        y, _ = kernels_pallas.gated_linear_attention(query, key, value, None, scale=1.0)
+        return y[..., :-1] / (y[..., -1:] + 1e-6 * query.sum(-1, keepdims=True))
+    context = jnp.einsum("blnm,blnd->bnmd", key, value)
+    y = jnp.einsum("blnm,bnmd->blnd", query, context)
+    return y[..., :-1] / y[..., -1:]
+
+
+def rotate_pairs(x: Heads, positions: Int[Array, "length"], theta: float = 10000.0) -> Heads:
+    """Rotary positions of neighbouring channels: 2i turns with 2i + 1."""
+    half = x.shape[-1] // 2
+    angle = positions.astype(jnp.float32)[:, None] * _rates(2 * half, theta)
+    sin, cos = jnp.sin(angle)[:, None], jnp.cos(angle)[:, None]
+    a, b = x[..., ::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
+    y = jnp.stack([a * cos - b * sin, b * cos + a * sin], -1)
+    return y.reshape(x.shape).astype(x.dtype)
+
+
+def _rates(channels: int, theta: float = 10000.0) -> np.ndarray:
+    """The frequencies of positions, rounded as PyTorch rounds them."""
+    powers = np.arange(0, channels, 2, dtype=np.float32) / np.float32(channels)
+    return np.float32(1) / np.float32(theta) ** powers
+
+
+def sines_and_cosines(length: int, channels: int) -> Float[Array, "length channels"]:
+    """Fixed positions: the sines of all frequencies, then the cosines."""
+    angle = jnp.arange(length, dtype=jnp.float32)[:, None] * _rates(channels)
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)[:, :channels]
+
+
+class PerformerAttention(nn.Module):
+    """Heads of random features, and heads of local softmax attention behind them.
+
+    Attributes are those of `Performer`; `local_heads` is this layer's number.
+    """
+
+    num_heads: int
+    head_dim: int
+    features: int
+    causal: bool = False
+    local_heads: int = 0
+    local_window: int = 256
+    generalized: bool = False
+    projected: bool = True
+    kernel: Callable[[Array], Array] = jax.nn.relu
+    strict: bool = False
+    rotary: bool = True
+    qkv_bias: bool = False
+    out_bias: bool = False
+    attention_dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch length channels"],
+        context: dict[str, Bool[Array, "batch length"] | None],
+        train: bool = False,
+    ) -> Float[Array, "batch length channels"]:
+        """Attend; `context["visible"]` is False at padding, or None."""
+        batch, length, channels = x.shape
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        dense = partial(Dense, kernel_init=init, **types)
+        width = self.num_heads * self.head_dim
+        query, key, value = (
+            constrain(
+                dense(width, use_bias=self.qkv_bias, name=name)(x).reshape(
+                    batch, length, self.num_heads, self.head_dim
+                ),
+                "batch", "length", "heads", "head_dim",
+            )
+            for name in ("query", "key", "value")
+        )  # fmt: skip
+        shape = (self.features, self.head_dim)
+        features = self.variable(
+            "batch_stats",
+            "features",
+            lambda: orthogonal_features(self.make_rng("params"), shape, self.param_dtype),
+        ).value.astype(jnp.float32)
+        cut, visible = self.num_heads - self.local_heads, context["visible"]
+        outs = []
+        if cut:
+            q, k, v = (t[:, :, :cut] for t in (query, key, value))
+            if visible is not None:
+                v = jnp.where(visible[:, :, None, None], v, 0)
+            if self.rotary:
+                at = jnp.arange(length)
+                q, k = rotate_pairs(q, at), rotate_pairs(k, at)
+            q, k = self._maps(features, q, k)
+            outs.append(linear_attention(q, k, v, self.causal).astype(self.dtype))
+        if self.local_heads:
+            dropping = train and self.attention_dropout > 0
+            local = local_attention(
+                *(t[:, :, cut:] for t in (query, key, value)),
+                window=self.local_window,
+                before=1,
+                after=1,
+                causal=self.causal,
+                visible=visible,
+                dropout=self.attention_dropout if dropping else 0.0,
+                rng=self.make_rng("dropout") if dropping else None,
+            )
+            outs.append(local)
+        y = jnp.concatenate(outs, 2).reshape(batch, length, width)
+        y = dense(channels, use_bias=self.out_bias, name="out")(y)
+        return nn.Dropout(self.attention_dropout)(y, deterministic=not train)
+
+    def _maps(self, features: Array, q: Heads, k: Heads) -> tuple[Features, Features]:
+        """The features of queries and keys."""
+        q, k = q.astype(jnp.float32), k.astype(jnp.float32)
+        if not self.projected:
+            return jax.nn.softmax(q), jnp.exp(k) if self.causal else jax.nn.softmax(k, axis=1)
+        if self.generalized:
+            rows = features * self.head_dim**-0.25
+            return tuple(self.kernel(jnp.einsum("blnd,md->blnm", t, rows)) + 1e-3 for t in (q, k))
+        return (
+            softmax_features(q, features, is_query=True),
+            softmax_features(k, features, is_query=False, strict=self.strict),
+        )
+
+
+def redraw_features(variables: dict, key: Array) -> dict:
+    """The same variables with new random features, as the authors take every 1,000 steps.
+
+    They are in the collection `batch_stats`: kept in checkpoints, and never trained.
+    """
+
+    def draw(path, leaf):
+        if path[-1].key != "features":
+            return leaf
+        salt = sum(jax.tree_util.keystr(path, simple=True).encode())
+        return orthogonal_features(jax.random.fold_in(key, salt), leaf.shape, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, variables)
+
+
+class Performer(nn.Module):
+    """Performer language model or encoder.
+
+    Attributes:
+      vocab_size: words.
+      embed_dim: channels.
+      head_dim: channels of a head; the heads need not add up to embed_dim.
+      max_length: longest text.
+      features: m, random features of a head; None: int(d ln d).
+      causal: a token sees itself and those before it.
+      local_heads: heads of local softmax attention instead; one number, or one a layer.
+      local_window: tokens of their blocks; a block sees its neighbours, or the one before it.
+      generalized: features `kernel(w_r . x~) + 1e-3` in place of exponentials.
+      projected: whether there are random features; without them queries are a softmax over
+        channels, and keys one over tokens (causal: exp).
+      kernel: of the generalized features.
+      strict: keys are bounded without a look at other tokens, so that nothing leaks from later
+        ones; the reference is not strict.
+      position: "rotary" (fixed sines added, rotary in the layers), "axial" or "absolute".
+      axial_shape: rows and columns of axial positions; None: of 64 columns.
+      norm: "layer", "scale" (one learned length) or "rezero" (none, a learned factor instead).
+      gated: whether the MLPs are.
+      tie_embeddings: read the logits off the transposed embedding.
+      shift_tokens: half (causal) or two thirds of the channels come from the tokens beside.
+      reversible: two streams, whose sum is read; training keeps the last layer's outputs only.
+      dropout: rate on the embedding and in the MLPs.
+      attention_dropout: rate on what attention adds, and on local weights.
+    """
+
+    vocab_size: int = 256
+    embed_dim: int = 512
+    depth: int = 6
+    num_heads: int = 8
+    head_dim: int = 64
+    max_length: int = 2048
+    features_per_head: int | None = None
+    causal: bool = False
+    local_heads: int | tuple[int, ...] = 0
+    local_window: int = 256
+    generalized: bool = False
+    projected: bool = True
+    kernel: Callable[[Array], Array] = jax.nn.relu
+    strict: bool = False
+    position: str = "rotary"
+    axial_shape: tuple[int, int] | None = None
+    norm: str = "layer"
+    mlp_ratio: int = 4
+    gated: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    tie_embeddings: bool = False
+    shift_tokens: bool = False
+    reversible: bool = False
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    def example_inputs(
+        self, batch_size: int = 1, length: int = 2048
+    ) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of the arguments of `__call__` for sequences of `length` tokens."""
+        shape = jax.ShapeDtypeStruct((batch_size, min(length, self.max_length)), jnp.int32)
+        return {"tokens": shape, "mask": shape}
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch length"],
+        mask: Int[Array, "batch length"] | Bool[Array, "batch length"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "batch length vocab_size"]:
+        """Logits at every token; `mask` is 0 or False for padding, whose values count as zero.
+
+        Raises:
+          ValueError: if shapes do not fit the model or each other.
+        """
+        return self.features(tokens, mask, train)["logits"]
+
+    @nn.compact
+    def features(
+        self,
+        tokens: Int[Array, "batch length"],
+        mask: Int[Array, "batch length"] | Bool[Array, "batch length"] | None = None,
+        train: bool = False,
+    ) -> dict[str, Array]:
+        """Every named intermediate (see the table above; no layers if `reversible`)."""
+        self._check(tokens, mask)
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        embed = nn.Embed(
+            self.vocab_size, self.embed_dim, embedding_init=init, name="embed", **types
+        )
+        x = embed(tokens) + self._positions(tokens.shape[1]).astype(self.dtype)
+        x = nn.Dropout(self.dropout)(x, deterministic=not train)
+        x = constrain(x, "batch", "length", "channels")
+        out = {"embed": x}
+        layers = [self._layer(i) for i in range(self.depth)]
+        context = {"visible": None if mask is None else mask != 0}
+        if self.reversible:
+            x = sum(run_reversible(self, layers, x, x, context, train))
+        else:
+            for i, layer in enumerate(layers):
+                x = out[f"layer{i}"] = layer(name=f"layers_{i}")(x, context, train)
+        x = out["last_hidden_state"] = LayerNorm(epsilon=1e-5, name="norm", **types)(x)
+        if self.tie_embeddings:
+            x = embed.attend(x)
+        else:
+            x = Dense(self.vocab_size, kernel_init=init, name="head", **types)(x)
+        out["logits"] = constrain(x, "batch", "length", "vocab")
+        return out
+
+    def _layer(self, i: int) -> Callable[..., nn.Module]:
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        local = self.local_heads if isinstance(self.local_heads, int) else self.local_heads[i]
+        mixer = PerformerAttention(
+            self.num_heads,
+            self.head_dim,
+            self.features_per_head or int(self.head_dim * math.log(self.head_dim)),
+            self.causal,
+            local,
+            self.local_window,
+            self.generalized,
+            self.projected,
+            self.kernel,
+            self.strict,
+            self.position == "rotary",
+            self.qkv_bias,
+            self.out_bias,
+            self.attention_dropout,
+            parent=None,
+            **types,
+        )
+        return partial(
+            ResidualLayer,
+            mixer,
+            self.embed_dim,
+            self.mlp_ratio,
+            self.gated,
+            gelu,
+            NORMS[self.norm],
+            gate_init=1e-3,
+            shifts=((0, 1) if self.causal else (-1, 0, 1)) if self.shift_tokens else (),
+            masked_shift=True,
+            dropout=self.dropout,
+            **types,
+        )
+
+    def _positions(self, length: int) -> Float[Array, "length channels"]:
+        width = self.embed_dim
+        if self.position == "rotary":
+            return sines_and_cosines(length, width)
+        if self.position == "absolute":
+            shape = (self.max_length, width)
+            return self.param("position_embedding", init, shape, self.param_dtype)[:length]
+        rows, columns = self.axial_shape or (-(-self.max_length // 64), 64)
+        start = nn.initializers.normal(1.0)
+        first = self.param("position_rows", start, (rows, 1, width), self.param_dtype)
+        second = self.param("position_columns", start, (1, columns, width), self.param_dtype)
+        return (first + second).reshape(rows * columns, width)[:length]
+
+    def _check(self, tokens: Array, mask: Array | None) -> None:
+        check_tokens(self, tokens)
+        if tokens.shape[1] > self.max_length:
+            raise ValueError(
+                f"This Performer reads at most {self.max_length} tokens, not {tokens.shape[1]}; "
+                "cut the text, or create the model with more max_length."
+            )
+        if mask is not None and mask.shape != tokens.shape:
+            raise ValueError(
+                f"mask has shape {mask.shape}; it should be that of tokens, {tokens.shape}."
+            )
+        for field, known in (("position", ("rotary", "axial", "absolute")), ("norm", NORMS)):
+            if getattr(self, field) not in known:
+                names = ", ".join(map(repr, known))
+                raise ValueError(f"{field}={getattr(self, field)!r} is none of {names}.")
+        local = self.local_heads
+        local = (local,) * self.depth if isinstance(local, int) else local
+        if len(local) != self.depth or not all(0 <= n <= self.num_heads for n in local):
+            raise ValueError(
+                f"local_heads={self.local_heads} should be 0 to {self.num_heads} heads for each of "
+                f"{self.depth} layers."
+            )
+
+
+NORMS: dict[str, Callable[..., nn.Module] | None] = {
+    "layer": partial(LayerNorm, epsilon=1e-5),
+    "scale": ScaleNorm,
+    "rezero": None,
+}
+"""What stands before attention and MLP."""
+
+# ---------------------------------------------------------------------------- checkpoints
+
+
+def branch_rules(theirs: str, number: int, gate: str) -> list[Rule]:
+    """Rules of the norm, or of the factor called `gate`, of one half of a layer."""
+    ours = "layers_{i}"
+    return [
+        *norm_rules(f"{theirs}.norm", f"{ours}/norm{number}"),
+        Rule(f"{theirs}.{gate}", f"{ours}/gate{number}"),
+    ]
+
+
+def _layout(attention: str, mlp: str, shifted: str) -> Rules:
+    """Rules of one naming of the two halves of a layer; `shifted` stands where tokens shift."""
+    ours, inner = "layers_{i}", f"{attention}.fn{shifted}"
+    return Rules(
+        [
+            Rule("token_emb.weight", "embed/embedding"),
+            Rule("pos_emb.emb.weight", "position_embedding"),
+            Rule("pos_emb.weights_0", "position_rows", squeeze(0)),
+            Rule("pos_emb.weights_1", "position_columns", squeeze(0)),
+            *branch_rules(attention, 1, "g"),
+            Rule(f"{attention}.g", f"{ours}/norm1/gain"),
+            *(
+                rule
+                for short, name in (("q", "query"), ("k", "key"), ("v", "value"), ("out", "out"))
+                for rule in dense_rules(f"{inner}.to_{short}", f"{ours}/attention/{name}")
+            ),
+            Rule(
+                f"{inner}.fast_attention.projection_matrix",
+                f"batch_stats/{ours}/attention/features",
+            ),
+            *branch_rules(mlp, 2, "g"),
+            Rule(f"{mlp}.g", f"{ours}/norm2/gain"),
+            *mlp_rules(f"{mlp}.fn{shifted}.fn", f"{ours}/mlp"),
+            *norm_rules("norm", "norm"),
+            *dense_rules("to_out", "head"),
+        ],
+        derived={
+            "pos_emb.emb": lambda m: _table(m, m.embed_dim),
+            "layer_pos_emb.emb": lambda m: _table(m, m.head_dim),
+            "performer.proj_updater.calls_since_last_redraw": lambda m: np.zeros((), np.int64),
+            f"{inner}.local_attn.rel_pos.inv_freq": _frequencies,
+        },
+        # The same tensors under second names.
+        unused=("performer.proj_updater.instance.*",),
+        fresh=("head/*",),
+    )
+
+
+def _table(model: Performer, channels: int) -> np.ndarray | None:
+    if model.position != "rotary":
+        return None
+    return np.asarray(sines_and_cosines(model.max_length, channels))
+
+
+def _frequencies(model: Performer, i: int) -> np.ndarray | None:
+    local = model.local_heads if isinstance(model.local_heads, int) else model.local_heads[i]
+    return _rates(model.head_dim) if local else None
+
+
+_NAMES = {
+    "lucidrains": ("performer.net.layers.{i}.0", "performer.net.layers.{i}.1"),
+    "lucidrains_reversible": ("performer.net.blocks.{i}.f.net", "performer.net.blocks.{i}.g.net"),
+}
+
+LAYOUTS = {
+    f"{name}{suffix}": _layout(*halves, shifted)
+    for suffix, shifted in (("", ""), ("_shifted", ".fn"))
+    for name, halves in _NAMES.items()
+}
+
+_COMMON = dict(
+    module=Performer,
+    task="language_modelling",
+    paper="Rethinking Attention with Performers, arXiv 2009.14794",
+    code="github.com/lucidrains/performer-pytorch",
+    licence="none: no published weights",
+)
+
+VARIANTS: dict[str, Variant] = {
+    # The examples of the repository we follow.
+    "performer_enwik8": Variant(
+        fields=dict(max_length=4096, features_per_head=256, causal=True, norm="scale",
+                    shift_tokens=True, reversible=True, local_heads=(8, 8, 8, 6, 4, 2)),
+        **_COMMON,
+    ),
+    "performer_512_12": Variant(
+        fields=dict(vocab_size=20000, depth=12, features_per_head=256, reversible=True, gated=True,
+                    local_heads=4, shift_tokens=True, dropout=0.1, attention_dropout=0.1),
+        **_COMMON | dict(task="masked_language_modelling"),
+    ),
+    # The paper's.
+    "performer_imagenet64": Variant(
+        fields=dict(max_length=12288, features_per_head=256, causal=True), **_COMMON,
+    ),
+    "performer_test": Variant(
+        fields=dict(vocab_size=97, embed_dim=32, depth=2, num_heads=4, head_dim=8, max_length=64,
+                    features_per_head=24, causal=True),
+        **_COMMON,
+    ),
+}  # fmt: skip
+
+SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS)
