@@ -40,5 +40,5 @@ def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
     if leaf == "running_mean":
         return 0.1 * u
     if len(shape) > 1:
-        return u * np.float32(np.sqrt(3.0 / math.prod(shape[1:])))
+        return u * np.float32(np.sqrt(3.0 / max(math.prod(shape[1:]), 1)))
     return 1.0 + 0.1 * u if leaf in ("weight", "scale", "gamma") else 0.1 * u

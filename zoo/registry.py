@@ -39,6 +39,7 @@ SYSTEMS: dict[str, tuple[str, ...]] = {
     "zoo.models.language.linformer": ("linformer_*",),
     "zoo.models.language.performer": ("performer_*",),
     "zoo.models.language.reformer": ("reformer_*",),
+    "zoo.models.language.routing_transformer": ("routing_transformer_*",),
     "zoo.models.incontext.algoformer": ("algoformer_*", "looped_*"),
     "zoo.models.incontext.icl_boolean": ("icl_boolean_*",),
     "zoo.models.incontext.icl_sequential": ("icl_sequential_*",),

@@ -140,3 +140,26 @@ class Yarn:
         if amplitude is None:
             amplitude = 1.0 if self.factor <= 1 else 0.1 * math.log(self.factor) + 1.0
         return jnp.asarray(slowed, jnp.float32), amplitude
+
+
+def rotate_pairs(
+    x: Float[Array, "batch length heads head_dim"],
+    positions: Int[Array, "length"],
+    theta: float = 10000.0,
+) -> Float[Array, "batch length heads head_dim"]:
+    """Rotary positions in their first form: channel 2i turns with channel 2i + 1."""
+    angle = (
+        positions.astype(jnp.float32)[:, None]
+        * Rotary(theta).frequencies(x.shape[-1], positions)[0]
+    )
+    sin, cos = jnp.sin(angle)[:, None], jnp.cos(angle)[:, None]
+    a, b = x[..., ::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
+    y = jnp.stack([a * cos - b * sin, b * cos + a * sin], -1)
+    return y.reshape(x.shape).astype(x.dtype)
+
+
+def sines_and_cosines(length: int, channels: int) -> Float[Array, "length channels"]:
+    """Fixed positions: the sines of all frequencies, then the cosines."""
+    frequencies, _ = Rotary().frequencies(channels, jnp.zeros(1))
+    angle = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)[:, :channels]

@@ -44,6 +44,7 @@ from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
 from zoo.layers.residual import ResidualLayer, ScaleNorm, init, mlp_rules
 from zoo.layers.reversible import run_reversible
+from zoo.layers.rotary import Rotary, rotate_pairs, sines_and_cosines
 from zoo.system import System, Variant
 
 Heads = Float[Array, "batch length heads head_dim"]
@@ -108,28 +109,6 @@ def linear_attention(query: Features, key: Features, value: Heads, causal: bool)
     context = jnp.einsum("blnm,blnd->bnmd", key, value)
     y = jnp.einsum("blnm,bnmd->blnd", query, context)
     return y[..., :-1] / y[..., -1:]
-
-
-def rotate_pairs(x: Heads, positions: Int[Array, "length"], theta: float = 10000.0) -> Heads:
-    """Rotary positions of neighbouring channels: 2i turns with 2i + 1."""
-    half = x.shape[-1] // 2
-    angle = positions.astype(jnp.float32)[:, None] * _rates(2 * half, theta)
-    sin, cos = jnp.sin(angle)[:, None], jnp.cos(angle)[:, None]
-    a, b = x[..., ::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
-    y = jnp.stack([a * cos - b * sin, b * cos + a * sin], -1)
-    return y.reshape(x.shape).astype(x.dtype)
-
-
-def _rates(channels: int, theta: float = 10000.0) -> np.ndarray:
-    """The frequencies of positions, rounded as PyTorch rounds them."""
-    powers = np.arange(0, channels, 2, dtype=np.float32) / np.float32(channels)
-    return np.float32(1) / np.float32(theta) ** powers
-
-
-def sines_and_cosines(length: int, channels: int) -> Float[Array, "length channels"]:
-    """Fixed positions: the sines of all frequencies, then the cosines."""
-    angle = jnp.arange(length, dtype=jnp.float32)[:, None] * _rates(channels)
-    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)[:, :channels]
 
 
 class PerformerAttention(nn.Module):
@@ -487,7 +466,8 @@ def _table(model: Performer, channels: int) -> np.ndarray | None:
 
 def _frequencies(model: Performer, i: int) -> np.ndarray | None:
     local = model.local_heads if isinstance(model.local_heads, int) else model.local_heads[i]
-    return _rates(model.head_dim) if local else None
+    frequencies, _ = Rotary().frequencies(model.head_dim, np.zeros(1))
+    return np.asarray(frequencies) if local else None
 
 
 _NAMES = {
