@@ -31,6 +31,12 @@ SMALL = zoo.list_models("*_test")
 PARTS = 6  # of the models, each in a process with eight devices
 MATRIX = re.compile(r"(^|/)(qkv|query|key|value|out|up|gate|down)/kernel$")
 OUTPUTS = ("logits", "forecast", "image", "prediction")
+KINDS = ("bert_test", "dlinear_test", "fmvit_test", "gla_test", "informer_test", "swin_test",
+         "vit_test")  # fmt: skip
+"""Of each kind one: what compiles a program more is run of these by default, of all as slow."""
+SOME_SMALL = [
+    name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in SMALL
+]
 PUBLISHED = [name for name in NAMES if zoo.info(name).params]
 
 
@@ -165,7 +171,7 @@ def test_a_call_gives_what_features_hold_and_every_gradient(name):
         assert only_in_features or (np.abs(g).max() > 0) != frozen, where
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", SOME_SMALL)
 def test_training_is_a_function_of_its_key(name):
     model, variables = initialised(name)
     dropout = hasattr(model, "dropout")
@@ -184,7 +190,7 @@ def test_training_is_a_function_of_its_key(name):
     assert (np.abs(first - other).max() > 0) == dropout
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", SOME_SMALL)
 def test_bfloat16_is_near_float32(name):
     model, variables = initialised(name)
     inputs = example(model)
@@ -210,7 +216,7 @@ def in_nnx(model, inputs):
     return bridge.ToNNX(model, rngs=nnx.Rngs(0)).lazy_init(**inputs)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", SOME_SMALL)
 def test_nnx_can_hold_it(name):
     """The same parameters, and a gradient for each."""
     model = zoo.create(name)
