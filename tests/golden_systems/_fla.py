@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import golden
-import numpy as np
+from golden_systems import _text
 
 import zoo
+from zoo.layers.decoder import multiple_of_256
 
 
 def build(case: golden.Case, base: str) -> tuple[Any, Callable[[dict], golden.Outputs]]:
@@ -25,7 +26,14 @@ def build(case: golden.Case, base: str) -> tuple[Any, Callable[[dict], golden.Ou
         tie_embeddings="tie_word_embeddings",
     )
     if base == "gla":
-        own |= config.rename(output_gate="use_output_gate", lowest_gate="clamp_min")
+        own |= config.rename(
+            output_gate="use_output_gate",
+            lowest_gate="clamp_min",
+            norm_scale="elementwise_affine",
+            gate_normalizer="gate_logit_normalizer",
+            gate_rank="gate_low_rank_dim",
+        )
+        config.expect(gate_fn=("swish", "silu"))
         own["feature_map"] = config.take("feature_map") or "identity"
         short, size = config.take("use_short_conv", False), config.take("conv_size", 4)
     else:
@@ -38,21 +46,29 @@ def build(case: golden.Case, base: str) -> tuple[Any, Callable[[dict], golden.Ou
         )
         short, size = config.take("use_short_conv", True), config.take("conv_size", 4)
     own["conv_size"] = size if short else 0
+    ratio = config.take("hidden_ratio")
+    if ratio and own.get("mlp_dim") is None:
+        own["mlp_dim"] = multiple_of_256(own.get("embed_dim", 2048), ratio)
     softmax = config.take("attn") or {}
+    if isinstance(softmax, list):  # one description for several sets of layers
+        alike = [{**spec, "layers": None} for spec in softmax]
+        if any(spec != alike[0] for spec in alike):
+            raise golden.Unsupported("its softmax layers differ, and the zoo's are all alike")
+        softmax = {**alike[0], "layers": [i for spec in softmax for i in spec["layers"]]}
     names = dict(
         layers="attention_layers", num_heads="attention_heads", num_kv_heads="attention_kv_heads",
         window_size="window", rope_theta="rope_theta", qkv_bias="attention_bias",
     )  # fmt: skip
     if unknown := set(softmax) - set(names):
         raise golden.Unsupported(f"its attn has {', '.join(sorted(unknown))}")
-    own |= {names[key]: value for key, value in softmax.items()}
+    own |= {names[key]: value for key, value in softmax.items() if value is not None}
     config.expect(
         hidden_act=("swish", "silu"), attn_mode=("chunk", "fused_chunk", "fused_recurrent"),
-        hidden_ratio=(4, None), attnres_block_size=None,
+        attnres_block_size=None, conv_bias=False,
     )  # fmt: skip
-    config.ignore("class_", "max_position_embeddings", "fuse_norm", "fuse_swiglu",
-                  "fuse_cross_entropy", "use_cache", "initializer_range", "bos_token_id",
-                  "eos_token_id", "pad_token_id", "model_type")  # fmt: skip
+    # How kernels are fused, and what the layers take and never read.
+    config.ignore("max_position_embeddings", "fuse_norm", "fuse_swiglu", "fuse_cross_entropy",
+                  "fuse_linear_cross_entropy", "use_l2warp", "use_gk", "use_gv",
+                  "use_output_norm", "transformers_version", *_text.IGNORED)  # fmt: skip
     model = zoo.info(f"{base}_340m").create(**own)
-    tokens = case.input("input_ids").astype(np.int32)
-    return model, lambda variables: golden.features(model, tokens)(variables)
+    return model, _text.run(case, model)

@@ -146,7 +146,7 @@ class DeltaRule(nn.Module):
             2.0 * beta if self.negative_eigenvalues else beta,
             initial_state=None if state is None else state["memory"],
         )
-        out = nn.RMSNorm(epsilon=self.epsilon, name="norm", **types)(out)
+        out = nn.RMSNorm(epsilon=self.epsilon, name="norm", **types)(context.hide(out))
         out = out.reshape(batch, length, -1)
         if self.output_gate:
             out = out * nn.silu(dense(widths["value"], name="output_gate")(x))

@@ -38,8 +38,11 @@ from zoo.system import File, System, Variant
 FEATURE_MAPS: dict[str, Callable[[Array], Array]] = {
     "identity": lambda x: x,
     "relu": jax.nn.relu,
+    "sqrelu": lambda x: jnp.square(jax.nn.relu(x)),
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=True),
+    "logsigmoid": jax.nn.log_sigmoid,
     "elu": jax.nn.elu,
     "sigmoid": jax.nn.sigmoid,
     "tanh": jnp.tanh,
@@ -61,6 +64,7 @@ class GatedLinearAttention(nn.Module):
       gate_rank: width between the two matrices of the forget gate.
       gate_normalizer: temperature of the forget gate.
       lowest_gate: log gates are not below this; None: no limit.
+      norm_scale: whether the RMSNorm has gains.
       epsilon: of the RMSNorm.
     """
 
@@ -74,6 +78,7 @@ class GatedLinearAttention(nn.Module):
     gate_rank: int = 16
     gate_normalizer: float = 16.0
     lowest_gate: float | None = None
+    norm_scale: bool = True
     epsilon: float = 1e-6
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
@@ -145,7 +150,8 @@ class GatedLinearAttention(nn.Module):
         out, after["memory"] = kernels_pallas.gated_linear_attention(
             query, key, value, gate, initial_state=None if state is None else state["memory"]
         )
-        out = nn.RMSNorm(epsilon=self.epsilon, name="norm", **types)(out)
+        norm = {"epsilon": self.epsilon, "use_scale": self.norm_scale}
+        out = nn.RMSNorm(name="norm", **norm, **types)(context.hide(out))
         out = out.reshape(*x.shape[:2], -1)
         if self.output_gate:
             width = self.num_heads * value_dim
@@ -169,6 +175,7 @@ class GLA(Decoder):
     gate_rank: int = 16
     gate_normalizer: float = 16.0
     lowest_gate: float | None = None
+    norm_scale: bool = True
 
     def mixer(self) -> nn.Module:
         """The mixer of all layers but `attention_layers`."""
@@ -183,6 +190,7 @@ class GLA(Decoder):
             self.gate_rank,
             self.gate_normalizer,
             self.lowest_gate,
+            self.norm_scale,
             self.epsilon,
             self.dtype,
             self.param_dtype,

@@ -24,8 +24,8 @@ STL gives only targets, whose error they add to the squared one times 0.001 or 0
 `zoo.tasks.DecomposedForecasting` on `zoo.data.series.DecomposedWindows`. (Their newest script adds
 it for some of its models only, not for the one it calls TEMPO.) The summary of the patches
 `[P, channels]` reads them as `[channels, P]` without transposing, and no gradient reaches keys and
-summary. The files hold maps that the model never uses (`unused`). Left out: forecasts as Student's
-t, heads that read the prompts, too, and models without prompts.
+summary. The files hold maps that the model never uses (`unused`). Left out: its negative binomial
+forecasts, whose heads the code applies to GPT-2's tokens, which fit no forecast.
 
     features    tempo_80m_v1
     trend       336   1
@@ -38,7 +38,7 @@ t, heads that read the prompts, too, and models without prompts.
 """
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax
@@ -144,8 +144,12 @@ class TEMPO(nn.Module):
       depth: its blocks.
       vocab_size: its tokens.
       max_positions: its positions.
-      prompts: token numbers before trend, season and noise.
+      prompts: token numbers before trend, season and noise; none: there is no prompt, and each
+        part goes through GPT-2 by itself before all go through it together, as in the code.
       pool: prompts from the pool instead.
+      read_prompts: the heads read the prompts' tokens, too.
+      student: the forecast is a Student's t distribution, its mean, scale and degrees of freedom
+        read off the sum of the heads.
       moving_average: steps of the average under the trend; odd.
       lora_rank: of the matrices beside GPT-2's `qkv`; 0: none (`zoo.methods.lora.merged` makes such
         variables).
@@ -165,6 +169,8 @@ class TEMPO(nn.Module):
     max_positions: int = 1024
     prompts: tuple[tuple[int, ...], ...] = PROMPTS
     pool: bool = False
+    read_prompts: bool = False
+    student: bool = False
     moving_average: int = 25
     lora_rank: int = 16
     lora_alpha: float = 16.0
@@ -193,7 +199,8 @@ class TEMPO(nn.Module):
     ) -> dict[str, Array]:
         """Every named intermediate (see the table above); tokens of all variates as one batch.
 
-        With a pool also `prompts`: which keys are chosen, `[batch, variates, 3, 3]`.
+        With a pool also `prompts`: which keys are chosen, `[batch, variates, 3, 3]`. For a
+        Student's t distribution also `scale` and `freedom`, of the shape of the forecast, its mean.
         """
         self._check(series)
         Unused(self.context_length, self.param_dtype, name="unused")()
@@ -212,15 +219,25 @@ class TEMPO(nn.Module):
         out = {
             name: part.reshape(batch, variates, -1).swapaxes(1, 2) for name, part in parts.items()
         }
-        x, chosen = self._tokens(parts)
+        gpt2 = self._gpt2(train)
+        x, chosen = self._tokens(parts, gpt2)
         if chosen:
             out["prompts"] = jnp.stack(chosen, 1).reshape(batch, variates, len(PARTS), TOP_K)
         out["tokens"] = x
-        out |= self._gpt2(x, train)
+        out |= gpt2(x)
         y = self._read(out["norm"]).reshape(batch, variates, -1).swapaxes(1, 2)
         y = (y.astype(jnp.float32) - shift) / (scale + 1e-10) * deviation + mean
-        out["forecast"] = y.astype(self.dtype)
-        return out
+        return out | (self._student(y) if self.student else {"forecast": y.astype(self.dtype)})
+
+    def _student(self, y: Float[Array, "batch horizon variates"]) -> dict[str, Array]:
+        """Mean, scale and degrees of freedom, each a map of the whole horizon."""
+        y = y.swapaxes(1, 2)
+        mu, sigma, nu = (
+            self._dense(self.horizon, self.horizon, name)(y).swapaxes(1, 2)
+            for name in ("mu", "sigma", "nu")
+        )
+        scale, freedom = nn.softplus(sigma) + 1e-6, nn.softplus(nu) + 2
+        return {"forecast": mu, "scale": scale, "freedom": freedom}
 
     def _dense(self, width: int, fan_in: int, name: str) -> nn.Module:
         start = {"kernel_init": torch_default_init, "bias_init": bias_init(fan_in)}
@@ -237,16 +254,23 @@ class TEMPO(nn.Module):
         return dict(zip(PARTS, (trend, season, x - trend - season), strict=True))
 
     def _tokens(
-        self, parts: Mapping[str, Float[Array, "batch time"]]
+        self, parts: Mapping[str, Float[Array, "batch time"]], gpt2: Callable
     ) -> tuple[Float[Array, "batch length channels"], list[Int[Array, "batch top_k"]]]:
-        """Prompt and patches of all parts, and the keys that a pool has chosen for each."""
+        """Prompt and patches of all parts, and the keys that a pool has chosen for each.
+
+        Without prompts, what `gpt2` makes of the patches of each part.
+        """
         width, types = self.embed_dim, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         embed = nn.Embed(self.vocab_size, width, embedding_init=init, name="embed", **types)
         pool = PromptPool(name="pool", **types) if self.pool else None
         pieces, chosen = [], []
-        for (name, part), words in zip(parts.items(), self.prompts, strict=True):
+        for (name, part), words in zip(parts.items(), self.prompts or (None,) * 3, strict=True):
             x = patches(part[:, None], self.patch_length, self.stride)[:, 0]
             x = self._dense(width, self.patch_length, f"embed_{name}")(x)
+            if words is None:
+                embed(jnp.zeros(1, jnp.int32))  # in the files, and never read
+                pieces.append(gpt2(x)["norm"])
+                continue
             prompt = self._dense(width, width, f"prompt_{name}")(embed(jnp.array(words)))
             prompt = jnp.broadcast_to(prompt, (len(x), *prompt.shape))
             if pool is not None:
@@ -255,26 +279,34 @@ class TEMPO(nn.Module):
             pieces += [prompt, x]
         return constrain(jnp.concatenate(pieces, 1), "batch", "length", "channels"), chosen
 
-    def _gpt2(self, x: Float[Array, "batch length channels"], train: bool) -> dict[str, Array]:
-        """What each block gives, and the last LayerNorm."""
+    def _gpt2(self, train: bool) -> Callable[[Array], dict[str, Array]]:
+        """What each block makes of tokens, and the last LayerNorm."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         shape = (self.max_positions, self.embed_dim)
         table = self.param("position_embedding", init, shape, self.param_dtype)
-        x = x + table[: x.shape[1]].astype(self.dtype)
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        drop = nn.Dropout(self.dropout, deterministic=not train)
         start = residual_init(12)  # the code builds all 12 blocks and keeps the first
-        out = {}
-        with self.lora().applied() if self.lora_rank else contextlib.nullcontext():
-            for i in range(self.depth):
-                block = GPT2Block(self.num_heads, self.dropout, start, name=f"layers_{i}", **types)
-                x, _ = block(x, None, train)
-                out[f"layer{i}"] = x
-        return out | {"norm": LayerNorm(epsilon=1e-5, name="norm", **types)(x)}
+        blocks = [
+            GPT2Block(self.num_heads, self.dropout, start, name=f"layers_{i}", **types)
+            for i in range(self.depth)
+        ]
+        norm = LayerNorm(epsilon=1e-5, name="norm", **types)
+
+        def run(x: Float[Array, "batch length channels"]) -> dict[str, Array]:
+            x, out = drop(x + table[: x.shape[1]].astype(self.dtype)), {}
+            with self.lora().applied() if self.lora_rank else contextlib.nullcontext():
+                for i, block in enumerate(blocks):
+                    x, _ = block(x, None, train)
+                    out[f"layer{i}"] = x
+            return out | {"norm": norm(x)}
+
+        return run
 
     def _read(self, x: Float[Array, "batch length channels"]) -> Float[Array, "batch horizon"]:
-        """The sum of what is read off the patches of each part."""
-        count = patch_count(self.context_length, self.patch_length, self.stride)
+        """The sum of what is read off the patches of each part, and perhaps its prompt."""
         each = x.shape[1] // len(PARTS)
+        count = patch_count(self.context_length, self.patch_length, self.stride)
+        count = each if self.read_prompts else count
         y = 0.0
         for i, name in enumerate(PARTS):
             part = x[:, (i + 1) * each - count : (i + 1) * each].reshape(len(x), -1)
@@ -283,13 +315,16 @@ class TEMPO(nn.Module):
 
     def _check(self, series: Array) -> None:
         check_series(self, series, self.context_length)
-        if len(self.prompts) != len(PARTS) or len({len(words) for words in self.prompts}) != 1:
+        if self.pool and not self.prompts:
+            raise ValueError("pool=True takes the place of prompts; give prompts, or pool=False.")
+        sizes = {len(words) for words in self.prompts} or {0}
+        if len(self.prompts) not in (0, len(PARTS)) or len(sizes) != 1:
             raise ValueError(
-                f"prompts are the token numbers before {', '.join(PARTS)}: three of one length, "
-                f"not {self.prompts}."
+                f"prompts are the token numbers before {', '.join(PARTS)}: three of one length "
+                f"or none at all, not {self.prompts}."
             )
         count = patch_count(self.context_length, self.patch_length, self.stride)
-        prompt = TOP_K * VALUE_TOKENS if self.pool else len(self.prompts[0])
+        prompt = TOP_K * VALUE_TOKENS if self.pool else sizes.pop()
         length = len(PARTS) * (prompt + count)
         if length > self.max_positions:
             raise ValueError(
@@ -315,6 +350,7 @@ def _official(base: str) -> Rules:
         "map_season.0": "season_mlp/up",
         "map_season.2": "season_mlp/down",
         "summary_map": "pool/summary",
+        **{name: name for name in ("mu", "sigma", "nu")},
         **{f"in_layer_{name}": f"embed_{name}" for name in PARTS},
         **{f"prompt_layer_{name}": f"prompt_{name}" for name in PARTS},
         **{f"out_layer_{name}": f"head_{name}" for name in PARTS},
