@@ -101,6 +101,12 @@ def test_the_same_collective_of_the_batch_is_an_activation(first, in_loop, expec
     assert expected in labels(STEP.replace("FIRST", first).replace("INLOOP", in_loop))
 
 
+def test_a_frozen_kernel_is_of_the_parameters_too():
+    text = STEP.replace("FIRST", "p0").replace("INLOOP", "kernel")
+    frozen = text.replace("state.params", "state.frozen")
+    assert frozen != text and labels(frozen) == labels(text)
+
+
 def test_without_names_of_arguments_nothing_is_taken_for_a_parameter():
     text = re.sub(", metadata={[^}]*}", "", STEP.replace("FIRST", "p0").replace("INLOOP", "kernel"))
     assert {what for _, what, _, _ in labels(text)} == {"activations", "scalars"}

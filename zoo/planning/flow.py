@@ -21,7 +21,7 @@ from typing import Any
 
 Value = tuple[str, str, int]  # computation, instruction, which array of its tuple
 
-STATE = re.compile(r"^state\.(params|opt_state|ema|collections)\b")
+STATE = re.compile(r"^state\.(params|frozen|opt_state|ema|collections)\b")
 """Arguments of the step that are parameters or made from them; all others count as the batch."""
 
 REDUCTIONS = ("all-reduce", "reduce-scatter")

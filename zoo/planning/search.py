@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from zoo.planning.chips import GIB, DoesNotDivide, NoPlan, find_chip, find_slice
 from zoo.planning.plan import Plan, plan
 
-STATE = ("parameters", "optimizer state", "mean of the parameters", "other state")
+STATE = (
+    "parameters",
+    "frozen parameters",
+    "optimizer state",
+    "mean of the parameters",
+    "other state",
+)
+"""What a plan holds of the state, which fsdp cuts."""
 
 
 def smallest(args: Sequence[str], chip: str, slices: int = 1) -> tuple[Plan, list[str]]:

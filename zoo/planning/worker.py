@@ -38,7 +38,7 @@ def compile_in(folder: str) -> None:
         else:
             traceback.print_exc()
             reason = f": {text.splitlines()[0][:300].rstrip('.')}" if text else ""
-            sentence = f"The step does not compile for {request['topology']}{reason}"
+            sentence = f"{request['args'][0]} gives no plan for {request['topology']}{reason}"
             error = {"kind": "unforeseen", "sentence": sentence}
     if error:
         (place / "error.json").write_text(json.dumps(error))
@@ -95,9 +95,10 @@ def _lower(name: str, config: Any, devices: list, place: Path) -> Any:
     state = program.abstract
     parts = {
         "parameters": state.params,
+        "frozen parameters": state.frozen,
         "optimizer state": state.opt_state,
         "mean of the parameters": state.ema,
-        "other state": (state.collections, state.step, state.rng),
+        "other state": (state.collections, state.carry, state.step, state.rng),
         "batch": batch,
     }
     sizes = {part: _local_bytes(tree) for part, tree in parts.items()}
