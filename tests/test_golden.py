@@ -11,7 +11,7 @@ import pytest
 
 CASES = sorted(golden.FOLDER.glob("*/*.npz"))
 SMALL = golden.FOLDER / "vit" / "tiny_rect_dim48.npz"
-LONG = ("delta_net_340m", "swin_t_k400_32x224")  # tens of seconds each
+LONG = ("delta_net_340m", "mamba2_130m", "swin_t_k400_32x224")  # tens of seconds each
 
 
 def parametrized(path):

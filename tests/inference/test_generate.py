@@ -13,6 +13,9 @@ MODELS = {
     "gpt2": ("gpt2_test", {}),
     "gla_hybrid": ("gla_test", {"attention_layers": (1,)}),
     "deltanet": ("deltanet_test", {}),
+    "opt": ("opt_test", {}),
+    "llama_window": ("llama_test", {"window": 6}),
+    "mamba2_hybrid": ("mamba2_test", {"attention_layers": (1,)}),
 }
 PROMPTS = [[5, 17, 42, 8, 90, 3, 11], [61], [7, 7, 23]]
 
@@ -115,7 +118,7 @@ def test_filters_keep_what_they_say():
     assert greedy(None, logits).tolist() == [0]
 
 
-@pytest.mark.parametrize("name", ["gla_test", "deltanet_test"])
+@pytest.mark.parametrize("name", ["gla_test", "deltanet_test", "mamba2_test"])
 def test_a_recurrent_state_does_not_grow(name):
     model = zoo.create(name)
     shapes = lambda n: jax.tree.map(jnp.shape, model.init_state(2, n))  # noqa: E731

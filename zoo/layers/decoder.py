@@ -253,8 +253,12 @@ class CausalLM(nn.Module):
         """An unbound mixer for each layer; it has `init_state(batch, channels, length)`."""
         raise NotImplementedError
 
-    def block(self) -> Callable[..., nn.Module]:
-        """Makes a block of a mixer and a name."""
+    def residual_dtype(self) -> jnp.dtype:
+        """The type of the residual stream."""
+        return self.dtype
+
+    def block(self, **options: Any) -> Callable[..., nn.Module]:
+        """Makes a block of a mixer and a name; `options` are fields of `DecoderBlock`."""
         return partial(
             remat_block(DecoderBlock, self.remat, static_argnums=(3,), scanned=self.scan_layers),
             mlp_dim=multiple_of_256(self.embed_dim) if self.mlp_dim is None else self.mlp_dim,
@@ -262,6 +266,7 @@ class CausalLM(nn.Module):
             dropout=self.dropout,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
+            **options,
         )
 
     def example_inputs(
@@ -361,7 +366,8 @@ class CausalLM(nn.Module):
         embed = nn.Embed(
             self.vocab_size, self.embed_dim, embedding_init=init, name="embed", **types
         )
-        x = constrain(embed(tokens), "batch", "length", "channels")
+        x = embed(tokens).astype(self.residual_dtype())
+        x = constrain(x, "batch", "length", "channels")
         x = nn.Dropout(self.dropout)(x, deterministic=not train)
         out = {"embed": x}
         mixers = self.mixers()
