@@ -51,15 +51,20 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
         tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p
         use_bfloat16 use_cache""".split())  # fmt: skip
     names = {name.removeprefix("bert.") for name in case.shapes}
+    pooler = "pooler.dense.weight" in names
+    classifies = "classification" if pooler else "token_classes"
+    words, pairs = "cls.predictions.bias" in names, "cls.seq_relationship.weight" in names
     head = next(
         (
             head
-            for head, tensor in (
-                ("pretraining", "cls.seq_relationship.weight"),
-                ("masked_lm", "cls.predictions.bias"),
-                ("classification", "classifier.weight"),
+            for head, there in (
+                ("pretraining", words and pairs),
+                ("masked_lm", words),
+                ("next_sentence", pairs),
+                (classifies, "classifier.weight" in names),
+                ("span", "qa_outputs.weight" in names),
             )
-            if tensor in names
+            if there
         ),
         None,
     )
@@ -69,7 +74,6 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     ):
         case.filled_as |= {name: tied} if tied in names else {}
     classes = case.shapes.get("classifier.weight", (2,))[0]
-    pooler = "pooler.dense.weight" in names
     model = zoo.info("bert_test").create(**fields, head=head, num_classes=classes, pooler=pooler)
     inputs = {
         ours: case.input(theirs)
@@ -77,9 +81,12 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
             ("tokens", "input_ids"),
             ("token_types", "token_type_ids"),
             ("mask", "attention_mask"),
+            ("positions", "position_ids"),
         )
         if theirs in case.names
     }
+    choices = inputs["tokens"].shape[:-1]  # two axes where each row has several texts
+    inputs = {name: x.reshape(-1, x.shape[-1]).astype(np.int32) for name, x in inputs.items()}
     check_lengths(case, inputs)
     run = jax.jit(lambda v, x: model.apply(v, **x, method="features"))
 
@@ -91,9 +98,12 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
         keep = np.asarray(inputs.get("mask", np.ones(hidden.shape[:2]))) != 0
         embeddings = unit_length(mean_pool(hidden, keep))
         heads = out["logits"] if head == "pretraining" else (out["logits"],)
+        heads = heads if len(choices) == 1 else (heads[0].reshape(choices),)
+        span = {"start_logits": heads[0][..., 0], "end_logits": heads[0][..., 1]}
         return (
             {f"hidden_states_{i + 1}": out[f"layer{i}"] for i in range(model.depth)}
             | ({"pooler_output": out["pooled"]} if pooler else {})
+            | (span if head == "span" else {})
             | dict(zip(("prediction_logits", "seq_relationship_logits"), heads, strict=False))
             | {
                 "hidden_states_0": out["embeddings"],

@@ -17,7 +17,10 @@ nothing. `head` says what is read off:
     None             logits = last_hidden_state
     masked_lm        logits = E_word LN(gelu(W x + b)) + c         the matrix is the embedding's
     pretraining      logits = (those of masked_lm, next sentence = W pooled + b)
+    next_sentence    logits = W pooled + b                         two
     classification   logits = W pooled + b
+    token_classes    logits = W x + b                              of each token
+    span             logits = W x + b                              start and end of an answer
     sentence         logits = mean of x over the mask, scaled to length one
 
     features             bert_base_uncased
@@ -132,9 +135,9 @@ class Bert(nn.Module):
       max_positions: longest sequence.
       num_token_types: segments that can be told apart.
       activation: of MLP and masked-word head, a key of `ACTIVATIONS`.
-      pooler: the tanh layer on the first token; `pretraining` and `classification` read it.
+      pooler: the tanh layer on the first token; the heads that read it need it.
       head: None or a key of `HEADS` (see the table above).
-      num_classes: of the classification head.
+      num_classes: of the classification heads.
       scan_layers: one stacked `layers` instead of `layers_0 ...`, compiled once
         (`zoo.layers.stack` converts the parameters).
       remat: recompute layers in the backward pass instead of keeping their activations; True, or
@@ -172,6 +175,7 @@ class Bert(nn.Module):
         tokens: Int[Array, "batch length"],
         token_types: Int[Array, "batch length"] | None = None,
         mask: Int[Array, "batch length"] | Bool[Array, "batch length"] | None = None,
+        positions: Int[Array, "#batch length"] | None = None,
         train: bool = False,
     ) -> Array | tuple[Array, Array]:
         """What the head gives (see the table above); without one, the last hidden states.
@@ -180,12 +184,13 @@ class Bert(nn.Module):
           tokens: numbers of words.
           token_types: segment of each token; None is 0 everywhere.
           mask: 1 or True for tokens, 0 for padding; None is no padding.
+          positions: rows of the position table; None is 0, 1, ... in order.
           train: whether to drop out.
 
         Raises:
           ValueError: if shapes do not fit the model or each other.
         """
-        return self.features(tokens, token_types, mask, train)["logits"]
+        return self.features(tokens, token_types, mask, positions, train)["logits"]
 
     @nn.compact
     def features(
@@ -193,15 +198,16 @@ class Bert(nn.Module):
         tokens: Int[Array, "batch length"],
         token_types: Int[Array, "batch length"] | None = None,
         mask: Int[Array, "batch length"] | Bool[Array, "batch length"] | None = None,
+        positions: Int[Array, "#batch length"] | None = None,
         train: bool = False,
     ) -> dict[str, Array]:
         """Every named intermediate (see the table above); arguments as those of `__call__`."""
-        self._check(tokens, token_types, mask)
+        self._check(tokens, token_types, mask, positions)
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         embed = nn.Embed(
             self.vocab_size, self.embed_dim, embedding_init=init, name="embed", **types
         )
-        x = embed(tokens) + self._positions(tokens.shape[1]) + self._types(token_types)
+        x = embed(tokens) + self._positions(tokens.shape[1], positions) + self._types(token_types)
         x = LayerNorm(epsilon=self.epsilon, name="embed_norm", **types)(x)
         x = nn.Dropout(self.dropout)(x, deterministic=not train)
         x = constrain(x, "batch", "length", "channels")
@@ -216,10 +222,11 @@ class Bert(nn.Module):
         out["logits"] = x
         return out if self.head is None else out | HEADS[self.head](self, out, embed, mask, train)
 
-    def _positions(self, length: int) -> Float[Array, "length channels"]:
+    def _positions(self, length: int, positions: Array | None) -> Float[Array, "... channels"]:
         shape = (self.max_positions, self.embed_dim)
         table = self.param("position_embedding", init, shape, self.param_dtype)
-        return table[:length].astype(self.dtype)
+        table = table.astype(self.dtype)
+        return table[:length] if positions is None else jnp.take(table, positions, axis=0)
 
     def _types(self, token_types: Array | None) -> Float[Array, "... channels"]:
         shape = (self.num_token_types, self.embed_dim)
@@ -266,7 +273,13 @@ class Bert(nn.Module):
         last, stacked = scan(layer(name="layers"), x, visible)
         return [*list(stacked)[:-1], last]  # training reads, and so keeps, the last alone
 
-    def _check(self, tokens: Array, token_types: Array | None, mask: Array | None) -> None:
+    def _check(
+        self,
+        tokens: Array,
+        token_types: Array | None,
+        mask: Array | None,
+        positions: Array | None,
+    ) -> None:
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(
                 f"BERT takes tokens as integers of shape (batch, length), not {tokens.dtype} of "
@@ -277,8 +290,9 @@ class Bert(nn.Module):
                 f"This BERT reads at most {self.max_positions} tokens, not {tokens.shape[1]}; cut "
                 "the text, or create the model with more max_positions."
             )
-        for name, value in (("token_types", token_types), ("mask", mask)):
-            if value is not None and value.shape != tokens.shape:
+        for name, value in (("token_types", token_types), ("mask", mask), ("positions", positions)):
+            shapes = (tokens.shape, (1, tokens.shape[1]) if name == "positions" else tokens.shape)
+            if value is not None and value.shape not in shapes:
                 raise ValueError(
                     f"{name} has shape {value.shape}; it should be that of tokens, {tokens.shape}."
                 )
@@ -288,7 +302,8 @@ class Bert(nn.Module):
         ):
             if value not in known:
                 raise ValueError(f"{name}={value!r} is none of {', '.join(map(repr, known))}.")
-        if self.head in ("pretraining", "classification") and not self.pooler:
+        pooled = ("pretraining", "next_sentence", "classification")
+        if self.head in pooled and not self.pooler:
             raise ValueError(f"head={self.head!r} reads the pooler; it needs pooler=True.")
 
 
@@ -317,6 +332,26 @@ def _pretraining(model: Bert, out: dict, embed: nn.Embed, mask: Array | None, tr
     return {"logits": (words, dense(out["pooled"]))}
 
 
+def _next_sentence(
+    model: Bert, out: dict, embed: nn.Embed, mask: Array | None, train: bool
+) -> dict:
+    dense = nn.Dense(2, kernel_init=init, name="next_sentence", **_types(model))
+    return {"logits": dense(out["pooled"])}
+
+
+def _token_classes(
+    model: Bert, out: dict, embed: nn.Embed, mask: Array | None, train: bool
+) -> dict:
+    x = nn.Dropout(model.dropout)(out["last_hidden_state"], deterministic=not train)
+    dense = nn.Dense(model.num_classes, kernel_init=init, name="head", **_types(model))
+    return {"logits": dense(x)}
+
+
+def _span(model: Bert, out: dict, embed: nn.Embed, mask: Array | None, train: bool) -> dict:
+    dense = nn.Dense(2, kernel_init=init, name="span", **_types(model))
+    return {"logits": dense(out["last_hidden_state"])}
+
+
 def _classification(
     model: Bert, out: dict, embed: nn.Embed, mask: Array | None, train: bool
 ) -> dict:
@@ -333,7 +368,10 @@ def _sentence(model: Bert, out: dict, embed: nn.Embed, mask: Array | None, train
 HEADS: dict[str, Callable[..., dict]] = {
     "masked_lm": _masked_lm,
     "pretraining": _pretraining,
+    "next_sentence": _next_sentence,
     "classification": _classification,
+    "token_classes": _token_classes,
+    "span": _span,
     "sentence": _sentence,
 }
 """What can be read off the encoder (see the table above)."""
@@ -407,12 +445,13 @@ def _layout(
         *norms("cls.predictions.transform.LayerNorm", "predictions/norm"),
         *dense_rules("cls.seq_relationship", "next_sentence"),
         *dense_rules("classifier", "head"),
+        *dense_rules("qa_outputs", "span"),
     ]
     return Rules(
         (*heads, *encoder) if prefix else encoder,
         derived={f"{prefix}embeddings.position_ids": _position_ids if position_ids else None},
         unused=(f"{prefix}pooler.dense.*", *(_OTHER_HEADS if prefix else ())),
-        fresh=("head/*", "predictions/*", "next_sentence/*", "pooler/*"),
+        fresh=("head/*", "span/*", "predictions/*", "next_sentence/*", "pooler/*"),
     )
 
 
@@ -457,7 +496,10 @@ _TASKS = {
     None: "text_encoding",
     "masked_lm": "masked_language_modelling",
     "pretraining": "text_pretraining",
+    "next_sentence": "text_classification",
     "classification": "text_classification",
+    "token_classes": "token_classification",
+    "span": "question_answering",
     "sentence": "sentence_embedding",
 }
 
