@@ -76,7 +76,7 @@ def load(
         return model, runs.load_variables(source, model, sharding=sharding)
     state = files.open_checkpoint(files.resolve(source))
     variables = rules.convert(
-        registry.system(model).layouts, state, model, adapt=adapt, sharding=sharding, rng=rng
+        registry.layouts(model), state, model, adapt=adapt, sharding=sharding, rng=rng
     )
     return model, variables
 
@@ -105,7 +105,7 @@ def convert(
 
     module = create(model) if isinstance(model, str) else model
     return rules.convert(
-        registry.system(module).layouts, state_dict, module, adapt=adapt, sharding=sharding, rng=rng
+        registry.layouts(module), state_dict, module, adapt=adapt, sharding=sharding, rng=rng
     )
 
 
@@ -123,4 +123,4 @@ def export(
     from zoo.checkpoints import rules
 
     module = create(model) if isinstance(model, str) else model
-    return rules.export(registry.system(module).layouts, variables, module, layout=layout)
+    return rules.export(registry.layouts(module), variables, module, layout=layout)

@@ -6,12 +6,15 @@ names a file may define, so that asking for one name imports one file.
 
 import fnmatch
 import importlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from zoo.system import System, Variant, closest, of
+from zoo.system import System, Variant, closest, of, wrapped
 
 if TYPE_CHECKING:
     import flax.linen as nn
+
+    from zoo.checkpoints.ruleset import Rules
 
 SYSTEMS: dict[str, tuple[str, ...]] = {
     "zoo.models.vision.swin": ("swin_*_patch4_*", "swin_test"),
@@ -135,4 +138,20 @@ def system(model: "nn.Module | str") -> System:
             f"{type(model).__name__} belongs to no system of the zoo: its file has no SYSTEM and "
             "it wraps no module that has one."
         )
+    return found
+
+
+def layouts(model: "nn.Module | str") -> "Mapping[str, Rules]":
+    """The namings of the files that a module is loaded from, with what its methods add to them.
+
+    Raises:
+      ValueError: for an unknown name, or a module that no model file defines or wraps.
+    """
+    found = system(model).layouts
+    if isinstance(model, str) or wrapped(model) is None:
+        return found
+    from zoo.methods.method import Intercepted
+
+    for method in model.methods if isinstance(model, Intercepted) else ():
+        found = method.layouts(found)
     return found

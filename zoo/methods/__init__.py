@@ -2,5 +2,6 @@
 
 from zoo.methods.lora import LoRA
 from zoo.methods.method import Method, adapt_all, wrap_all
+from zoo.methods.sigma_reparam import SigmaReparam, WithoutNorms
 
-__all__ = ["LoRA", "Method", "adapt_all", "wrap_all"]
+__all__ = ["LoRA", "Method", "SigmaReparam", "WithoutNorms", "adapt_all", "wrap_all"]

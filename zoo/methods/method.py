@@ -22,9 +22,11 @@ from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
+from flax.core.scope import DenyList
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, PRNGKeyArray
 
+from zoo.checkpoints.ruleset import Rules
 from zoo.tasks.apply import zeros_like_inputs
 
 Variables = Mapping[str, Any]
@@ -71,6 +73,10 @@ class Method:
         methods one that trains a leaf wins.
         """
         return None
+
+    def layouts(self, layouts: Mapping[str, Rules]) -> Mapping[str, Rules]:
+        """The namings of files that have the method in them, from those of the plain model."""
+        return layouts
 
     def merge(self, module: nn.Module, variables: Variables) -> tuple[nn.Module, dict[str, Any]]:
         """The inverse of `wrap`: a plain module and variables that give the same outputs.
@@ -187,11 +193,16 @@ def trains(methods: Sequence[Method], path: str) -> bool | str | None:
 
 
 def add_leaves(module: nn.Module, variables: Variables, rng: PRNGKeyArray) -> dict[str, Any]:
-    """A module's variables: those given, and fresh ones where none are given."""
+    """A module's variables: those given, and fresh ones where none are given.
 
-    def fresh(rng: PRNGKeyArray) -> dict[str, Any]:
-        made = flatten_dict(dict(module.init(rng, **zeros_like_inputs(module))))
-        return {path: leaf for path, leaf in made.items() if path not in given}
-
+    Fresh ones may depend on those given, as a spectral norm does on its matrix.
+    """
     given = flatten_dict(dict(variables))
-    return unflatten_dict({**given, **jax.jit(fresh)(rng)})
+
+    def fresh(variables: Variables, rng: PRNGKeyArray) -> dict[str, Any]:
+        inputs = zeros_like_inputs(module)
+        added = DenyList("intermediates")
+        _, made = module.apply(variables, **inputs, rngs={"params": rng}, mutable=added)
+        return {path: leaf for path, leaf in flatten_dict(made).items() if path not in given}
+
+    return unflatten_dict({**given, **jax.jit(fresh)(variables, rng)})
