@@ -52,6 +52,12 @@ def sizes(case: golden.Case) -> dict[str, int]:
     }
 
 
+def outputs(case: golden.Case) -> int:
+    """How many numbers are read out at a point; 0: there is no learner."""
+    ends = (case.shapes.get(f"_read_out.{name}") for name in ("weight", "net.4.weight"))
+    return next((shape[0] for shape in ends if shape is not None), 0)
+
+
 def predictions(case: golden.Case, model: Any, *, axis: int | None = None) -> Callable:
     """Runs a learner on the prompts; `axis`: which one goes to the front of the predictions."""
     xs, ys = array(case, "xs"), array(case, "ys")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import golden
-from golden_systems import _icl
+from golden_systems import _icl, icl_sequential
 
 import zoo
 from zoo.data.functions import boolean
@@ -17,6 +17,8 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     """Whichever learner the state dict is of; without one, the labels of the functions."""
     if not case.shapes:
         return None, _labels(case)
+    if "_backbone.wpe.weight" in case.shapes:  # its GPT-2
+        return icl_sequential.build(case)
     fields = _icl.sizes(case)
     parts = {part for name in case.shapes for part in name.split(".")}
     fields["mixer"] = next((ours for theirs, ours in OF.items() if theirs in parts), None)
@@ -85,5 +87,5 @@ def _labels(case: golden.Case) -> Callable[[dict], golden.Outputs]:
 
 
 def made_by(case: golden.Case) -> bool:
-    """Whether the source is the official repository, and the model not its GPT-2."""
-    return "incontext-bool" in case.source and "_backbone.wpe.weight" not in case.shapes
+    """Whether the source is the official repository."""
+    return "incontext-bool" in case.source
