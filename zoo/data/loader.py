@@ -35,7 +35,7 @@ class Data:
     """What a config says of its data.
 
     Attributes:
-      train: examples to learn from.
+      train: examples to learn from, shuffled; one that has `ordered = True` is not (a curriculum).
       eval: held-out examples.
       train_transforms: applied in order to each training example, `f(example, rng) -> example`.
       eval_transforms: the same for held-out ones; they must not draw from `rng`.
@@ -105,7 +105,8 @@ def train_iterator(
     local = _local_size("batch_size", data.batch_size, process_count)
     if len(data.train) == 0:
         raise ValueError(f"{data.train!r} has no examples to train on.")
-    stream = grain.MapDataset.source(data.train).seed(seed).shuffle().repeat()
+    stream = grain.MapDataset.source(data.train).seed(seed)
+    stream = (stream if getattr(data.train, "ordered", False) else stream.shuffle()).repeat()
     if data.repeats > 1:
         stream = _Repeated(stream, data.repeats)
     if data.train_transforms:

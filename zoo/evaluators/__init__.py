@@ -5,6 +5,7 @@ from zoo.evaluators.anomalies import AnomalyScores
 from zoo.evaluators.evaluator import Evaluator
 from zoo.evaluators.forecasts import ForecastPlots
 from zoo.evaluators.intervals import ConformalIntervals
+from zoo.evaluators.learning_curves import LearningCurves
 from zoo.evaluators.modes import ModesFound
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "ConformalIntervals",
     "Evaluator",
     "ForecastPlots",
+    "LearningCurves",
     "ModesFound",
 ]

@@ -6,6 +6,7 @@ from zoo.tasks.classification import Classification
 from zoo.tasks.distillation import Distillation
 from zoo.tasks.forecasting import DecomposedForecasting, Forecasting
 from zoo.tasks.imputation import Imputation
+from zoo.tasks.in_context import InContext
 from zoo.tasks.language_modelling import LanguageModelling
 from zoo.tasks.masked_language_modelling import MaskedLanguageModelling
 from zoo.tasks.metrics import Mean
@@ -21,6 +22,7 @@ __all__ = [
     "Distillation",
     "Forecasting",
     "Imputation",
+    "InContext",
     "LanguageModelling",
     "MaskedLanguageModelling",
     "Mean",

@@ -10,9 +10,12 @@ without end, in the same order on any number of hosts.
     baselines    least squares, ridge, lasso, neighbours, averages, gradient descent
     bayes        the exact mean and variance of the next label
     learners     what is optimal for a class of Boolean functions
+    known        these with their settings, for configs
 """
 
+from zoo.data.functions.prompts import Either as Either
 from zoo.data.functions.prompts import FunctionClass as FunctionClass
 from zoo.data.functions.prompts import Prompt as Prompt
 from zoo.data.functions.prompts import Prompts as Prompts
 from zoo.data.functions.prompts import Ramp as Ramp
+from zoo.data.functions.prompts import prompt_data as prompt_data

@@ -1,10 +1,12 @@
 """Prompts of a function class as a source, with the curricula of the official code."""
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Float
+
+from zoo.data.loader import Data
 
 
 class Prompt(NamedTuple):
@@ -20,6 +22,17 @@ class FunctionClass(Protocol):
 
     def sample(self, rng: np.random.Generator, points: int, dims: int) -> Prompt:
         """A function of `dims` numbers at so many points."""
+
+
+@dataclass(frozen=True)
+class Either:
+    """One of several classes, each as likely, for every prompt."""
+
+    classes: tuple[FunctionClass, ...]
+
+    def sample(self, rng: np.random.Generator, points: int, dims: int) -> Prompt:
+        """A function at so many points."""
+        return self.classes[rng.integers(len(self.classes))].sample(rng, points, dims)
 
 
 @dataclass(frozen=True)
@@ -68,6 +81,7 @@ class Prompts:
     batch_size: int = 64
     dims_ramp: Ramp | None = None
     points_ramp: Ramp | None = None
+    ordered: ClassVar[bool] = True
 
     def __len__(self) -> int:
         return self.count
@@ -92,3 +106,25 @@ def batch(source: Prompts, start: int, size: int) -> dict[str, np.ndarray]:
     """`size` prompts from `start` on, stacked."""
     prompts = [source[start + i] for i in range(size)]
     return {key: np.stack([prompt[key] for prompt in prompts]) for key in prompts[0]}
+
+
+def prompt_data(
+    functions: FunctionClass,
+    *,
+    points: int,
+    dims: int,
+    steps: int,
+    batch_size: int = 64,
+    held_out: int = 512,
+    dims_ramp: Ramp | None = None,
+    points_ramp: Ramp | None = None,
+) -> Data:
+    """Prompts for so many steps, none of them twice, and held-out ones without a curriculum."""
+    shape = {"points": points, "dims": dims, "batch_size": batch_size}
+    ramps = {"dims_ramp": dims_ramp, "points_ramp": points_ramp}
+    return Data(
+        train=Prompts(functions, steps * batch_size, **shape, **ramps),
+        eval=Prompts(functions, held_out, **shape, seed=1),
+        batch_size=batch_size,
+        eval_batch_size=held_out // 2,
+    )
