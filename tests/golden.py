@@ -140,6 +140,8 @@ class Case:
         self.filled_as: dict[str, str] = {}
         # A builder of functions sets it that passes the weights on itself (`state_dict`).
         self.own_weights = False
+        # Fixed tensors that the reference builds and its model, like ours, reads from a file.
+        self.kept: dict[str, np.ndarray] = {}
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> "Case":
@@ -260,7 +262,7 @@ class Case:
         return np.moveaxis(images[0], 1, -1)
 
     def state_dict(self, weights: str | None = None) -> dict[str, np.ndarray]:
-        """The official state dict; `kept` tensors are zeros unless they are published weights."""
+        """The official state dict; `kept` tensors are zeros unless published or in `self.kept`."""
         changes = list(self._changes())
         published = self._published(weights)
         state = {}
@@ -269,6 +271,8 @@ class Case:
                 if name not in published:
                     raise Unsupported(f"the published weights have no {name!r}")
                 value = published[name].read()
+            elif kind == "kept" and name in self.kept:
+                value = self.kept[name].astype(dtype)
             elif kind == "kept":
                 value = np.broadcast_to(np.zeros((), dtype), shape)
             elif kind == "filled":

@@ -32,6 +32,7 @@ SYSTEMS: dict[str, tuple[str, ...]] = {
     "zoo.models.vision.vsa_swin": ("swin_vsa_*",),
     "zoo.models.vision.vit": ("vit_*", "deit_*"),
     "zoo.models.video.predformer": ("PredFormer_*", "predformer_*"),
+    "zoo.models.video.vdt": ("VDT-*", "vdt_*"),
     "zoo.models.video.video_swin": ("swin_*_patch244_*", "video_swin_*"),
     "zoo.models.imaging.hat": ("HAT*", "Real_HAT_*", "hat_*"),
     "zoo.models.language.bert": ("bert_*", "minilm_*"),

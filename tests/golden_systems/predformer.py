@@ -36,7 +36,7 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     config.ignore("method", "model_config", *DROPOUT)
     config.finish()
     model = PredFormer(clip_size=size, order=order, **fields)
-    (name,) = {**case.config.entries.get("inputs", {}), **case.inputs}
+    (name,) = case.names
     frames = np.moveaxis(case.input(name), 2, -1)
 
     def outputs(variables: dict) -> golden.Outputs:

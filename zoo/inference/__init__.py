@@ -1,5 +1,15 @@
-"""Using trained models: text token by token, what chooses the tokens, and drafts of them."""
+"""Using trained models: texts token by token, their drafts, and images and clips from noise."""
 
+from zoo.inference.diffusion import (
+    DDIM,
+    DDPM,
+    Diffusion,
+    DPMSolver,
+    Euler,
+    Flow,
+    Guidance,
+    sample,
+)
 from zoo.inference.generate import generate
 from zoo.inference.samplers import (
     Draw,
@@ -13,8 +23,15 @@ from zoo.inference.samplers import (
 from zoo.inference.speculate import STREE, Tree, chain, speculate
 
 __all__ = [
+    "DDIM",
+    "DDPM",
     "STREE",
+    "DPMSolver",
+    "Diffusion",
     "Draw",
+    "Euler",
+    "Flow",
+    "Guidance",
     "RepetitionPenalty",
     "Sampler",
     "Temperature",
@@ -24,5 +41,6 @@ __all__ = [
     "chain",
     "generate",
     "greedy",
+    "sample",
     "speculate",
 ]
