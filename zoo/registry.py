@@ -36,6 +36,7 @@ SYSTEMS: dict[str, tuple[str, ...]] = {
     "zoo.models.video.video_swin": ("swin_*_patch244_*", "video_swin_*"),
     "zoo.models.imaging.pt_dit": ("PT-DiT_*", "pt_dit_*"),
     "zoo.models.imaging.styleswin": ("StyleSwin_*", "styleswin_*"),
+    "zoo.models.imaging.topnet": ("topnet_*",),
     "zoo.models.imaging.hat": ("HAT*", "Real_HAT_*", "hat_*"),
     "zoo.models.language.bert": ("bert_*", "minilm_*"),
     "zoo.models.language.gpt2": ("gpt2", "gpt2_*", "distilgpt2"),
