@@ -33,6 +33,7 @@ SYSTEMS: dict[str, tuple[str, ...]] = {
     "zoo.models.vision.vit": ("vit_*", "deit_*"),
     "zoo.models.video.predformer": ("PredFormer_*", "predformer_*"),
     "zoo.models.video.vdt": ("VDT-*", "vdt_*"),
+    "zoo.models.video.magic_1_for_1": ("Magic_141_*", "magic_1_for_1_*"),
     "zoo.models.video.video_swin": ("swin_*_patch244_*", "video_swin_*"),
     "zoo.models.imaging.pt_dit": ("PT-DiT_*", "pt_dit_*"),
     "zoo.models.imaging.styleswin": ("StyleSwin_*", "styleswin_*"),
