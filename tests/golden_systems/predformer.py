@@ -14,10 +14,10 @@ DROPOUT = ("dropout", "attn_dropout", "drop_path")  # act in training alone
 
 def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     """A clip in, the frames after it out; forecasts of forecasts where more are wanted."""
-    config = case.config
-    nested = config.take("model_config")  # the constructor takes one dictionary
-    if nested:
-        config = golden.Config({**config.entries, **nested})
+    entries = case.config.entries
+    # the constructor takes one dictionary, which stands by itself or among the others
+    config = golden.Config({**entries, **(entries.get("model_config") or {})})
+    case.config.ignore(*entries)
     fields = config.rename(
         in_channels="num_channels",
         patch_size="patch_size",
@@ -29,7 +29,8 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
         depth="depth",
     )
     size = tuple(config.take(name) for name in ("pre_seq", "height", "width"))
-    order = config.take("class", config.take("order", "")).removeprefix("PredFormer_")
+    name = config.take("class") or config.take("cls") or config.take("model") or ""
+    order = str(name).removeprefix("PredFormer_")
     if order not in ORDERS:
         raise golden.Unsupported(f"its class {order!r} is none of {', '.join(ORDERS)}")
     horizon = config.take("after_seq", size[0])

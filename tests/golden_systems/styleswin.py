@@ -38,11 +38,13 @@ def _generator(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]
         scale="qk_scale",
     )
     fields["scale"] = fields.get("scale") or None  # the official code takes 0 for the default too
-    truncation = float(config.take("truncation", 1.0))
+    truncation = float(config.take("truncation") or config.take("psi") or 1.0)
     config.ignore(*TRAINING, "return_latents", "inject_index")
     model = Generator(**fields)
     noise = next(case.input(n) for n in ("noise", "z") if n in case.names)
-    mean = next((n for n in ("truncation_latent", "mean_latent") if n in case.names), None)
+    mean = next(
+        (n for n in ("truncation_latent", "mean_latent", "mean_w") if n in case.names), None
+    )
     mean = None if mean is None else case.input(mean).reshape(1, -1)
     run = jax.jit(
         lambda v, z, m: model.apply(v, z, truncation=truncation, mean_latent=m, method="features")

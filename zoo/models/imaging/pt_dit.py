@@ -61,7 +61,12 @@ from zoo.system import System, Variant
 
 Dense = partial(_Dense, kernel_init=torch_default_init)
 Size = tuple[int, int, int]
-ACTIVATIONS = {"gelu-approximate": nn.gelu, "gelu": gelu, "geglu": gelu}
+ACTIVATIONS = {
+    "gelu-approximate": nn.gelu,
+    "gelu": gelu,
+    "geglu": gelu,  # gated
+    "geglu-approximate": lambda x: x * nn.sigmoid(1.702 * x),  # not gated, whatever its name says
+}
 HIDDEN = -10000.0  # added to the scores of what may not be seen, as in the code
 
 
@@ -206,7 +211,7 @@ class PTDiT(nn.Module):
       window: frames, rows and columns of a window, in patches.
       proxy_window: see the module's text; equal to the window, there is one proxy a window.
       shift_window: whether there are shifted windows, too.
-      activation: "gelu-approximate", "gelu" or "geglu".
+      activation: of the MLP, a name of `ACTIVATIONS`.
       remat: recompute blocks in the backward pass; True, or a key of `zoo.layers.stack.REMAT`.
     """
 
