@@ -8,25 +8,10 @@ of 8x8, two by two of the original pixels: since patches do not see each other, 
 single pixel, reach 92 %.
 """
 
-from zoo.data.digits import enlarged_digits
-from zoo.tasks import Classification
-from zoo.training import Checkpointing, Model, Optimizer, TrainConfig
-
-EPOCHS, BATCH, SIZE = 30, 64, (32, 32)
-STEPS = EPOCHS * 1437 // BATCH
+from zoo.recipes import digits
+from zoo.training import TrainConfig
 
 
 def get_config() -> TrainConfig:
     """The configuration."""
-    return TrainConfig(
-        model=Model("activator_test", {"in_channels": 1, "depth": 4, "patch_size": 8}),
-        task=Classification(),
-        data=enlarged_digits(SIZE, BATCH),
-        optimizer=Optimizer(
-            learning_rate=2e-3, schedule="one_cycle", initial_fraction=0.04, weight_decay=0.05
-        ),
-        checkpoint=Checkpointing(every=STEPS),
-        num_steps=STEPS,
-        eval_every=STEPS // 4,
-        log_every=50,
-    )
+    return digits("activator_test", epochs=30, depth=4, patch_size=8)

@@ -7,25 +7,10 @@ block. 224 steps, four minutes on two busy CPU cores; expected accuracy on the h
 (97.2 % measured).
 """
 
-from zoo.data.digits import enlarged_digits
-from zoo.tasks import Classification
-from zoo.training import Checkpointing, Model, Optimizer, TrainConfig
-
-EPOCHS, BATCH, SIZE = 10, 64, (64, 64)
-STEPS = EPOCHS * 1437 // BATCH
+from zoo.recipes import digits
+from zoo.training import TrainConfig
 
 
 def get_config() -> TrainConfig:
     """The configuration."""
-    return TrainConfig(
-        model=Model("favit_test", {"in_channels": 1}),
-        task=Classification(),
-        data=enlarged_digits(SIZE, BATCH),
-        optimizer=Optimizer(
-            learning_rate=4e-3, schedule="one_cycle", initial_fraction=0.04, weight_decay=0.05
-        ),
-        checkpoint=Checkpointing(every=STEPS),
-        num_steps=STEPS,
-        eval_every=STEPS // 4,
-        log_every=50,
-    )
+    return digits("favit_test", epochs=10, size=(64, 64), learning_rate=4e-3)

@@ -7,25 +7,10 @@ a minute on two CPU cores; expected accuracy on the held-out images 97 % (97.8 %
 authors' code with this recipe: 97.2 %).
 """
 
-from zoo.data.digits import enlarged_digits
-from zoo.tasks import Classification
-from zoo.training import Checkpointing, Model, Optimizer, TrainConfig
-
-EPOCHS, BATCH, SIZE = 25, 64, (64, 64)
-STEPS = EPOCHS * 1437 // BATCH
+from zoo.recipes import digits
+from zoo.training import TrainConfig
 
 
 def get_config() -> TrainConfig:
     """The configuration."""
-    return TrainConfig(
-        model=Model("t2t_vit_test", {"in_channels": 1}),
-        task=Classification(),
-        data=enlarged_digits(SIZE, BATCH),
-        optimizer=Optimizer(
-            learning_rate=2e-3, schedule="one_cycle", initial_fraction=0.04, weight_decay=0.05
-        ),
-        checkpoint=Checkpointing(every=STEPS),
-        num_steps=STEPS,
-        eval_every=STEPS // 4,
-        log_every=50,
-    )
+    return digits("t2t_vit_test", epochs=25, size=(64, 64))

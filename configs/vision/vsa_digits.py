@@ -10,25 +10,10 @@ measured). The second line trains Swin with the same windows, whose last map is 
 a minute and a half; 96 % (97.2 % measured).
 """
 
-from zoo.data.digits import enlarged_digits
-from zoo.tasks import Classification
-from zoo.training import Checkpointing, Model, Optimizer, TrainConfig
-
-EPOCHS, BATCH, SIZE = 6, 64, (32, 32)
-STEPS = EPOCHS * 1437 // BATCH
+from zoo.recipes import digits
+from zoo.training import TrainConfig
 
 
 def get_config() -> TrainConfig:
     """The configuration."""
-    return TrainConfig(
-        model=Model("vitaev2_vsa_test", {"in_channels": 1}),
-        task=Classification(),
-        data=enlarged_digits(SIZE, BATCH),
-        optimizer=Optimizer(
-            learning_rate=2e-3, schedule="one_cycle", initial_fraction=0.04, weight_decay=0.05
-        ),
-        checkpoint=Checkpointing(every=STEPS),
-        num_steps=STEPS,
-        eval_every=STEPS // 4,
-        log_every=50,
-    )
+    return digits("vitaev2_vsa_test", epochs=6)

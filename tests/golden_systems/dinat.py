@@ -80,8 +80,8 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
         out = run(variables)
         for i in range(1, len(model.depths)):
             wanted = np.prod(case.header["outputs"].get(f"stage{i}", {}).get("shape", 0), dtype=int)
-            if wanted == out[f"merge{i}"].size:  # else before merging
-                out[f"stage{i}"] = out[f"merge{i}"]
+            if wanted == out[f"downsample{i}"].size:  # else before merging
+                out[f"stage{i}"] = out[f"downsample{i}"]
         return out
 
     return model, outputs

@@ -24,7 +24,12 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     fields.setdefault("qkv_bias", False)  # the constructor's defaults
     fields.setdefault("depths", (2, 2, 5, 2))
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    config.expect(cls="FactorizationTransformer", norm_eps=1e-6, num_stages=4)
+    if config.take("norm_eps") is not None:
+        fields["epsilon"] = config.entries["norm_eps"]
+    elif "norm_layer" in config.entries:  # the plain one
+        fields["epsilon"] = 1e-5
+    config.expect(cls="FactorizationTransformer", num_stages=4,
+                  norm_layer=(None, "LayerNorm", "nn.LayerNorm"))  # fmt: skip
     # the official code uses none of the first three
     config.ignore("img_size", "patch_size", "qk_scale", "drop_rate", "attn_drop_rate",
                   "drop_path_rate")  # fmt: skip

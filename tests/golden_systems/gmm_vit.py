@@ -83,7 +83,7 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
         )
         out["patch"] = out["patch_embed"]
         if cls == "SwinTransformer":
-            merged = {f"layer{s}": out[f"merge{s + 1}"] for s in range(len(model.depths) - 1)}
+            merged = {f"layer{s}": out[f"downsample{s + 1}"] for s in range(len(model.depths) - 1)}
             return out | merged
         first = kept["intermediates"]["layers_0"]
         return out | {

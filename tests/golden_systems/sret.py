@@ -10,6 +10,8 @@ import numpy as np
 
 from zoo.models.vision.sret import SReT
 
+CLASSES = ("SReT", "Distilled_SReT", "RecursiveTransformer", "DistilledRecursiveTransformer")
+
 
 def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     """The classifier, with the permutation that the references were made with."""
@@ -31,7 +33,7 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
         fields["groups1"] = fields["groups2"] = (1,) * len(fields["depths"])
     fields["image_size"] = golden.pair(fields["image_size"])
     (fields["head_dim"],) = set(config.take("base_dims"))
-    config.expect(cls=("SReT", "Distilled_SReT", "RecursiveTransformer"))
+    config.expect(cls=CLASSES)
     # the official code uses neither of the first two
     config.ignore("patch_size", "stride", "drop_rate", "attn_drop_rate", "drop_path_rate")
     for name in case.shapes:  # the second run's name is filled last
@@ -55,4 +57,4 @@ def permutation(length: int) -> np.ndarray:
 
 def made_by(case: golden.Case) -> bool:
     cls = case.header["config"].get("cls")
-    return cls in ("SReT", "Distilled_SReT", "RecursiveTransformer")
+    return cls in CLASSES

@@ -30,7 +30,11 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
         token_label="token_label",
     )
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    config.expect(cls="SVT", norm_eps=1e-6, num_stages=4)
+    if config.take("norm_eps") is not None:
+        fields["epsilon"] = config.entries["norm_eps"]
+    elif "norm_layer" in config.entries:  # the plain one
+        fields["epsilon"] = 1e-5
+    config.expect(cls="SVT", num_stages=4, norm_layer=(None, "LayerNorm", "nn.LayerNorm"))
     config.ignore("sr_ratios", "drop_path_rate")  # the official code does not use the first either
     images = case.images()
     model = SVT(image_size=images.shape[1:3], **fields)

@@ -43,8 +43,8 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
         out = run(variables, clips)
         for i in range(1, len(model.depths)):
             wanted = np.prod(case.header["outputs"].get(f"stage{i}", {}).get("shape", 0), dtype=int)
-            if wanted == out[f"merge{i}"].size:  # else before merging
-                out[f"stage{i}"] = out[f"merge{i}"]
+            if wanted == out[f"downsample{i}"].size:  # else before merging
+                out[f"stage{i}"] = out[f"downsample{i}"]
         out = {k: np.moveaxis(v, -1, 1) if v.ndim == 5 else v for k, v in out.items()}
         return out | {"features": out["norm"]}
 

@@ -21,11 +21,13 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
 def _attention(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     config = case.config
     fields = config.rename(
-        in_channels="dim", channels="out_dim", num_heads="num_heads", window_size="window_size"
-    )
+        in_channels="dim", channels="out_dim", num_heads="num_heads", window_size="window_size",
+        qkv_bias="qkv_bias", scale="qk_scale",
+    )  # fmt: skip
+    fields["scale"] = fields.get("scale") or None  # the official code takes 0 for the default too
     fields["channels"] = fields.get("channels") or fields["in_channels"]
     model, x = VariedSizeWindowAttention(**fields), case.images()
-    config.expect(img_size=(list(x.shape[1:3]), None), qkv_bias=True, qk_scale=None)
+    config.expect(img_size=(list(x.shape[1:3]), None))
     config.ignore("attn_drop", "proj_drop")
 
     def outputs(variables: dict) -> golden.Outputs:
@@ -75,10 +77,11 @@ def _classifier(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs
     if "image_size" in fields:
         fields["image_size"] = golden.pair(fields["image_size"])
     vsa = (["VSA"] * stages, "VSA")
-    config.expect(cpe=True, relative_pos=False, RC_op="cat", qkv_bias=True, qk_scale=None,
-                  norm_eps=1e-6, RC_tokens_type=vsa, NC_tokens_type=vsa,
-                  num_deform=None)  # fmt: skip
-    config.ignore("drop_rate", "attn_drop_rate", "drop_path_rate")
+    config.expect(RC_op="cat", norm_eps=1e-6, RC_tokens_type=vsa, NC_tokens_type=vsa)
+    # The official cells take the last four for other kinds of attention only.
+    config.ignore("drop_rate", "attn_drop_rate", "drop_path_rate", "relative_pos", "qkv_bias",
+                  "qk_scale", "num_deform")  # fmt: skip
+    fields["has_pos_conv"] = config.take("cpe", False)
     model = ViTAEv2VSA(**fields)
     run = golden.features(model, case.images())
 

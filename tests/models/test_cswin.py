@@ -2,7 +2,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_helpers import apply, documented_shapes, feature_shapes, filled, random_images
+from model_helpers import (
+    apply,
+    assert_trees_close,
+    documented_shapes,
+    feature_shapes,
+    filled,
+    random_images,
+)
 
 import zoo
 from zoo.models.vision import cswin
@@ -59,10 +66,10 @@ def test_stripes_are_dense_attention_and_convolution_with_a_mask(stripe):
     rows, columns = np.indices((6, 8)).reshape(2, -1)
     block = rows // (stripe[0] or 6) * 100 + columns // (stripe[1] or 8)
     same = block[:, None] == block[None]
-    position = variables["params"]["position"]
+    position = variables["params"]["pos_conv"]
     value = np.asarray(qkv[..., 16:], np.float64)
     wanted = dense_attention(qkv, same) + local_position(value, **position, same_stripe=same)
-    np.testing.assert_allclose(layer.apply(variables, qkv), wanted, atol=1e-5)
+    assert_trees_close(layer.apply(variables, qkv), wanted, 1e-5)
 
 
 def test_the_order_of_stripes_changes_nothing_but_the_order_of_what_comes_out():
@@ -73,7 +80,7 @@ def test_the_order_of_stripes_changes_nothing_but_the_order_of_what_comes_out():
         return x.reshape(2, 6, 4, 2, -1)[:, :, jnp.array([2, 0, 3, 1])].reshape(2, 6, 8, -1)
 
     got, wanted = layer.apply(variables, permuted(qkv)), permuted(layer.apply(variables, qkv))
-    np.testing.assert_allclose(got, wanted, atol=1e-6)
+    assert_trees_close(got, wanted, 1e-5)
 
 
 def test_a_stripe_that_does_not_fit_sees_zeros_on_both_sides():
@@ -81,7 +88,7 @@ def test_a_stripe_that_does_not_fit_sees_zeros_on_both_sides():
     layer, variables = stripe_attention((0, 4), qkv)
     padded = jnp.pad(qkv, ((0, 0), (0, 0), (1, 2), (0, 0)))  # 5 columns -> 8
     wanted = layer.apply(variables, padded)[:, :, 1:6]
-    np.testing.assert_allclose(layer.apply(variables, qkv), wanted, atol=1e-6)
+    assert_trees_close(layer.apply(variables, qkv), wanted, 1e-5)
 
 
 def test_stripes_as_wide_as_the_map_are_global_in_each_half_of_the_channels():
@@ -96,11 +103,11 @@ def test_stripes_as_wide_as_the_map_are_global_in_each_half_of_the_channels():
     for i in range(2):
         half = halves[..., i, :].reshape(2, 6, 6, 12)
         position = local_position(
-            half[..., 8:], **p[f"branch_{i}"]["position"], same_stripe=everywhere
+            half[..., 8:], **p[f"branch_{i}"]["pos_conv"], same_stripe=everywhere
         )
         out.append(dense_attention(half, everywhere) + position)
     wanted = np.concatenate(out, -1) @ p["out"]["kernel"]
-    np.testing.assert_allclose(layer.apply(variables, x), wanted, atol=1e-4)
+    assert_trees_close(layer.apply(variables, x), wanted, 1e-4)
 
 
 def test_images_of_any_size_give_a_pyramid_of_strides_4_to_32():

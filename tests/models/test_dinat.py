@@ -59,7 +59,7 @@ def test_a_neighbourhood_of_the_whole_map_is_full_attention_with_key_minus_query
     y, c = np.divmod(np.arange(25), 5)
     table = params["relative_position_bias"]
     bias = table[:, y[None, :] - y[:, None] + 4, c[None, :] - c[:, None] + 4]
-    np.testing.assert_allclose(run(x), dense_attention(x, params, 2, bias), rtol=0, atol=1e-5)
+    assert_trees_close(run(x), dense_attention(x, params, 2, bias), 1e-5)
 
 
 def test_dilated_neighbourhoods_are_plain_ones_on_each_strided_image():
@@ -70,7 +70,7 @@ def test_dilated_neighbourhoods_are_plain_ones_on_each_strided_image():
     for i in range(2):
         for j in range(2):
             part = whole[:, i::2, j::2]
-            np.testing.assert_allclose(part, plain(x[:, i::2, j::2]), rtol=0, atol=1e-6)
+            assert_trees_close(part, plain(x[:, i::2, j::2]), 1e-5)
 
 
 def test_away_from_borders_the_output_moves_with_the_map():
@@ -79,9 +79,7 @@ def test_away_from_borders_the_output_moves_with_the_map():
     moved = run(jnp.roll(x, (2, 2), (1, 2)))
     still = jnp.roll(run(x), (2, 2), (1, 2))
     inside = slice(2 + 2, 16 - 2)  # the seam, and one dilated step from it
-    np.testing.assert_allclose(
-        moved[:, inside, inside], still[:, inside, inside], rtol=0, atol=1e-6
-    )
+    assert_trees_close(moved[:, inside, inside], still[:, inside, inside], 1e-5)
     assert np.abs(moved[:, 0] - still[:, 0]).max() > 1e-2
 
 
@@ -98,7 +96,7 @@ def test_a_small_map_attends_to_zero_padding_too():
     params, run = attention(x, kernel_size=3, dilation=2)
     padded = jnp.zeros((2, 6, 9, 8)).at[:, :4].set(x)
     _, wide = attention(padded, kernel_size=3, dilation=2)
-    np.testing.assert_allclose(run(x), wide(padded)[:, :4], rtol=0, atol=1e-6)
+    assert_trees_close(run(x), wide(padded)[:, :4], 1e-5)
     changed = attention(x, 3, 2)[0]
     changed["qkv"]["bias"] = params["qkv"]["bias"] + 1.0  # padded keys hold it
     again = dinat.NeighborhoodAttention(2, 3, 2).apply({"params": changed}, x)
@@ -126,7 +124,7 @@ def test_patches_and_odd_maps_are_completed_with_zeros():
     variables = filled(model)
     images = jax.random.normal(jax.random.key(0), (1, 18, 30, 3))  # patches 5 x 8
     full = jnp.zeros((1, 20, 32, 3)).at[:, :18, :30].set(images)
-    np.testing.assert_array_equal(apply(model, variables, images), apply(model, variables, full))
+    assert_trees_close(apply(model, variables, images), apply(model, variables, full), 1e-5)
     merge = dinat.PatchMerging(pad=True)
     x = jax.random.normal(jax.random.key(1), (1, 3, 4, 6))
     params = merge.init(jax.random.key(2), x)

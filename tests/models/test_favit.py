@@ -52,13 +52,13 @@ def test_a_group_is_softmax_over_its_tokens_with_convolved_values():
         return x @ p[name]["kernel"] + p[name]["bias"]
 
     mixed = dense("mix", tokens)
-    key, value = np.split(dense("key_value", mixed), 2, -1)
+    key, value = dense("key", mixed), dense("value", mixed)
     padded = np.pad(value.reshape(2, 7, 7, 6), ((0, 0), (1, 1), (1, 1), (0, 0)))
-    kernel = p["position"]["kernel"]
+    kernel = p["pos_conv"]["kernel"]
     convolved = sum(
         kernel[i, j, 0] * padded[:, i : i + 7, j : j + 7] for i in range(3) for j in range(3)
     )
-    value = value + (convolved + p["position"]["bias"]).reshape(value.shape)
+    value = value + (convolved + p["pos_conv"]["bias"]).reshape(value.shape)
     scores = np.einsum("bhwnd,bijnd->bnhwij", query, key).reshape(2, 2, 4, 5, 49) / np.sqrt(3)
     weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
     wanted = np.einsum("bnhwk,bknd->bhwnd", weights, value.reshape(2, 49, 2, 3))

@@ -2,7 +2,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_helpers import apply, documented_shapes, feature_shapes, filled, random_images
+from model_helpers import (
+    apply,
+    assert_trees_close,
+    documented_shapes,
+    feature_shapes,
+    filled,
+    random_images,
+)
 
 import kernels_pallas
 import zoo
@@ -89,7 +96,7 @@ def test_bands_and_what_is_left_sum_to_the_map(size):
     x = numbers(2, *size, 3)
     bands = frequency_bands(x)
     assert len(bands) == 3
-    np.testing.assert_allclose(sum(bands), x, atol=1e-6)
+    assert_trees_close(sum(bands), x, 1e-5)
     for band in bands[:2]:
         assert np.abs(band).max() > 0.1
     for band in frequency_bands(np.full((1, *size, 2), 3.0, np.float32))[:2]:
@@ -114,7 +121,7 @@ def test_attention_without_averaging_is_ordinary_attention():
     )
     y = kernels_pallas.attention(query, key, value).reshape(2, 24, 8)
     wanted = (y @ params["out"]["kernel"] + params["out"]["bias"]).reshape(x.shape)
-    np.testing.assert_allclose(apply(layer, {"params": params}, x), wanted, atol=1e-5)
+    assert_trees_close(apply(layer, {"params": params}, x), wanted, 1e-5)
 
 
 def test_averaged_keys_change_what_attention_gives():

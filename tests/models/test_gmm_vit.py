@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from model_helpers import (
     apply,
+    assert_trees_close,
     documented_shapes,
     feature_shapes,
     filled,
@@ -60,7 +61,7 @@ def test_masks_are_symmetric_and_a_kernel_of_the_offset():
     kernel = (np.asarray(alpha)[..., None, None] * np.exp(-(dy**2 + dx**2) / width)).sum(0)
     y, x = np.divmod(np.arange(64), 8)
     wanted = kernel[:, y[:, None] - y + 7, x[:, None] - x + 7]
-    np.testing.assert_allclose(mask, wanted, atol=1e-5)
+    assert_trees_close(mask, wanted, 1e-5)
 
 
 def attention_outputs(mask, change=lambda params: params, heads=2):
@@ -84,7 +85,7 @@ def test_wide_gaussians_that_sum_to_one_change_nothing():
         alpha = jnp.array([[0.5, 2.0], [0.75, -2.0], [-0.25, 1.0]])
         return params | {"mask": {"sigma": jnp.full((3, 2), 1e4), "alpha": alpha}}
 
-    np.testing.assert_allclose(attention_outputs("gaussian", wide)[0], plain, atol=1e-5)
+    assert_trees_close(attention_outputs("gaussian", wide)[0], plain, 1e-5)
 
 
 def test_a_faded_key_has_the_logit_zero_and_is_not_hidden():
@@ -99,14 +100,14 @@ def test_a_faded_key_has_the_logit_zero_and_is_not_hidden():
     own = jnp.exp((q * k).sum(-1) / 6**0.5)[..., None]
     y = (v.sum(1, keepdims=True) + (own - 1) * v) / (11 + own)
     wanted = y.reshape(2, 12, 12) @ params["out"]["kernel"] + params["out"]["bias"]
-    np.testing.assert_allclose(got, wanted, atol=1e-5)
+    assert_trees_close(got, wanted, 1e-5)
 
 
 def test_elementwise_masks_start_at_uniform_attention():
     got, params = attention_outputs("elementwise")
     value = (numbers(2, 12, 8) @ params["qkv"]["kernel"])[..., 24:].mean(1, keepdims=True)
     wanted = value @ params["out"]["kernel"] + params["out"]["bias"]
-    np.testing.assert_allclose(got, jnp.broadcast_to(wanted, got.shape), atol=1e-5)
+    assert_trees_close(got, jnp.broadcast_to(wanted, got.shape), 1e-5)
 
 
 def test_masks_cost_two_numbers_for_each_gaussian_and_head():
@@ -123,7 +124,7 @@ def test_far_patches_of_large_grids_underflow_only_as_the_authors_do():
     distances = grid_distances((16, 16))
     variables = {"params": {"sigma": jnp.full((1, 1), 10.0), "alpha": jnp.ones((1, 1))}}
     masks = [gmm_vit.GaussianMask(1, u).apply(variables, distances, 1)[0] for u in (False, True)]
-    np.testing.assert_allclose(masks[0], np.exp(-distances / 200), atol=1e-5)
+    assert_trees_close(masks[0], np.exp(-distances / 200), 1e-5)
     np.testing.assert_array_equal(masks[1], np.where(distances < 104, masks[0], 0))
     assert (distances >= 104).any() and not (grid_distances((8, 8)) >= 104).any()
 
@@ -176,7 +177,7 @@ def test_windows_add_the_bias_behind_the_mask():
     weights = np.asarray(jax.nn.softmax(np.where(same, scores, -1e9), -1))
     wanted = np.einsum("nqk,knd->qnd", weights, v).reshape(64, 8)
     wanted = wanted @ part["out"]["kernel"] + part["out"]["bias"]
-    np.testing.assert_allclose(got.reshape(64, 8), wanted, atol=1e-4)
+    assert_trees_close(got.reshape(64, 8), wanted, 1e-4)
 
 
 def test_without_gaussians_neighbourhoods_are_those_of_the_kernel():
@@ -193,7 +194,7 @@ def test_without_gaussians_neighbourhoods_are_those_of_the_kernel():
     inner["mask"] = {"sigma": jnp.full((1, 2), 1e4), "alpha": jnp.ones((1, 2))}
     table = params["relative_position_bias"]
     got = apply(masked, {"params": {"attention": inner, "relative_position_bias": table}}, x)
-    np.testing.assert_allclose(got, apply(plain, {"params": params}, x), atol=1e-5)
+    assert_trees_close(got, apply(plain, {"params": params}, x), 1e-5)
 
 
 def test_the_class_token_of_cait_reads_patches_that_it_does_not_change():

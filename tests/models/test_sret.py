@@ -49,7 +49,7 @@ def test_slices_are_dense_attention_with_a_mask(permuted):
     y = np.einsum("bnqk,bknd->bqnd", weights / weights.sum(-1, keepdims=True), value)
     wanted = y.reshape(2, 12, 8) @ p["out"]["kernel"] + p["out"]["bias"]
     got = layer.apply(variables, x, groups, jnp.asarray(order) if permuted else None)
-    np.testing.assert_allclose(got, wanted, atol=1e-5)
+    assert_trees_close(got, wanted, 1e-5)
 
 
 def test_one_slice_is_the_model_without_slices():

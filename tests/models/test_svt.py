@@ -2,7 +2,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_helpers import apply, documented_shapes, feature_shapes, filled, random_images
+from model_helpers import (
+    apply,
+    assert_trees_close,
+    documented_shapes,
+    feature_shapes,
+    filled,
+    random_images,
+)
 
 import zoo
 from zoo.models.vision import svt
@@ -88,11 +95,11 @@ def test_scattering_with_identity_weights_without_relu_is_the_identity(monkeypat
     x = maps(2, 8, 12, 16)
     layer = svt.Scatter()
     shapes = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
-    params = {name: jnp.zeros(p.shape) for name, p in shapes.items()}
+    params = jax.tree.map(lambda p: jnp.zeros(p.shape), shapes)
     params["lowpass"] = jnp.ones_like(params["lowpass"])
-    for name in ("bands1_kernel", "bands2_kernel"):
-        params[name] = params[name].at[0].set(jnp.eye(4))
-    np.testing.assert_allclose(apply(layer, {"params": params}, x), x, atol=1e-5)
+    for name in ("bands1", "bands2"):
+        params[name]["kernel"] = params[name]["kernel"].at[0].set(jnp.eye(4))
+    assert_trees_close(apply(layer, {"params": params}, x), x, 1e-5)
 
 
 def test_matrices_on_the_bands_are_complex_products():
@@ -105,29 +112,29 @@ def test_matrices_on_the_bands_are_complex_products():
     complex_of = lambda p: np.asarray(p[0], np.float64) + 1j * np.asarray(p[1])  # noqa: E731
     relu = lambda z: np.maximum(z.real, 0) + 1j * np.maximum(z.imag, 0)  # noqa: E731
     for name, activation in (("bands1", relu), ("bands2", lambda z: z)):
-        kernel, bias = (complex_of(params[f"{name}_{part}"]) for part in ("kernel", "bias"))
+        kernel, bias = (complex_of(params[name][part]) for part in ("kernel", "bias"))
         parts = np.split(z, 4, -1)
         z = np.concatenate([p @ k + b for p, k, b in zip(parts, kernel, bias, strict=True)], -1)
         z = activation(z)
     high = np.stack([z.real, z.imag], 2).astype(np.float32)
     wanted = inverse_dtcwt((low * params["lowpass"]).astype(np.float32), high)
-    np.testing.assert_allclose(apply(layer, {"params": params}, x), wanted, atol=1e-5)
+    assert_trees_close(apply(layer, {"params": params}, x), wanted, 1e-5)
 
 
 def test_the_class_block_changes_the_class_alone(out):
     tokens = out["stage2"].reshape(2, 35, -1)
-    np.testing.assert_array_equal(out["class_block"][:, 1:], tokens)
+    assert_trees_close(out["class_block"][:, 1:], tokens, 1e-6)
     assert np.abs(out["class_block"][:, 0] - tokens.mean(1)).max() > 0.1
 
 
 def test_logits_join_the_class_and_the_best_of_every_token(small, out):
     wanted = out["class_logits"] + 0.5 * out["token_logits"].max(1)
-    np.testing.assert_allclose(out["logits"], wanted, atol=1e-6)
+    assert_trees_close(out["logits"], wanted, 1e-5)
     model, variables = small
     params = {k: v for k, v in variables["params"].items() if k != "token_head"}
     alone = model.clone(token_label=False)
     logits = apply(alone, {**variables, "params": params}, random_images(model))
-    np.testing.assert_allclose(logits, out["class_logits"], atol=1e-5)
+    assert_trees_close(logits, out["class_logits"], 1e-5)
 
 
 def test_training_moves_the_running_statistics_of_the_stem(small):

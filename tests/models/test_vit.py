@@ -124,7 +124,7 @@ def test_pooling_averages_patches_only_and_normalises_after():
     normal = (mean - mean.mean(-1, keepdims=True)) / np.sqrt(mean.var(-1, keepdims=True) + 1e-6)
     params = variables["params"]["pool_norm"]
     expected = normal * params["scale"] + params["bias"]
-    np.testing.assert_allclose(out["pooled"], expected, rtol=0, atol=1e-5)
+    assert_trees_close(out["pooled"], expected, 1e-5)
     assert "norm" not in variables["params"]
 
 

@@ -8,7 +8,7 @@ import flax.linen as nn
 import numpy as np
 
 from zoo.checkpoints.patterns import Pattern, compile_pattern
-from zoo.checkpoints.transforms import Transform, identity, linear
+from zoo.checkpoints.transforms import Transform, conv, identity, linear
 
 Resize = Callable[
     [np.ndarray, tuple[int, ...], nn.Module, Mapping[str, tuple[int, ...]]], np.ndarray
@@ -158,6 +158,14 @@ def dense_rules(theirs: str, ours: str) -> list[Rule]:
     """The two rules of a PyTorch `Linear` called `theirs` and a Linen `Dense` at `ours`."""
     return [
         Rule(f"{theirs}.weight", f"{ours}/kernel", linear),
+        Rule(f"{theirs}.bias", f"{ours}/bias"),
+    ]
+
+
+def conv_rules(theirs: str, ours: str) -> list[Rule]:
+    """The two rules of a PyTorch `Conv1d` to `Conv3d` called `theirs` and a Linen `Conv`."""
+    return [
+        Rule(f"{theirs}.weight", f"{ours}/kernel", conv),
         Rule(f"{theirs}.bias", f"{ours}/bias"),
     ]
 

@@ -18,11 +18,11 @@ class Stage(nn.Module):
 
     Attributes:
       blocks: makers of the blocks `layers_0 ...`; a block is called with the map and `train`.
-      merge: maker of `merge`, or None in the last stage.
+      downsample: maker of `downsample`, or None in the last stage.
     """
 
     blocks: tuple[Callable[..., nn.Module], ...]
-    merge: Callable[..., nn.Module] | None = None
+    downsample: Callable[..., nn.Module] | None = None
 
     @nn.compact
     def __call__(
@@ -31,7 +31,7 @@ class Stage(nn.Module):
         """The map after the blocks, and the merged one (None in the last stage)."""
         for i, block in enumerate(self.blocks):
             x = block(name=f"layers_{i}")(x, train)
-        return x, None if self.merge is None else self.merge(name="merge")(x)
+        return x, None if self.downsample is None else self.downsample(name="downsample")(x)
 
 
 class PatchMerging(nn.Module):

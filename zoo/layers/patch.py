@@ -47,13 +47,3 @@ class PatchEmbed(nn.Module):
             bias = self.param("bias", nn.initializers.zeros, (self.channels,), self.param_dtype)
             tokens = tokens + bias.astype(self.dtype)
         return tokens
-
-
-def check_image_size(model: nn.Module, shape: tuple[int, ...]) -> None:
-    """Raises ValueError unless images of this shape are what a model of one size was made for."""
-    if shape[1:] != (*model.image_size, model.in_channels):
-        raise ValueError(
-            f"This {type(model).__name__} takes images of shape (batch, {model.image_size[0]}, "
-            f"{model.image_size[1]}, {model.in_channels}), not {shape}; resize them, or create "
-            "the model with another image_size."
-        )

@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 
@@ -16,6 +17,13 @@ def drop_path(
     """
     keep = jax.random.bernoulli(rng, 1.0 - rate, (x.shape[0],) + (1,) * (x.ndim - 1))
     return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros_like(x))
+
+
+def drop_path_rates(last: float, depths: tuple[int, ...]) -> list[tuple[float, ...]]:
+    """Rates of the blocks of each stage: they grow linearly, from 0 at the first to `last`."""
+    rates = np.linspace(0.0, last, sum(depths)).tolist()
+    ends = np.cumsum(depths).tolist()
+    return [tuple(rates[end - depth : end]) for depth, end in zip(depths, ends, strict=True)]
 
 
 class DropPath(nn.Module):

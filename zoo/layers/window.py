@@ -133,3 +133,35 @@ class WindowAttention(nn.Module):
             )
         x = dense(channels, name="out")(x.reshape(windows, tokens, channels))
         return nn.Dropout(self.dropout)(x, deterministic=not train)
+
+
+class ShiftedWindowAttention(WindowAttention):
+    """`WindowAttention` of a whole map or clip, cut into windows that may be shifted (Swin).
+
+    A map that windows do not tile is completed with zeros at the end of each axis; the tokens there
+    take part as keys that hold the biases.
+
+    Attributes:
+      shift: how far the map is rolled on each axis before it is cut; what was not adjacent before
+        does not see each other. () is no shift.
+      cut: the windows, where they are smaller than `window`, whose bias table they share.
+    """
+
+    shift: tuple[int, ...] = ()
+    cut: tuple[int, ...] | None = None
+
+    def __call__(
+        self, x: Float[Array, "batch *size channels"], train: bool = False
+    ) -> Float[Array, "batch *size channels"]:
+        """Attend inside the windows of each map."""
+        size, window = x.shape[1:-1], self.cut or self.window
+        extra = [(0, -length % w) for length, w in zip(size, window, strict=True)]
+        x = jnp.pad(x, ((0, 0), *extra, (0, 0))) if np.any(extra) else x
+        padded, moved = x.shape[1:-1], any(self.shift)
+        axes = tuple(range(1, x.ndim - 1))
+        x = jnp.roll(x, [-s for s in self.shift], axes) if moved else x
+        mask = shifted_window_mask(padded, window, self.shift) if moved else None
+        x = super().__call__(window_partition(x, window), mask, train)
+        x = window_merge(x, padded, window)
+        x = jnp.roll(x, self.shift, axes) if moved else x
+        return x[(slice(None), *(slice(length) for length in size))] if np.any(extra) else x

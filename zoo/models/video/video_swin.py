@@ -19,11 +19,11 @@ gives other offsets if height or width do; and there is no position of a clip's 
     features         swin_tiny_patch244_window877_kinetics400_1k
     patch_embed      16  56  56   96    patches of 2x4x4, linear, LayerNorm
     stage1           16  56  56   96    2 blocks
-    merge1           16  28  28  192    2x2 neighbours concatenated, LayerNorm, linear
+    downsample1      16  28  28  192    2x2 neighbours concatenated, LayerNorm, linear
     stage2           16  28  28  192    2 blocks, stride 8
-    merge2           16  14  14  384
+    downsample2      16  14  14  384
     stage3           16  14  14  384    6 blocks, stride 16
-    merge3           16   7   7  768
+    downsample3      16   7   7  768
     stage4           16   7   7  768    2 blocks, stride 32
     norm             16   7   7  768
     pooled                       768    mean over the clip
@@ -40,21 +40,16 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from zoo.checkpoints.rules import Rule, Rules, conv, dense_rules, linear, norm_rules
+from zoo.checkpoints.rules import Rule, Rules, conv_rules, dense_rules, linear, norm_rules
+from zoo.layers.block import ResidualBlock
 from zoo.layers.hierarchy import PatchMerging, Stage
 from zoo.layers.mlp import Mlp
 from zoo.layers.norm import LayerNorm as _LayerNorm
-from zoo.layers.partition import constrain
 from zoo.layers.patch import torch_default_init
 from zoo.layers.position import relative_position_index, resize_grid
 from zoo.layers.stack import remat_block
-from zoo.layers.stochastic import DropPath
-from zoo.layers.window import (
-    WindowAttention,
-    shifted_window_mask,
-    window_merge,
-    window_partition,
-)
+from zoo.layers.stochastic import drop_path_rates
+from zoo.layers.window import ShiftedWindowAttention
 from zoo.system import File, Preprocessing, System, Variant
 
 LayerNorm = partial(_LayerNorm, epsilon=1e-5)
@@ -74,54 +69,6 @@ def pad_clip(x: Float[Array, "batch t h w channels"], multiples: Size) -> Array:
     """A clip with zeros at the end of each axis, up to the next multiples."""
     extra = [-length % m for length, m in zip(x.shape[1:4], multiples, strict=True)]
     return jnp.pad(x, ((0, 0), *((0, e) for e in extra), (0, 0))) if any(extra) else x
-
-
-class Block(nn.Module):
-    """Window attention and MLP, each behind a LayerNorm and a residual connection."""
-
-    num_heads: int
-    window_size: Size
-    shifted: bool
-    mlp_ratio: float = 4.0
-    qkv_bias: bool = True
-    scale: float | None = None
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
-    drop_path: float = 0.0
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "batch time height width channels"], train: bool = False
-    ) -> Float[Array, "batch time height width channels"]:
-        size, channels = x.shape[1:4], x.shape[4]
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        window, shift = fit_window(size, self.window_size, self.shifted)
-        y = pad_clip(LayerNorm(name="norm1", **types)(x), window)
-        padded, moved = y.shape[1:4], any(shift)
-        y = jnp.roll(y, [-s for s in shift], (1, 2, 3)) if moved else y
-        y = WindowAttention(
-            self.num_heads,
-            self.window_size,
-            self.qkv_bias,
-            self.scale,
-            self.attention_dropout,
-            self.dropout,
-            name="attention",
-            **types,
-        )(
-            window_partition(y, window),
-            shifted_window_mask(padded, window, shift) if moved else None,
-            train,
-        )
-        y = window_merge(y, padded, window)
-        y = jnp.roll(y, shift, (1, 2, 3)) if moved else y
-        x = x + DropPath(self.drop_path)(y[:, : size[0], : size[1], : size[2]], train)
-        y = LayerNorm(name="norm2", **types)(x)
-        y = Mlp(int(channels * self.mlp_ratio), dropout=self.dropout, name="mlp", **types)(y, train)
-        x = x + DropPath(self.drop_path)(y, train)
-        return constrain(x, "batch", "time", "height", "width", "channels")
 
 
 class ClipEmbed(nn.Module):
@@ -212,30 +159,34 @@ class VideoSwin(nn.Module):
         out["patch_embed"] = x
         x = nn.Dropout(self.dropout)(x, deterministic=not train)
 
-        rates = iter(np.linspace(0.0, self.drop_path, sum(self.depths)).tolist())
-        block = remat_block(Block, self.remat, static_argnums=(2,))
+        block = remat_block(ResidualBlock, self.remat, static_argnums=(2,))
+        rates = drop_path_rates(self.drop_path, self.depths)
         for i, (depth, num_heads) in enumerate(zip(self.depths, self.num_heads, strict=True)):
-            last = i == len(self.depths) - 1
-            blocks = tuple(
-                partial(
-                    block,
+            last, channels = i == len(self.depths) - 1, x.shape[4]
+            mlp = partial(
+                Mlp, int(channels * self.mlp_ratio), dropout=self.dropout, name="mlp", **types
+            )
+            blocks = []
+            for b in range(depth):
+                window, shift = fit_window(x.shape[1:4], self.window_size, b % 2 == 1)
+                attention = partial(
+                    ShiftedWindowAttention,
                     num_heads,
                     self.window_size,
-                    shifted=b % 2 == 1,
-                    mlp_ratio=self.mlp_ratio,
-                    qkv_bias=self.qkv_bias,
-                    scale=self.scale,
-                    dropout=self.dropout,
-                    attention_dropout=self.attention_dropout,
-                    drop_path=next(rates),
+                    self.qkv_bias,
+                    self.scale,
+                    self.attention_dropout,
+                    self.dropout,
+                    shift=shift,
+                    cut=window,
+                    name="attention",
                     **types,
                 )
-                for b in range(depth)
-            )
+                blocks.append(partial(block, attention, mlp, drop_path=rates[i][b], **types))
             merge = None if last else partial(PatchMerging, True, **types)
-            out[f"stage{i + 1}"], merged = Stage(blocks, merge, name=f"stages_{i}")(x, train)
+            out[f"stage{i + 1}"], merged = Stage(tuple(blocks), merge, name=f"stages_{i}")(x, train)
             if not last:
-                x = out[f"merge{i + 1}"] = merged
+                x = out[f"downsample{i + 1}"] = merged
         x = out["norm"] = LayerNorm(name="norm", **types)(out[f"stage{len(self.depths)}"])
         x = out["pooled"] = x.mean((1, 2, 3))
         x = nn.Dropout(self.head_dropout)(x, deterministic=not train)
@@ -292,8 +243,7 @@ def _naming(backbone: str, head: str, stage: str, merge: str, mlp: tuple[str, st
     theirs = f"{backbone}{stage}"
     return Rules(
         (
-            Rule(f"{backbone}patch_embed.proj.weight", "embed/kernel", conv),
-            Rule(f"{backbone}patch_embed.proj.bias", "embed/bias"),
+            *conv_rules(f"{backbone}patch_embed.proj", "embed"),
             *norm_rules(f"{backbone}patch_embed.norm", "embed_norm"),
             Rule(
                 f"{theirs}.attn.relative_position_bias_table",
@@ -305,9 +255,11 @@ def _naming(backbone: str, head: str, stage: str, merge: str, mlp: tuple[str, st
             *dense_rules(f"{theirs}.{mlp[1]}", f"{ours}/mlp/down"),
             *norm_rules(f"{theirs}.norm1", f"{ours}/norm1"),
             *norm_rules(f"{theirs}.norm2", f"{ours}/norm2"),
-            *norm_rules(f"{backbone}{merge}.norm", "stages_{s}/merge/norm"),
+            *norm_rules(f"{backbone}{merge}.norm", "stages_{s}/downsample/norm"),
             Rule(
-                f"{backbone}{merge}.reduction.weight", "stages_{s}/merge/reduction/kernel", linear
+                f"{backbone}{merge}.reduction.weight",
+                "stages_{s}/downsample/reduction/kernel",
+                linear,
             ),
             *norm_rules(f"{backbone}norm", "norm"),
             *dense_rules(head, "head"),

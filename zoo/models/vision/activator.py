@@ -25,11 +25,11 @@ Any image of whole patches works, and its size changes no parameter.
 from functools import partial
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from zoo.checkpoints.rules import Rule, Rules, conv, dense_rules, norm_rules
+from zoo.checkpoints.rules import Rules, conv_rules, dense_rules, norm_rules
+from zoo.layers.classifier import ImageClassifier
 from zoo.layers.mlp import Mlp, gelu
 from zoo.layers.norm import LayerNorm as _LayerNorm
 from zoo.layers.partition import constrain
@@ -81,74 +81,51 @@ class Block(nn.Module):
         return constrain(x, "batch", "height", "width", "channels")
 
 
-class Activator(nn.Module):
+class Activator(ImageClassifier):
     """ACTIVATOR classifier.
 
     Attributes:
       image_size: height and width in pixels that `example_inputs` states; others work as well.
-      num_classes: 0 leaves out the head (logits are then the pooled features).
       hidden: width of the gated units and of the MLPs.
       has_mlp: an MLP after each gated unit.
       dropout: in the MLPs; the gated units have none.
-      remat: recompute blocks in the backward pass instead of keeping their activations; True, or
-        what is kept nevertheless, by `zoo.layers.stack.REMAT`.
     """
 
     image_size: tuple[int, int] = (32, 32)
     patch_size: int = 4
-    in_channels: int = 3
     num_classes: int = 10
     embed_dim: int = 256
     hidden: int = 512
     depth: int = 4
     has_mlp: bool = True
     dropout: float = 0.5
-    remat: bool | str = False
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    def example_inputs(self, batch_size: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of the arguments of `__call__`."""
-        shape = (batch_size, *self.image_size, self.in_channels)
-        return {"images": jax.ShapeDtypeStruct(shape, jnp.float32)}
-
-    def __call__(
-        self, images: Float[Array, "batch height width in_channels"], train: bool = False
-    ) -> Float[Array, "batch classes"]:
-        """Logits."""
-        return self.features(images, train)["logits"]
 
     @nn.compact
     def features(
         self, images: Float[Array, "batch height width in_channels"], train: bool = False
     ) -> dict[str, Array]:
         """Every named intermediate (see the table above)."""
-        if images.ndim != 4 or images.shape[3] != self.in_channels:
-            raise ValueError(
-                f"This Activator takes images of shape (batch, height, width, {self.in_channels}), "
-                f"not {images.shape}."
-            )
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.check_channels(images.shape)
+        types = self.types
         out = {}
-        x = PatchEmbed(self.embed_dim, self.patch_size, name="embed", **types)(images)
+        p = self.patch_size  # what is no whole patch is cut off, as a convolution does
+        rows, columns = (side // p * p for side in images.shape[1:3])
+        whole = images[:, :rows, :columns]
+        x = PatchEmbed(self.embed_dim, p, name="embed", **types)(whole)
         out["patch_embed"] = x
         block = remat_block(Block, self.remat, static_argnums=(2,))
         for i in range(self.depth):
             layer = block(self.hidden, self.has_mlp, self.dropout, name=f"layers_{i}", **types)
             x = out[f"block{i}"] = layer(x, train)
         x = out["pooled"] = x.mean((1, 2))
-        if self.num_classes:
-            head = nn.Dense(self.num_classes, kernel_init=torch_default_init, name="head", **types)
-            x = head(x)
-        out["logits"] = x
+        out["logits"] = self.classify(x, torch_default_init)
         return out
 
 
 LAYOUTS = {
     "official": Rules(
         (
-            Rule("patcher.weight", "embed/kernel", conv),
-            Rule("patcher.bias", "embed/bias"),
+            *conv_rules("patcher", "embed"),
             *norm_rules("model.{i}.norm", "layers_{i}/norm"),
             *dense_rules("model.{i}.actgu.proj_1", "layers_{i}/gated_mlp/gate"),
             *dense_rules("model.{i}.actgu.proj_2", "layers_{i}/gated_mlp/up"),

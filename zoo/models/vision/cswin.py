@@ -19,11 +19,11 @@ for each branch; the code has one, cut behind it.) There is no other position.
     features         CSWin_64_12211_tiny_224
     patch_embed      56  56   64    stride 4: 7x7 convolution, LayerNorm
     stage1           56  56   64    1 block, stripes of 1
-    merge1           28  28  128    3x3 convolution of stride 2, LayerNorm
+    downsample1      28  28  128    3x3 convolution of stride 2, LayerNorm
     stage2           28  28  128    2 blocks, stripes of 2; stride 8
-    merge2           14  14  256
+    downsample2      14  14  256
     stage3           14  14  256    21 blocks, stripes of 7; stride 16
-    merge3            7   7  512
+    downsample3       7   7  512
     stage4            7   7  512    1 block, the whole map; stride 32
     norm              7   7  512
     pooled                   512    mean over the map
@@ -37,13 +37,13 @@ change no parameter but the number of branches, which follows `image_size`.
 from functools import partial
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 import kernels_pallas
-from zoo.checkpoints.rules import Rule, Rules, conv, dense_rules, norm_rules
+from zoo.checkpoints.rules import Rule, Rules, conv_rules, dense_rules, norm_rules
+from zoo.layers.block import ResidualBlock
+from zoo.layers.classifier import ImageClassifier
 from zoo.layers.conv import DepthwiseConv
 from zoo.layers.dense import Dense
 from zoo.layers.hierarchy import ConvMerging, Stage
@@ -52,7 +52,7 @@ from zoo.layers.norm import LayerNorm as _LayerNorm
 from zoo.layers.partition import constrain
 from zoo.layers.patch import torch_default_init
 from zoo.layers.stack import remat_block
-from zoo.layers.stochastic import DropPath
+from zoo.layers.stochastic import drop_path_rates
 from zoo.layers.window import window_merge, window_partition
 from zoo.system import File, Preprocessing, System, Variant
 
@@ -88,7 +88,7 @@ class StripeAttention(nn.Module):
         x = kernels_pallas.window_attention(stripes, num_heads=self.num_heads, scale=self.scale)
         value = jnp.split(stripes, 3, axis=-1)[2].reshape(-1, rows, columns, x.shape[-1])
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        x = x + DepthwiseConv(name="position", **types)(value).reshape(x.shape)
+        x = x + DepthwiseConv(name="pos_conv", **types)(value).reshape(x.shape)
         x = window_merge(x, size, (rows, columns))
         return x[:, top : top + height, left : left + width]
 
@@ -138,60 +138,18 @@ class CrossAttention(nn.Module):
         return nn.Dropout(self.dropout)(x, deterministic=not train)
 
 
-class Block(nn.Module):
-    """Cross-shaped attention and MLP, each behind a LayerNorm and a residual connection."""
-
-    num_heads: int
-    stripe_width: int | None
-    mlp_ratio: float = 4.0
-    qkv_bias: bool = True
-    scale: float | None = None
-    dropout: float = 0.0
-    drop_path: float = 0.0
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "batch height width channels"], train: bool = False
-    ) -> Float[Array, "batch height width channels"]:
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        y = LayerNorm(name="norm1", **types)(x)
-        y = CrossAttention(
-            self.num_heads,
-            self.stripe_width,
-            self.qkv_bias,
-            self.scale,
-            self.dropout,
-            name="attention",
-            **types,
-        )(y, train)
-        x = x + DropPath(self.drop_path)(y, train)
-        y = LayerNorm(name="norm2", **types)(x)
-        hidden = int(x.shape[-1] * self.mlp_ratio)
-        y = Mlp(hidden, dropout=self.dropout, name="mlp", **types)(y, train)
-        x = x + DropPath(self.drop_path)(y, train)
-        return constrain(x, "batch", "height", "width", "channels")
-
-
-class CSWin(nn.Module):
+class CSWin(ImageClassifier):
     """CSWin Transformer classifier.
 
     Attributes:
       image_size: of `example_inputs`; it also says which stages have one branch. Images of every
         other size are taken too.
-      num_classes: 0 leaves out the head (logits are then the pooled features).
       stripe_widths: sw of each stage; the last stage attends globally whatever its number says.
       num_heads: of both branches together.
       scale: factor on q k^T; None is 1 / sqrt(head width).
       drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
-      remat: recompute blocks in the backward pass instead of keeping their activations; True, or
-        what is kept nevertheless, by `zoo.layers.stack.REMAT`.
     """
 
-    image_size: tuple[int, int] = (224, 224)
-    in_channels: int = 3
-    num_classes: int = 1000
     embed_dim: int = 64
     depths: tuple[int, ...] = (1, 2, 21, 1)
     stripe_widths: tuple[int, ...] = (1, 2, 7, 7)
@@ -201,14 +159,6 @@ class CSWin(nn.Module):
     scale: float | None = None
     dropout: float = 0.0
     drop_path: float = 0.0
-    remat: bool | str = False
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    def example_inputs(self, batch_size: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of the arguments of `__call__`."""
-        shape = (batch_size, *self.image_size, self.in_channels)
-        return {"images": jax.ShapeDtypeStruct(shape, jnp.float32)}
 
     def is_global(self, stage: int) -> bool:
         """Whether the blocks of a stage have one branch that sees the whole map."""
@@ -218,19 +168,13 @@ class CSWin(nn.Module):
         width = self.stripe_widths[stage]
         return stage == len(self.depths) - 1 or size == (width, width)
 
-    def __call__(
-        self, images: Float[Array, "batch height width in_channels"], train: bool = False
-    ) -> Float[Array, "batch classes"]:
-        """Logits."""
-        return self.features(images, train)["logits"]
-
     @nn.compact
     def features(
         self, images: Float[Array, "batch height width in_channels"], train: bool = False
     ) -> dict[str, Array]:
         """Every named map (see the table above): `stage1 ...` is the pyramid, before merging."""
         self._check(images.shape)
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        types = self.types
         out = {}
         x = nn.Conv(
             self.embed_dim,
@@ -243,33 +187,33 @@ class CSWin(nn.Module):
         )(images)
         x = out["patch_embed"] = LayerNorm(name="embed_norm", **types)(x)
 
-        rates = iter(np.linspace(0.0, self.drop_path, sum(self.depths)).tolist())
-        block = remat_block(Block, self.remat, static_argnums=(2,))
-        for i, (depth, num_heads) in enumerate(zip(self.depths, self.num_heads, strict=True)):
-            stage_block = partial(
-                block,
+        block = remat_block(ResidualBlock, self.remat, static_argnums=(2,))
+        rates = drop_path_rates(self.drop_path, self.depths)
+        for i, num_heads in enumerate(self.num_heads):
+            attention = partial(
+                CrossAttention,
                 num_heads,
                 None if self.is_global(i) else self.stripe_widths[i],
-                self.mlp_ratio,
                 self.qkv_bias,
                 self.scale,
                 self.dropout,
+                name="attention",
                 **types,
             )
+            hidden = int(x.shape[-1] * self.mlp_ratio)
+            mlp = partial(Mlp, hidden, dropout=self.dropout, name="mlp", **types)
             last = i == len(self.depths) - 1
             stage = Stage(
-                tuple(partial(stage_block, drop_path=next(rates)) for _ in range(depth)),
+                tuple(partial(block, attention, mlp, drop_path=r, **types) for r in rates[i]),
                 None if last else partial(ConvMerging, 2 * x.shape[-1], **types),
                 name=f"stages_{i}",
             )
             out[f"stage{i + 1}"], merged = stage(x, train)
             if not last:
-                x = out[f"merge{i + 1}"] = merged
+                x = out[f"downsample{i + 1}"] = merged
         x = out["norm"] = LayerNorm(name="norm", **types)(out[f"stage{len(self.depths)}"])
         x = out["pooled"] = x.mean((1, 2))
-        if self.num_classes:
-            x = nn.Dense(self.num_classes, kernel_init=init, name="head", **types)(x)
-        out["logits"] = x
+        out["logits"] = self.classify(x, init)
         return out
 
     def _check(self, shape: tuple[int, ...]) -> None:
@@ -290,24 +234,21 @@ class CSWin(nn.Module):
 
 def _rules() -> list[Rule]:
     rules = [
-        Rule("stage1_conv_embed.0.weight", "embed/kernel", conv),
-        Rule("stage1_conv_embed.0.bias", "embed/bias"),
+        *conv_rules("stage1_conv_embed.0", "embed"),
         *norm_rules("stage1_conv_embed.2", "embed_norm"),
     ]
     theirs, ours = "stage{s+1}.{b}", "stages_{s}/layers_{b}"
-    position = f"{ours}/attention/branch_{{i}}/position"
+    position = f"{ours}/attention/branch_{{i}}/pos_conv"
     rules += [
         *norm_rules(f"{theirs}.norm1", f"{ours}/norm1"),
         *dense_rules(f"{theirs}.qkv", f"{ours}/attention/qkv"),
-        Rule(f"{theirs}.attns.{{i}}.get_v.weight", f"{position}/kernel", conv),
-        Rule(f"{theirs}.attns.{{i}}.get_v.bias", f"{position}/bias"),
+        *conv_rules(f"{theirs}.attns.{{i}}.get_v", f"{position}"),
         *dense_rules(f"{theirs}.proj", f"{ours}/attention/out"),
         *norm_rules(f"{theirs}.norm2", f"{ours}/norm2"),
         *dense_rules(f"{theirs}.mlp.fc1", f"{ours}/mlp/up"),
         *dense_rules(f"{theirs}.mlp.fc2", f"{ours}/mlp/down"),
-        Rule("merge{s+1}.conv.weight", "stages_{s}/merge/conv/kernel", conv),
-        Rule("merge{s+1}.conv.bias", "stages_{s}/merge/conv/bias"),
-        *norm_rules("merge{s+1}.norm", "stages_{s}/merge/norm"),
+        *conv_rules("merge{s+1}.conv", "stages_{s}/downsample/conv"),
+        *norm_rules("merge{s+1}.norm", "stages_{s}/downsample/norm"),
         *norm_rules("norm", "norm"),
         *dense_rules("head", "head"),
     ]

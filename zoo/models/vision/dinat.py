@@ -21,11 +21,11 @@ with, attend to the whole map (`kernel_size=None`), with a bias for each offset.
     features         dinat_mini
     patch_embed      56  56   64    stride 4: two 3x3 convolutions, LayerNorm
     stage1           56  56   64    3 blocks
-    merge1           28  28  128    3x3 convolution of stride 2, LayerNorm
+    downsample1      28  28  128    3x3 convolution of stride 2, LayerNorm
     stage2           28  28  128    4 blocks, stride 8
-    merge2           14  14  256
+    downsample2      14  14  256
     stage3           14  14  256    6 blocks, stride 16
-    merge3            7   7  512
+    downsample3       7   7  512
     stage4            7   7  512    5 blocks, stride 32
     norm              7   7  512
     pooled                   512    mean over the map
@@ -37,7 +37,6 @@ Any image size works: maps round up, and their sizes change no parameter.
 from functools import partial
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -50,12 +49,15 @@ from zoo.checkpoints.rules import (
     chain,
     concat,
     conv,
+    conv_rules,
     dense_rules,
     linear,
     norm_rules,
     split,
     squeeze,
 )
+from zoo.layers.block import ResidualBlock
+from zoo.layers.classifier import ImageClassifier
 from zoo.layers.dense import Dense
 from zoo.layers.hierarchy import ConvMerging, PatchMerging, Stage
 from zoo.layers.mlp import Mlp
@@ -64,7 +66,7 @@ from zoo.layers.partition import constrain
 from zoo.layers.patch import PatchEmbed, torch_default_init
 from zoo.layers.position import relative_position_index, resize_grid
 from zoo.layers.stack import remat_block
-from zoo.layers.stochastic import DropPath
+from zoo.layers.stochastic import drop_path_rates
 from zoo.layers.window import pad_map, pad_to_multiple
 from zoo.system import File, Preprocessing, System, Variant
 
@@ -137,51 +139,6 @@ class NeighborhoodAttention(nn.Module):
         return nn.Dropout(self.dropout)(x, deterministic=not train)
 
 
-class Block(nn.Module):
-    """Neighbourhood attention and MLP, each behind a LayerNorm and a residual connection."""
-
-    num_heads: int
-    kernel_size: int | None
-    dilation: int = 1
-    mlp_ratio: float = 4.0
-    qkv_bias: bool = True
-    scale: float | None = None
-    layer_scale: float | None = None
-    dropout: float = 0.0
-    drop_path: float = 0.0
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "batch height width channels"], train: bool = False
-    ) -> Float[Array, "batch height width channels"]:
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        y = LayerNorm(name="norm1", **types)(x)
-        y = NeighborhoodAttention(
-            self.num_heads,
-            self.kernel_size,
-            self.dilation,
-            self.qkv_bias,
-            self.scale,
-            self.dropout,
-            name="attention",
-            **types,
-        )(y, train)
-        x = x + DropPath(self.drop_path)(self._scaled(y, "layer_scale1"), train)
-        y = LayerNorm(name="norm2", **types)(x)
-        hidden = int(x.shape[-1] * self.mlp_ratio)
-        y = Mlp(hidden, dropout=self.dropout, name="mlp", **types)(y, train)
-        x = x + DropPath(self.drop_path)(self._scaled(y, "layer_scale2"), train)
-        return constrain(x, "batch", "height", "width", "channels")
-
-    def _scaled(self, y: Array, name: str) -> Array:
-        if self.layer_scale is None:
-            return y
-        start = nn.initializers.constant(self.layer_scale)
-        return y * self.param(name, start, y.shape[-1:], self.param_dtype).astype(self.dtype)
-
-
 class ConvEmbed(nn.Module):
     """Two 3x3 convolutions of stride 2, with nothing between them."""
 
@@ -206,7 +163,7 @@ class ConvEmbed(nn.Module):
         return halve(self.channels, name="conv2")(x)
 
 
-class DiNAT(nn.Module):
+class DiNAT(ImageClassifier):
     """NAT, DiNAT or DiNAT_s classifier.
 
     Attributes:
@@ -214,22 +171,16 @@ class DiNAT(nn.Module):
       overlapping: embed and merge with overlapping convolutions (NAT, DiNAT), or cut patches and
         merge them as Swin does, padded with zeros where they do not fit (DiNAT_s).
       patch_size: of the patches; overlapping ones have stride 4.
-      num_classes: 0 leaves out the head (logits are then the pooled features).
       patch_norm: LayerNorm behind the embedding.
       kernel_size: neighbours along each axis, odd; None: all positions of a square map.
       dilations: of each block, stage by stage; None: 1 everywhere.
       scale: factor on q k^T; None is 1 / sqrt(head width).
       layer_scale: initial value of a learned scale per channel on every branch; None: no scales.
       drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
-      remat: recompute blocks in the backward pass instead of keeping their activations; True, or
-        what is kept nevertheless, by `zoo.layers.stack.REMAT`.
     """
 
-    image_size: tuple[int, int] = (224, 224)
     overlapping: bool = True
     patch_size: int = 4
-    in_channels: int = 3
-    num_classes: int = 1000
     embed_dim: int = 64
     patch_norm: bool = True
     depths: tuple[int, ...] = (3, 4, 6, 5)
@@ -242,20 +193,6 @@ class DiNAT(nn.Module):
     layer_scale: float | None = None
     dropout: float = 0.0
     drop_path: float = 0.2
-    remat: bool | str = False
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    def example_inputs(self, batch_size: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of the arguments of `__call__`."""
-        shape = (batch_size, *self.image_size, self.in_channels)
-        return {"images": jax.ShapeDtypeStruct(shape, jnp.float32)}
-
-    def __call__(
-        self, images: Float[Array, "batch height width in_channels"], train: bool = False
-    ) -> Float[Array, "batch classes"]:
-        """Logits."""
-        return self.features(images, train)["logits"]
 
     @nn.compact
     def features(
@@ -263,7 +200,7 @@ class DiNAT(nn.Module):
     ) -> dict[str, Array]:
         """Every named map (see the table above): `stage1 ...` is the pyramid, before merging."""
         self._check(images.shape)
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        types = self.types
         out = {}
         if self.overlapping:
             x = ConvEmbed(self.embed_dim, name="embed", **types)(images)
@@ -274,36 +211,39 @@ class DiNAT(nn.Module):
         out["patch_embed"] = x
         x = nn.Dropout(self.dropout)(x, deterministic=not train)
 
-        rates = iter(np.linspace(0.0, self.drop_path, sum(self.depths)).tolist())
-        block = remat_block(Block, self.remat, static_argnums=(2,))
+        block = remat_block(ResidualBlock, self.remat, static_argnums=(2,))
+        rates = drop_path_rates(self.drop_path, self.depths)
         dilations = self.dilations or tuple((1,) * depth for depth in self.depths)
         for i, num_heads in enumerate(self.num_heads):
-            stage_block = partial(
-                block,
+            attention = partial(
+                NeighborhoodAttention,
                 num_heads,
                 self.kernel_size,
-                mlp_ratio=self.mlp_ratio,
                 qkv_bias=self.qkv_bias,
                 scale=self.scale,
-                layer_scale=self.layer_scale,
                 dropout=self.dropout,
+                name="attention",
                 **types,
             )
+            hidden = int(x.shape[-1] * self.mlp_ratio)
+            mlp = partial(Mlp, hidden, dropout=self.dropout, name="mlp", **types)
+            make = partial(block, mlp=mlp, layer_scale=self.layer_scale, **types)
             last = i == len(self.depths) - 1
             if self.overlapping:
                 merge = partial(ConvMerging, 2 * x.shape[-1], use_bias=False, **types)
             else:
                 merge = partial(PatchMerging, pad=True, **types)
-            blocks = tuple(partial(stage_block, d, drop_path=next(rates)) for d in dilations[i])
+            blocks = tuple(
+                partial(make, partial(attention, dilation=dilation), drop_path=rate)
+                for dilation, rate in zip(dilations[i], rates[i], strict=True)
+            )
             stage = Stage(blocks, None if last else merge, name=f"stages_{i}")
             out[f"stage{i + 1}"], merged = stage(x, train)
             if not last:
-                x = out[f"merge{i + 1}"] = merged
+                x = out[f"downsample{i + 1}"] = merged
         x = out["norm"] = LayerNorm(name="norm", **types)(out[f"stage{len(self.depths)}"])
         x = out["pooled"] = x.mean((1, 2))
-        if self.num_classes:
-            x = nn.Dense(self.num_classes, kernel_init=init, name="head", **types)(x)
-        out["logits"] = x
+        out["logits"] = self.classify(x, init)
         return out
 
     def _check(self, shape: tuple[int, ...]) -> None:
@@ -380,12 +320,9 @@ def _index(model: DiNAT, **_: int) -> np.ndarray | None:
 def _layout(embed: str, embed_norm: str, norm: str, head: str, *rules: Rule) -> Rules:
     return Rules(
         (
-            Rule(f"{embed}.0.weight", "embed/conv1/kernel", conv),
-            Rule(f"{embed}.0.bias", "embed/conv1/bias"),
-            Rule(f"{embed}.1.weight", "embed/conv2/kernel", conv),
-            Rule(f"{embed}.1.bias", "embed/conv2/bias"),
-            Rule(f"{embed}.weight", "embed/kernel", conv),
-            Rule(f"{embed}.bias", "embed/bias"),
+            *conv_rules(f"{embed}.0", "embed/conv1"),
+            *conv_rules(f"{embed}.1", "embed/conv2"),
+            *conv_rules(f"{embed}", "embed"),
             *norm_rules(embed_norm, "embed_norm"),
             *rules,
             *norm_rules(norm, "norm"),
@@ -406,10 +343,10 @@ def _official(levels: str, reduction: str, transform: Transform) -> Rules:
         *_block(f"{levels}.{{s}}.blocks.{{b}}", "stages_{s}/layers_{b}"),
         Rule(
             f"{levels}.{{s}}.downsample.reduction.weight",
-            f"stages_{{s}}/merge/{reduction}/kernel",
+            f"stages_{{s}}/downsample/{reduction}/kernel",
             transform,
         ),
-        *norm_rules(f"{levels}.{{s}}.downsample.norm", "stages_{s}/merge/norm"),
+        *norm_rules(f"{levels}.{{s}}.downsample.norm", "stages_{s}/downsample/norm"),
     )
 
 
@@ -421,8 +358,8 @@ def _hugging_face(prefix: str) -> Rules:
         f"{prefix}.layernorm",
         "classifier",
         *_hugging_face_block(f"{encoder}.layers.{{b}}", "stages_{s}/layers_{b}"),
-        Rule(f"{encoder}.downsample.reduction.weight", "stages_{s}/merge/conv/kernel", conv),
-        *norm_rules(f"{encoder}.downsample.norm", "stages_{s}/merge/norm"),
+        Rule(f"{encoder}.downsample.reduction.weight", "stages_{s}/downsample/conv/kernel", conv),
+        *norm_rules(f"{encoder}.downsample.norm", "stages_{s}/downsample/norm"),
     )
 
 

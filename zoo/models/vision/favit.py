@@ -39,7 +39,6 @@ from 97 pixels a side with the published r.
 from functools import partial
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -49,19 +48,22 @@ from zoo.checkpoints.rules import (
     Rule,
     Rules,
     chain,
-    conv,
+    conv_rules,
     dense_rules,
     linear,
     norm_rules,
+    split,
     squeeze,
 )
+from zoo.layers.block import ResidualBlock
+from zoo.layers.classifier import ImageClassifier
 from zoo.layers.conv import ConvMlp, DepthwiseConv
 from zoo.layers.dense import Dense
 from zoo.layers.hierarchy import Stage
 from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
 from zoo.layers.stack import remat_block
-from zoo.layers.stochastic import DropPath
+from zoo.layers.stochastic import drop_path_rates
 from zoo.system import Preprocessing, System, Variant
 
 WINDOW = 7
@@ -103,8 +105,8 @@ class Group(nn.Module):
 
     Attributes:
       num_heads: of these channels.
-      bias: of `mix` and `key_value`.
-      mix: a linear map in front of `key_value`. Both act on each head alike, so that they are small
+      bias: of `mix`, `key` and `value`.
+      mix: a linear map in front of both. All act on each head alike, so that they are small
         and whole on every device.
     """
 
@@ -127,9 +129,9 @@ class Group(nn.Module):
         dense = partial(Dense, use_bias=self.bias, kernel_init=init, **types)
         if self.mix:
             tokens = dense(width, name="mix")(tokens)
-        key, value = jnp.split(dense(2 * width, name="key_value")(tokens), 2, -1)
-        position = DepthwiseConv(kernel_init=depthwise_init, name="position", **types)
-        value = value + position(value.reshape(batch, rows, columns, -1)).reshape(value.shape)
+        key, value = dense(width, name="key")(tokens), dense(width, name="value")(tokens)
+        pos_conv = DepthwiseConv(kernel_init=depthwise_init, name="pos_conv", **types)
+        value = value + pos_conv(value.reshape(batch, rows, columns, -1)).reshape(value.shape)
         dropping = train and self.attention_dropout > 0
         x = kernels_pallas.attention(
             query.reshape(batch, -1, heads, width),
@@ -196,98 +198,40 @@ class FactorizedAttention(nn.Module):
         return nn.Dropout(self.dropout)(x, deterministic=not train)
 
 
-class Block(nn.Module):
-    """Factorized attention and an MLP with a convolution, each behind LayerNorm and residual."""
-
-    num_heads: int
-    sr_ratio: int
-    mlp_ratio: float = 4.0
-    qkv_bias: bool = True
-    attention_dropout: float = 0.0
-    dropout: float = 0.0
-    drop_path: float = 0.0
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "batch height width channels"], train: bool = False
-    ) -> Float[Array, "batch height width channels"]:
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        y = LayerNorm(epsilon=1e-6, name="norm1", **types)(x)
-        y = FactorizedAttention(
-            self.num_heads,
-            self.sr_ratio,
-            self.qkv_bias,
-            self.attention_dropout,
-            self.dropout,
-            name="attention",
-            **types,
-        )(y, train)
-        x = x + DropPath(self.drop_path)(y, train)
-        y = LayerNorm(epsilon=1e-6, name="norm2", **types)(x)
-        hidden = int(x.shape[-1] * self.mlp_ratio)
-        y = ConvMlp(hidden, self.dropout, init, depthwise_init, name="mlp", **types)(y, train)
-        x = x + DropPath(self.drop_path)(y, train)
-        return constrain(x, "batch", "height", "width", "channels")
-
-
-class FaViT(nn.Module):
+class FaViT(ImageClassifier):
     """FaViT classifier.
 
     Attributes:
       image_size: of `example_inputs`; images of other sizes are taken too (see above).
-      num_classes: 0 leaves out the head (logits are then the pooled features).
       sr_ratios: r of each stage.
+      epsilon: of the norms in blocks and behind stages.
       drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
-      remat: recompute blocks in the backward pass instead of keeping their activations; True, or
-        what is kept nevertheless, by `zoo.layers.stack.REMAT`.
     """
 
-    image_size: tuple[int, int] = (224, 224)
-    in_channels: int = 3
-    num_classes: int = 1000
     embed_dims: tuple[int, ...] = (64, 128, 256, 512)
     depths: tuple[int, ...] = (2, 2, 6, 2)
     num_heads: tuple[int, ...] = (1, 2, 4, 8)
     mlp_ratios: tuple[float, ...] = (8.0, 6.0, 4.0, 4.0)
     sr_ratios: tuple[int, ...] = (8, 4, 2, 1)
     qkv_bias: bool = True
+    epsilon: float = 1e-6
     attention_dropout: float = 0.0
     dropout: float = 0.0
     drop_path: float = 0.0
-    remat: bool | str = False
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    def example_inputs(self, batch_size: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of the arguments of `__call__`."""
-        shape = (batch_size, *self.image_size, self.in_channels)
-        return {"images": jax.ShapeDtypeStruct(shape, jnp.float32)}
-
-    def __call__(
-        self, images: Float[Array, "batch height width in_channels"], train: bool = False
-    ) -> Float[Array, "batch classes"]:
-        """Logits."""
-        return self.features(images, train)["logits"]
 
     @nn.compact
     def features(
         self, images: Float[Array, "batch height width in_channels"], train: bool = False
     ) -> dict[str, Array]:
         """Every named map (see the table above): `stage1 ...` is the pyramid."""
-        if images.ndim != 4 or images.shape[3] != self.in_channels:
-            raise ValueError(
-                f"This FaViT takes images of shape (batch, height, width, {self.in_channels}), "
-                f"not {images.shape}."
-            )
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.check_channels(images.shape)
+        types = self.types
         out = {}
         x = images
-        rates = iter(np.linspace(0.0, self.drop_path, sum(self.depths)).tolist())
-        block = remat_block(Block, self.remat, static_argnums=(2,))
-        of_stages = (self.embed_dims, self.depths, self.num_heads, self.sr_ratios, self.mlp_ratios)
-        for i, (dim, depth, heads, r, ratio) in enumerate(zip(*of_stages, strict=True)):
+        block = remat_block(ResidualBlock, self.remat, static_argnums=(2,))
+        rates = drop_path_rates(self.drop_path, self.depths)
+        of_stages = (self.embed_dims, rates, self.num_heads, self.sr_ratios, self.mlp_ratios)
+        for i, (dim, stage_rates, heads, r, ratio) in enumerate(zip(*of_stages, strict=True)):
             size, stride = (3, 2) if i else (7, 4)
             x = nn.Conv(
                 dim,
@@ -300,33 +244,36 @@ class FaViT(nn.Module):
             )(x)
             x = LayerNorm(epsilon=1e-5, name=f"embed_norm_{i}", **types)(x)
             out[f"patch_embed{i + 1}"] = x
-            stage_block = partial(
-                block,
+            attention = partial(
+                FactorizedAttention,
                 heads,
                 r,
-                ratio,
                 self.qkv_bias,
                 self.attention_dropout,
                 self.dropout,
+                name="attention",
                 **types,
             )
-            blocks = tuple(partial(stage_block, drop_path=next(rates)) for _ in range(depth))
+            sizes = (int(dim * ratio), self.dropout, init, depthwise_init)
+            make = partial(block, attention, partial(ConvMlp, *sizes, name="mlp", **types), **types)
+            make = partial(make, epsilon=self.epsilon)
+            blocks = tuple(partial(make, drop_path=rate) for rate in stage_rates)
             x, _ = Stage(blocks, name=f"stages_{i}")(x, train)
-            x = out[f"stage{i + 1}"] = LayerNorm(epsilon=1e-6, name=f"norm_{i}", **types)(x)
+            x = out[f"stage{i + 1}"] = LayerNorm(self.epsilon, name=f"norm_{i}", **types)(x)
         x = out["pooled"] = x.mean((1, 2))
-        if self.num_classes:
-            x = nn.Dense(self.num_classes, kernel_init=init, name="head", **types)(x)
-        out["logits"] = x
+        out["logits"] = self.classify(x, init)
         return out
 
 
 # ---------------------------------------------------------------------------- checkpoints
 
 
-def _conv_rules(theirs: str, ours: str) -> list[Rule]:
+def _key_value(theirs: str, ours: str) -> list[Rule]:
+    """One linear map of theirs that gives keys, then values."""
+    both = (f"{ours}/key", f"{ours}/value")
     return [
-        Rule(f"{theirs}.weight", f"{ours}/kernel", conv),
-        Rule(f"{theirs}.bias", f"{ours}/bias"),
+        Rule(f"{theirs}.weight", tuple(f"{o}/kernel" for o in both), chain(linear, split(1))),
+        Rule(f"{theirs}.bias", tuple(f"{o}/bias" for o in both), split(0)),
     ]
 
 
@@ -334,16 +281,16 @@ def _rules() -> list[Rule]:
     theirs, ours = "block{s+1}.{b}.attn", "stages_{s}/layers_{b}/attention"
     mlp, our_mlp = "block{s+1}.{b}.mlp", "stages_{s}/layers_{b}/mlp"
     rules = [
-        *_conv_rules("patch_embed{s+1}.proj", "embed_{s}"),
+        *conv_rules("patch_embed{s+1}.proj", "embed_{s}"),
         *norm_rules("patch_embed{s+1}.norm", "embed_norm_{s}"),
         *norm_rules("block{s+1}.{b}.norm1", "stages_{s}/layers_{b}/norm1"),
         *norm_rules("block{s+1}.{b}.norm2", "stages_{s}/layers_{b}/norm2"),
         *dense_rules(f"{theirs}.q", f"{ours}/query"),
-        *_conv_rules(f"{theirs}.sr", f"{ours}/reduce"),
+        *conv_rules(f"{theirs}.sr", f"{ours}/reduce"),
         *norm_rules(f"{theirs}.norm", f"{ours}/reduce_norm"),
-        *dense_rules(f"{theirs}.kv_g", f"{ours}/global/key_value"),
-        *_conv_rules(f"{theirs}.local_conv_g", f"{ours}/global/position"),
-        *_conv_rules(f"{theirs}.kv_l.depth_conv", f"{ours}/local_conv"),
+        *_key_value(f"{theirs}.kv_g", f"{ours}/global"),
+        *conv_rules(f"{theirs}.local_conv_g", f"{ours}/global/pos_conv"),
+        *conv_rules(f"{theirs}.kv_l.depth_conv", f"{ours}/local_conv"),
         Rule(
             f"{theirs}.kv_l.point_conv.weight",
             f"{ours}/local_mix/kernel",
@@ -351,11 +298,11 @@ def _rules() -> list[Rule]:
         ),
         Rule(f"{theirs}.kv_l.point_conv.bias", f"{ours}/local_mix/bias"),
         *dense_rules(f"{theirs}.fcs.{{i}}", f"{ours}/local_{{i}}/mix"),
-        *dense_rules(f"{theirs}.single_heads.{{i}}", f"{ours}/local_{{i}}/key_value"),
-        *_conv_rules(f"{theirs}.local_convs.{{i}}", f"{ours}/local_{{i}}/position"),
+        *_key_value(f"{theirs}.single_heads.{{i}}", f"{ours}/local_{{i}}"),
+        *conv_rules(f"{theirs}.local_convs.{{i}}", f"{ours}/local_{{i}}/pos_conv"),
         *dense_rules(f"{theirs}.proj", f"{ours}/out"),
         *dense_rules(f"{mlp}.fc1", f"{our_mlp}/up"),
-        *_conv_rules(f"{mlp}.dwconv.dwconv", f"{our_mlp}/conv"),
+        *conv_rules(f"{mlp}.dwconv.dwconv", f"{our_mlp}/conv"),
         *dense_rules(f"{mlp}.fc2", f"{our_mlp}/down"),
         *norm_rules("norm{s+1}", "norm_{s}"),
         *dense_rules("head", "head"),

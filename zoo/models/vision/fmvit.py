@@ -26,11 +26,11 @@ with `deploy=True` and its variables.
     features         fmvit_small
     patch_embed      56  56   64    three 3x3 convolutions; stride 4
     stage1           56  56   64    2 CFB
-    merge1           28  28  128    3x3 convolution of stride 2
+    downsample1      28  28  128    3x3 convolution of stride 2
     stage2           28  28  128    2 CFB, 1 FMViT block; stride 8
-    merge2           14  14  256
+    downsample2      14  14  256
     stage3           14  14  256    4 CFB, 2 FMViT blocks; stride 16
-    merge3            7   7  384
+    downsample3       7   7  384
     stage4            7   7  384    1 CFB, 2 FMViT blocks; stride 32
     pooled                   384    mean over the map
     logits                  1000
@@ -51,6 +51,7 @@ from jaxtyping import Array, Float
 
 import kernels_pallas
 from zoo.checkpoints.rules import Rule, Rules, chain, conv, dense_rules, norm_rules, squeeze
+from zoo.layers.classifier import ImageClassifier
 from zoo.layers.hierarchy import Stage
 from zoo.layers.partition import constrain
 from zoo.layers.stack import remat_block
@@ -341,25 +342,19 @@ class FrequencyBlock(nn.Module):
         return constrain(x, "batch", "height", "width", "channels")
 
 
-class FMViT(nn.Module):
+class FMViT(ImageClassifier):
     """FMViT classifier (a reconstruction, see above).
 
     Attributes:
       image_size: height and width in pixels that `example_inputs` states; others work as well.
-      num_classes: 0 leaves out the head (logits are then the pooled features).
       depths: convolutional fusion blocks of each stage.
       mixers: FMViT blocks behind them.
       num_heads: of attention, and groups of the 3x3 convolutions.
       pools: sides of the squares over which keys and values are averaged.
       drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
       deploy: the form for inference; `deploy` of this file makes its variables.
-      remat: recompute blocks in the backward pass instead of keeping their activations; True, or
-        what is kept nevertheless, by `zoo.layers.stack.REMAT`.
     """
 
-    image_size: tuple[int, int] = (224, 224)
-    in_channels: int = 3
-    num_classes: int = 1000
     embed_dims: tuple[int, ...] = (64, 128, 256, 384)
     depths: tuple[int, ...] = (2, 2, 4, 1)
     mixers: tuple[int, ...] = (0, 1, 2, 2)
@@ -369,20 +364,6 @@ class FMViT(nn.Module):
     dropout: float = 0.0
     drop_path: float = 0.1
     deploy: bool = False
-    remat: bool | str = False
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    def example_inputs(self, batch_size: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of the arguments of `__call__`."""
-        shape = (batch_size, *self.image_size, self.in_channels)
-        return {"images": jax.ShapeDtypeStruct(shape, jnp.float32)}
-
-    def __call__(
-        self, images: Float[Array, "batch height width in_channels"], train: bool = False
-    ) -> Float[Array, "batch classes"]:
-        """Logits."""
-        return self.features(images, train)["logits"]
 
     @nn.compact
     def features(
@@ -390,7 +371,7 @@ class FMViT(nn.Module):
     ) -> dict[str, Array]:
         """Every named map (see the table above): `stage1 ...` is the pyramid, before merging."""
         self._check(images.shape)
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        types = self.types
         how = {"deploy": self.deploy, **types}
         whole = partial(RepConv, size=3, groups=(1,), identity=False, **how)
         out, x, width = {}, images, self.embed_dims[0]
@@ -403,8 +384,8 @@ class FMViT(nn.Module):
         frequency = remat_block(FrequencyBlock, self.remat, static_argnums=(2,))
         for s, (depth, mixers) in enumerate(zip(self.depths, self.mixers, strict=True)):
             if s:
-                step = whole(self.embed_dims[s], stride=2, name=f"merge_{s - 1}")
-                x = out[f"merge{s}"] = nn.relu(step(x, train))
+                step = whole(self.embed_dims[s], stride=2, name=f"downsample_{s - 1}")
+                x = out[f"downsample{s}"] = nn.relu(step(x, train))
             both = (self.num_heads[s], self.mlp_ratio)
             makers = [partial(fusion, *both, **how)] * depth
             makers += [partial(frequency, *both, self.pools[s], **how)] * mixers
@@ -459,7 +440,7 @@ def _rep(theirs: str, ours: str, size: int) -> list[Rule]:
 def _model() -> Rules:
     """Names of our own: no file of FMViT is published."""
     rules = [*dense_rules("head", "head")]
-    for name in ("embed", "merge"):
+    for name in ("embed", "downsample"):
         rules += _rep(f"{name}.{{i}}.", f"{name}_{{i}}/", 3)
     theirs, ours = "stages.{s}.{i}.", "stages_{s}/layers_{i}/"
     for name in ("local", "bands"):

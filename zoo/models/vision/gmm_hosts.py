@@ -10,9 +10,9 @@ wide as their `cait-tiny`, that has the published 5.1 M.
     features         gmm_swin
     patch_embed      16  16   96    2x2 patches, linear, LayerNorm; stride 2
     stage1           16  16   96
-    merge1            8   8  192
+    downsample1       8   8  192
     stage2            8   8  192    stride 4
-    merge2            4   4  384
+    downsample2       4   4  384
     stage3            4   4  384    stride 8
     norm              4   4  384
     pooled                   384
@@ -23,7 +23,6 @@ from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -35,19 +34,22 @@ from zoo.checkpoints.rules import (
     Transform,
     chain,
     concat,
-    conv,
+    conv_rules,
     dense_rules,
     linear,
     norm_rules,
     split,
     squeeze,
 )
+from zoo.layers.block import ResidualBlock
+from zoo.layers.classifier import ImageClassifier
 from zoo.layers.dense import Dense
 from zoo.layers.hierarchy import PatchMerging, Stage
 from zoo.layers.mlp import Mlp
-from zoo.layers.patch import PatchEmbed, check_image_size
+from zoo.layers.patch import PatchEmbed
 from zoo.layers.position import relative_position_index
 from zoo.layers.stack import remat_block
+from zoo.layers.stochastic import drop_path_rates
 from zoo.layers.window import (
     fit_window,
     pad_map,
@@ -56,10 +58,10 @@ from zoo.layers.window import (
     window_partition,
 )
 from zoo.models.vision.gmm_vit import (
-    Block,
     GridAttention,
     LayerNorm,
     MaskedAttention,
+    block_mlp,
     end_rules,
     gmm_variant,
     grid_distances,
@@ -87,7 +89,7 @@ class ShiftedWindows(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch height width channels"]
+        self, x: Float[Array, "batch height width channels"], train: bool = False
     ) -> Float[Array, "batch height width channels"]:
         size = x.shape[1:3]
         side, shift = fit_window(size, self.window_size, self.shifted)
@@ -104,7 +106,7 @@ class ShiftedWindows(nn.Module):
         if shift:
             x = jnp.roll(x, (-shift, -shift), (1, 2))
             bias = bias + shifted_window_mask(size, window, (shift, shift))[:, None]
-        x = attention(window_partition(x, window), grid_distances(window), bias)
+        x = attention(window_partition(x, window), grid_distances(window), bias, train)
         x = window_merge(x, size, window)
         return jnp.roll(x, (shift, shift), (1, 2)) if shift else x
 
@@ -119,7 +121,7 @@ class Neighborhoods(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch height width channels"]
+        self, x: Float[Array, "batch height width channels"], train: bool = False
     ) -> Float[Array, "batch height width channels"]:
         _, *size, channels = x.shape
         reach, span = self.kernel_size - 1, self.kernel_size * self.dilation
@@ -134,7 +136,7 @@ class Neighborhoods(nn.Module):
         at = np.stack(np.unravel_index(tokens, grid), -1)
         offset = (at - at[:, None]) // self.dilation * visible[..., None] + reach
         bias = jnp.where(visible, table[:, offset[..., 0], offset[..., 1]], -1e30)[None]
-        x = attention(padded.reshape(len(x), -1, channels), grid_distances(grid), bias)
+        x = attention(padded.reshape(len(x), -1, channels), grid_distances(grid), bias, train)
         return x.reshape(padded.shape)[:, : size[0], : size[1]]
 
 
@@ -184,7 +186,7 @@ class ClassBlock(nn.Module):
         return token + Mlp(self.hidden, kernel_init=init, name="mlp", **types)(y) * next(scales)
 
 
-class GmmCaiT(nn.Module):
+class GmmCaiT(ImageClassifier):
     """CaiT with masked attention of patches: talking heads, layer scale, class attention behind.
 
     Attributes:
@@ -195,7 +197,6 @@ class GmmCaiT(nn.Module):
 
     image_size: tuple[int, int] = (32, 32)
     patch_size: int = 4
-    in_channels: int = 3
     num_classes: int = 10
     embed_dim: int = 192
     depth: int = 24
@@ -208,28 +209,14 @@ class GmmCaiT(nn.Module):
     underflow: bool = False
     dropout: float = 0.0
     drop_path: float = 0.1
-    remat: bool | str = False
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    def example_inputs(self, batch_size: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of the arguments of `__call__`."""
-        shape = (batch_size, *self.image_size, self.in_channels)
-        return {"images": jax.ShapeDtypeStruct(shape, jnp.float32)}
-
-    def __call__(
-        self, images: Float[Array, "batch height width in_channels"], train: bool = False
-    ) -> Float[Array, "batch classes"]:
-        """Logits."""
-        return self.features(images, train)["logits"]
 
     @nn.compact
     def features(
         self, images: Float[Array, "batch height width in_channels"], train: bool = False
     ) -> dict[str, Array]:
         """Every named intermediate: those of `GmmViT`, and `class_block0 ...`."""
-        check_image_size(self, images.shape)
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.check_size(images.shape)
+        types = self.types
         out = {}
         x = PatchEmbed(self.embed_dim, self.patch_size, name="embed", **types)(images)
         out["patch_embed"] = x
@@ -245,19 +232,15 @@ class GmmCaiT(nn.Module):
             self.kernels,
             self.underflow,
             talking=True,
+            dropout=self.dropout,
             **types,
         )
-        block = remat_block(Block, self.remat, static_argnums=(2,))
+        mixer = partial(GridAttention, attention, name="mixer")
+        mlp = block_mlp(self, self.hidden, 1.0)
+        block = remat_block(ResidualBlock, self.remat, static_argnums=(2,))
         for i in range(self.depth):
-            x = out[f"block{i}"] = block(
-                partial(GridAttention, attention),
-                self.hidden / self.embed_dim,
-                layer_scale=_layer_scale(i),
-                dropout=self.dropout,
-                drop_path=self.drop_path,
-                name=f"layers_{i}",
-                **types,
-            )(x, train)
+            layer = partial(block, mixer, mlp, _layer_scale(i), drop_path=self.drop_path)
+            x = out[f"block{i}"] = layer(name=f"layers_{i}", **types)(x, train)
         patches = x.reshape(len(x), -1, self.embed_dim)
         token = self.param("class_token", unit_init, (1, 1, self.embed_dim), self.param_dtype)
         x = jnp.broadcast_to(token.astype(self.dtype), (len(x), 1, self.embed_dim))
@@ -266,13 +249,11 @@ class GmmCaiT(nn.Module):
             x = ClassBlock(*sizes, name=f"class_layers_{i}", **types)(x, patches)
             out[f"class_block{i}"] = x
         x = out["norm"] = LayerNorm(name="norm", **types)(x[:, 0])
-        if self.num_classes:
-            x = nn.Dense(self.num_classes, kernel_init=init, name="head", **types)(x)
-        out["logits"] = x
+        out["logits"] = self.classify(x, init)
         return out
 
 
-class GmmSwin(nn.Module):
+class GmmSwin(ImageClassifier):
     """Swin's pyramid with masked attention, in shifted windows or in neighbourhoods.
 
     Attributes:
@@ -285,7 +266,6 @@ class GmmSwin(nn.Module):
 
     image_size: tuple[int, int] = (32, 32)
     patch_size: int = 2
-    in_channels: int = 3
     num_classes: int = 10
     embed_dim: int = 96
     depths: tuple[int, ...] = (2, 6, 4)
@@ -300,28 +280,14 @@ class GmmSwin(nn.Module):
     kernels: int = 5
     dropout: float = 0.0
     drop_path: float = 0.1
-    remat: bool | str = False
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    def example_inputs(self, batch_size: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of the arguments of `__call__`."""
-        shape = (batch_size, *self.image_size, self.in_channels)
-        return {"images": jax.ShapeDtypeStruct(shape, jnp.float32)}
-
-    def __call__(
-        self, images: Float[Array, "batch height width in_channels"], train: bool = False
-    ) -> Float[Array, "batch classes"]:
-        """Logits."""
-        return self.features(images, train)["logits"]
 
     @nn.compact
     def features(
         self, images: Float[Array, "batch height width in_channels"], train: bool = False
     ) -> dict[str, Array]:
         """Every named map (see the table above): `stage1 ...` is the pyramid, before merging."""
-        check_image_size(self, images.shape)
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.check_size(images.shape)
+        types = self.types
         out = {}
         x = PatchEmbed(self.embed_dim, self.patch_size, name="embed", **types)(images)
         x = LayerNorm(name="embed_norm", **types)(x) if self.patch_norm else x
@@ -330,8 +296,8 @@ class GmmSwin(nn.Module):
         table = self.param("position_embedding", table_init, shape, self.param_dtype)
         x = x + table.astype(self.dtype).reshape(1, *x.shape[1:])
         x = nn.Dropout(self.dropout)(x, deterministic=not train)
-        rates = iter(np.linspace(0.0, self.drop_path, sum(self.depths)).tolist())
-        block = remat_block(Block, self.remat, static_argnums=(2,))
+        block = remat_block(ResidualBlock, self.remat, static_argnums=(2,))
+        rates = drop_path_rates(self.drop_path, self.depths)
         for s, (depth, num_heads) in enumerate(zip(self.depths, self.num_heads, strict=True)):
             attention = partial(
                 MaskedAttention,
@@ -341,28 +307,29 @@ class GmmSwin(nn.Module):
                 self.kernels,
                 qkv_bias=self.qkv_bias,
                 scale=self.scale,
+                dropout=self.dropout,
                 **types,
             )
             if self.dilations is None:
                 kind, choices = ShiftedWindows, [{"shifted": b % 2 == 1} for b in range(depth)]
             else:
                 kind, choices = Neighborhoods, [{"dilation": d} for d in self.dilations[s]]
-            mixer = partial(kind, attention, self.window_size, param_dtype=self.param_dtype)
-            layer = partial(block, mlp_ratio=self.mlp_ratio, dropout=self.dropout, **types)
+            mixer = partial(
+                kind, attention, self.window_size, param_dtype=self.param_dtype, name="mixer"
+            )
+            layer = partial(block, mlp=block_mlp(self, x.shape[-1], self.mlp_ratio), **types)
             blocks = tuple(
-                partial(layer, partial(mixer, **choice), drop_path=next(rates))
-                for choice in choices
+                partial(layer, partial(mixer, **choice), drop_path=rate)
+                for choice, rate in zip(choices, rates[s], strict=True)
             )
             last = s == len(self.depths) - 1
             merge = None if last else partial(PatchMerging, **types)
             out[f"stage{s + 1}"], merged = Stage(blocks, merge, name=f"stages_{s}")(x, train)
             if not last:
-                x = out[f"merge{s + 1}"] = merged
+                x = out[f"downsample{s + 1}"] = merged
         x = out["norm"] = LayerNorm(name="norm", **types)(out[f"stage{len(self.depths)}"])
         x = out["pooled"] = x.mean((1, 2))
-        if self.num_classes:
-            x = nn.Dense(self.num_classes, kernel_init=table_init, name="head", **types)(x)
-        out["logits"] = x
+        out["logits"] = self.classify(x, table_init)
         return out
 
 
@@ -417,8 +384,7 @@ def _cait() -> Rules:
 def _swin() -> Rules:
     theirs, ours = "layers.{s}.blocks.{b}", "stages_{s}/layers_{b}"
     return layout(
-        Rule("patch_embed.proj.weight", "embed/kernel", conv),
-        Rule("patch_embed.proj.bias", "embed/bias"),
+        *conv_rules("patch_embed.proj", "embed"),
         *norm_rules("patch_embed.norm", "embed_norm"),
         Rule("absolute_pos_embed", "position_embedding"),
         *norm_rules(f"{theirs}.norm1", f"{ours}/norm1"),
@@ -428,8 +394,12 @@ def _swin() -> Rules:
         *dense_rules(f"{theirs}.attn.proj", f"{ours}/mixer/attention/out"),
         *norm_rules(f"{theirs}.norm2", f"{ours}/norm2"),
         *mlp_rules(f"{theirs}.mlp", ours, ("fc1", "fc2")),
-        *norm_rules("layers.{s}.downsample.norm", "stages_{s}/merge/norm"),
-        Rule("layers.{s}.downsample.reduction.weight", "stages_{s}/merge/reduction/kernel", linear),
+        *norm_rules("layers.{s}.downsample.norm", "stages_{s}/downsample/norm"),
+        Rule(
+            "layers.{s}.downsample.reduction.weight",
+            "stages_{s}/downsample/reduction/kernel",
+            linear,
+        ),
         *end_rules("norm", "head"),
         tokens=lambda model: model.window_size**2,
         aliases=f"{theirs}.attn.mask.mask",

@@ -49,13 +49,14 @@ from zoo.checkpoints.rules import (
     reshape,
     squeeze,
 )
+from zoo.layers.block import ResidualBlock
+from zoo.layers.classifier import ImageClassifier
 from zoo.layers.dense import Dense
 from zoo.layers.mlp import Mlp
 from zoo.layers.norm import LayerNorm as _LayerNorm
 from zoo.layers.partition import constrain
-from zoo.layers.patch import PatchEmbed, check_image_size
+from zoo.layers.patch import PatchEmbed
 from zoo.layers.stack import remat_block
-from zoo.layers.stochastic import DropPath
 from zoo.system import Preprocessing, System, Variant
 
 LayerNorm = partial(_LayerNorm, epsilon=1e-5)
@@ -167,6 +168,7 @@ class MaskedAttention(nn.Module):
       kernels: Gaussians for each head.
       scale: factor on q k^T; None is 1 / sqrt(head width).
       talking: heads are mixed by a matrix before and after the softmax.
+      dropout: rate at the end.
     """
 
     num_heads: int
@@ -177,6 +179,7 @@ class MaskedAttention(nn.Module):
     qkv_bias: bool = False
     scale: float | None = None
     talking: bool = False
+    dropout: float = 0.0
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -186,6 +189,7 @@ class MaskedAttention(nn.Module):
         x: Float[Array, "batch tokens channels"],
         distances: Int[np.ndarray, "tokens tokens"],
         bias: Float[Array, "biases #heads tokens tokens"] | None = None,
+        train: bool = False,
     ) -> Float[Array, "batch tokens channels"]:
         batch, tokens, channels = x.shape
         if self.mask not in MASKS:
@@ -215,9 +219,9 @@ class MaskedAttention(nn.Module):
             y, scores = masked_attention(query, key, value, multiplier, bias, self.scale, mix)
             self.sow("intermediates", "scores", scores)
         y = y.reshape(batch, tokens, inner)
-        if self.num_heads == 1 and self.head_dim == channels:
-            return y
-        return dense(channels, name="out")(y)
+        if self.num_heads > 1 or self.head_dim != channels:
+            y = dense(channels, name="out")(y)
+        return nn.Dropout(self.dropout)(y, deterministic=not train)
 
     def _mix(self) -> tuple[Array, Array]:
         shape = (self.num_heads,) * 2
@@ -235,71 +239,37 @@ class GridAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch height width channels"]
+        self, x: Float[Array, "batch height width channels"], train: bool = False
     ) -> Float[Array, "batch height width channels"]:
         tokens = x.reshape(len(x), -1, x.shape[-1])
         distances = grid_distances(x.shape[1:3])
-        return self.attention(name="attention")(tokens, distances).reshape(x.shape)
-
-
-class Block(nn.Module):
-    """What attends and an MLP, each behind a LayerNorm, an optional scale and a residual.
-
-    Attributes:
-      mixer: makes what attends.
-      layer_scale: initial value of a learned scale per channel on both branches; None: no scales.
-    """
-
-    mixer: Callable[..., nn.Module]
-    mlp_ratio: float
-    layer_scale: float | None = None
-    dropout: float = 0.0
-    drop_path: float = 0.0
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "batch height width channels"], train: bool = False
-    ) -> Float[Array, "batch height width channels"]:
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        y = self.mixer(name="mixer")(LayerNorm(name="norm1", **types)(x))
-        y = nn.Dropout(self.dropout)(y, deterministic=not train)
-        x = x + DropPath(self.drop_path)(self._scaled(y, "layer_scale1"), train)
-        hidden = int(x.shape[-1] * self.mlp_ratio)
-        mlp = Mlp(hidden, dropout=self.dropout, kernel_init=init, name="mlp", **types)
-        y = mlp(LayerNorm(name="norm2", **types)(x), train)
-        x = x + DropPath(self.drop_path)(self._scaled(y, "layer_scale2"), train)
-        return constrain(x, "batch", "height", "width", "channels")
-
-    def _scaled(self, y: Array, name: str) -> Array:
-        if self.layer_scale is None:
-            return y
-        start = nn.initializers.constant(self.layer_scale)
-        return y * self.param(name, start, y.shape[-1:], self.param_dtype).astype(self.dtype)
+        return self.attention(name="attention")(tokens, distances, train=train).reshape(x.shape)
 
 
 # --------------------------------------------------------------------------------- models
 
 
-class GmmViT(nn.Module):
+def block_mlp(model: ImageClassifier, channels: int, ratio: float) -> Callable[[], Mlp]:
+    """What makes the MLP of a block, for `ResidualBlock`."""
+    hidden = int(channels * ratio)
+    make = partial(Mlp, hidden, dropout=model.dropout, kernel_init=init, name="mlp")
+    return partial(make, **model.types)
+
+
+class GmmViT(ImageClassifier):
     """ViT with masked attention: no class token, the mean over patches is read.
 
     Attributes:
       image_size: height and width in pixels, multiples of `patch_size`.
-      num_classes: 0 leaves out the head (logits are then the pooled features).
       mask: "gaussian" or "elementwise"; None: plain attention with a class token, which is read. A
         block's map is then the sequence, as a single row.
       kernels: Gaussians for each head.
       underflow: far patches as in the authors' table (see above).
       drop_path: stochastic depth, the same for all blocks.
-      remat: recompute blocks in the backward pass instead of keeping their activations; True, or
-        what is kept nevertheless, by `zoo.layers.stack.REMAT`.
     """
 
     image_size: tuple[int, int] = (32, 32)
     patch_size: int = 4
-    in_channels: int = 3
     num_classes: int = 10
     embed_dim: int = 192
     depth: int = 9
@@ -311,28 +281,14 @@ class GmmViT(nn.Module):
     underflow: bool = False
     dropout: float = 0.0
     drop_path: float = 0.1
-    remat: bool | str = False
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    def example_inputs(self, batch_size: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of the arguments of `__call__`."""
-        shape = (batch_size, *self.image_size, self.in_channels)
-        return {"images": jax.ShapeDtypeStruct(shape, jnp.float32)}
-
-    def __call__(
-        self, images: Float[Array, "batch height width in_channels"], train: bool = False
-    ) -> Float[Array, "batch classes"]:
-        """Logits."""
-        return self.features(images, train)["logits"]
 
     @nn.compact
     def features(
         self, images: Float[Array, "batch height width in_channels"], train: bool = False
     ) -> dict[str, Array]:
         """Every named intermediate (see the table above)."""
-        check_image_size(self, images.shape)
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.check_size(images.shape)
+        types = self.types
         out = {}
         x = PatchEmbed(self.embed_dim, self.patch_size, name="embed", **types)(images)
         out["patch_embed"] = x
@@ -352,23 +308,18 @@ class GmmViT(nn.Module):
             self.mask,
             self.kernels,
             self.underflow,
+            dropout=self.dropout,
             **types,
         )
-        block = remat_block(Block, self.remat, static_argnums=(2,))
+        mixer = partial(GridAttention, attention, name="mixer")
+        mlp = block_mlp(self, self.embed_dim, self.mlp_ratio)
+        block = remat_block(ResidualBlock, self.remat, static_argnums=(2,))
         for i in range(self.depth):
-            x = out[f"block{i}"] = block(
-                partial(GridAttention, attention),
-                self.mlp_ratio,
-                dropout=self.dropout,
-                drop_path=self.drop_path,
-                name=f"layers_{i}",
-                **types,
-            )(x, train)
+            layer = block(mixer, mlp, drop_path=self.drop_path, name=f"layers_{i}", **types)
+            x = out[f"block{i}"] = layer(x, train)
         x = out["pooled"] = x[:, 0, 0] if self.mask is None else x.mean((1, 2))
         x = out["norm"] = LayerNorm(name="norm", **types)(x)
-        if self.num_classes:
-            x = nn.Dense(self.num_classes, kernel_init=init, name="head", **types)(x)
-        out["logits"] = x
+        out["logits"] = self.classify(x, init)
         return out
 
 

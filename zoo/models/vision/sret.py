@@ -19,9 +19,9 @@ unless it is given a key: `rngs={"sample": key}`.
     features         SReT_T
     patch_embed      28  28   64    three 3x3 convolutions of stride 2, BatchNorm, ReLU
     stage1           28  28   64    2 blocks, 4 runs, 8 and 2 slices; stride 8
-    merge1           14  14  128    3x3 convolution of stride 2, two filters a channel
+    downsample1      14  14  128    3x3 convolution of stride 2, two filters a channel
     stage2           14  14  128    5 blocks, 10 runs, 4 slices and 1; stride 16
-    merge2            7   7  256
+    downsample2       7   7  256
     stage3            7   7  256    3 blocks, 6 runs; stride 32
     pooled                   256    mean over the map, LayerNorm
     logits                  1000
@@ -41,7 +41,7 @@ from zoo.checkpoints.rules import (
     Rule,
     Rules,
     chain,
-    conv,
+    conv_rules,
     dense_rules,
     linear,
     norm_rules,
@@ -49,6 +49,7 @@ from zoo.checkpoints.rules import (
     tied,
     transpose,
 )
+from zoo.layers.classifier import ImageClassifier
 from zoo.layers.conv import DepthwiseConv
 from zoo.layers.dense import Dense
 from zoo.layers.mlp import Mlp
@@ -244,13 +245,12 @@ class RecursiveStage(nn.Module):
         return jnp.asarray(self.permutation(length))
 
 
-class SReT(nn.Module):
+class SReT(ImageClassifier):
     """SReT classifier.
 
     Attributes:
       image_size: height and width in pixels, multiples of 8 (the table of positions is as large as
         the first map); the tokens of each stage must be whole numbers of its groups.
-      num_classes: 0 leaves out the head (logits are then the pooled features).
       head_dim: width of a head; a stage is num_heads times as wide.
       depths: runs of each stage.
       recursive_num: blocks of each stage, which share its runs.
@@ -260,13 +260,8 @@ class SReT(nn.Module):
       permutation: number of tokens -> their order, in evaluation.
       drop_path: stochastic depth; block i of a stage that follows n runs has drop_path (n + i) /
         (all runs), as in the code.
-      remat: recompute blocks in the backward pass instead of keeping their activations; True, or
-        what is kept nevertheless, by `zoo.layers.stack.REMAT`.
     """
 
-    image_size: tuple[int, int] = (224, 224)
-    in_channels: int = 3
-    num_classes: int = 1000
     head_dim: int = 32
     depths: tuple[int, ...] = (4, 10, 6)
     recursive_num: tuple[int, ...] = (2, 5, 3)
@@ -279,20 +274,6 @@ class SReT(nn.Module):
     dropout: float = 0.0
     attention_dropout: float = 0.0
     drop_path: float = 0.1
-    remat: bool | str = False
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    def example_inputs(self, batch_size: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of the arguments of `__call__`."""
-        shape = (batch_size, *self.image_size, self.in_channels)
-        return {"images": jax.ShapeDtypeStruct(shape, jnp.float32)}
-
-    def __call__(
-        self, images: Float[Array, "batch height width in_channels"], train: bool = False
-    ) -> Float[Array, "batch classes"]:
-        """Logits."""
-        return self.features(images, train)["logits"]
 
     @nn.compact
     def features(
@@ -306,7 +287,7 @@ class SReT(nn.Module):
                 f"{self.in_channels}), not {images.shape}; resize them, or create the model with "
                 "another image_size, of multiples of 8."
             )
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        types = self.types
         out = {}
         x = images.astype(self.dtype)
         for i, width in enumerate((channels // 2, channels, channels), 1):
@@ -331,8 +312,8 @@ class SReT(nn.Module):
         for i, (depth, blocks, heads, *groups) in enumerate(zip(*of_stages, strict=True)):
             if i:  # channel c makes the channels 2c and 2c + 1
                 x = jnp.repeat(x, self.head_dim * heads // x.shape[-1], -1)
-                x = DepthwiseConv(stride=2, name=f"merge_{i - 1}", **types)(x)
-                out[f"merge{i}"] = x
+                x = DepthwiseConv(stride=2, name=f"downsample_{i - 1}", **types)(x)
+                out[f"downsample{i}"] = x
             first, runs = sum(self.depths[:i]), sum(self.depths)
             stage = RecursiveStage(
                 depth,
@@ -352,10 +333,7 @@ class SReT(nn.Module):
             tokens = stage(x.reshape(len(x), -1, x.shape[-1]), train)
             x = out[f"stage{i + 1}"] = tokens.reshape(x.shape)
         x = out["pooled"] = LayerNorm(name="norm", **types)(x.mean((1, 2)))
-        if self.num_classes:
-            head = nn.Dense(self.num_classes, kernel_init=torch_default_init, name="head", **types)
-            x = head(x)
-        out["logits"] = x
+        out["logits"] = self.classify(x, torch_default_init)
         return out
 
 
@@ -382,13 +360,11 @@ def _rules() -> list[Rule]:
     position = chain(transpose(0, 2, 3, 1), squeeze(0))
     rules = [
         Rule("pos_embed", "position_embedding", position),
-        Rule("patch_embed.conv{i}.weight", "stem_conv{i}/kernel", conv),
-        Rule("patch_embed.conv{i}.bias", "stem_conv{i}/bias"),
+        *conv_rules("patch_embed.conv{i}", "stem_conv{i}"),
         *norm_rules("patch_embed.bn{i}", "stem_norm{i}"),
         Rule("patch_embed.bn{i}.running_mean", "batch_stats/stem_norm{i}/mean"),
         Rule("patch_embed.bn{i}.running_var", "batch_stats/stem_norm{i}/var"),
-        Rule("pools.{s}.conv.weight", "merge_{s}/kernel", conv),
-        Rule("pools.{s}.conv.bias", "merge_{s}/bias"),
+        *conv_rules("pools.{s}.conv", "downsample_{s}"),
         *norm_rules("norm", "norm"),
         *dense_rules("head", "head"),
     ]

@@ -24,11 +24,11 @@ training returns what evaluation does, and `features` has both parts.
     features         svt_s
     patch_embed      56  56   64    stem of four convolutions, LayerNorm
     stage1           56  56   64    3 scattering blocks, stride 4
-    merge1           28  28  128    LayerNorm, 3x3 convolution of stride 2, LayerNorm
+    downsample1      28  28  128    LayerNorm, 3x3 convolution of stride 2, LayerNorm
     stage2           28  28  128    4 attention blocks, stride 8
-    merge2           14  14  320
+    downsample2      14  14  320
     stage3           14  14  320    6 blocks, stride 16
-    merge3            7   7  448
+    downsample3       7   7  448
     stage4            7   7  448    3 blocks, stride 32
     class_block          50  448    class token, tokens
     pooled                   448    class token, LayerNorm
@@ -40,7 +40,6 @@ training returns what evaluation does, and `features` has both parts.
 from functools import partial
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -49,8 +48,9 @@ import kernels_pallas
 from zoo.checkpoints.rules import (
     Rule,
     Rules,
+    batch_norm_rules,
     chain,
-    conv,
+    conv_rules,
     dense_rules,
     linear,
     norm_rules,
@@ -58,17 +58,16 @@ from zoo.checkpoints.rules import (
     transpose,
 )
 from zoo.layers.attention import Attention
+from zoo.layers.block import ResidualBlock
+from zoo.layers.classifier import ImageClassifier
 from zoo.layers.conv import ConvMlp
 from zoo.layers.hierarchy import ConvMerging, Stage
 from zoo.layers.mlp import Mlp
-from zoo.layers.norm import LayerNorm as _LayerNorm
-from zoo.layers.partition import constrain
-from zoo.layers.patch import check_image_size
+from zoo.layers.norm import LayerNorm
 from zoo.layers.stack import remat_block
-from zoo.layers.stochastic import DropPath
+from zoo.layers.stochastic import drop_path_rates
 from zoo.system import Preprocessing, System, Variant
 
-LayerNorm = partial(_LayerNorm, epsilon=1e-6)
 init = nn.initializers.normal(0.02)  # the official truncation, at 100 deviations, never acts
 conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 depthwise_init = nn.initializers.variance_scaling(2.0, "fan_in", "normal")  # fan out / groups
@@ -178,6 +177,27 @@ def inverse_dtcwt(
 # -------------------------------------------------------------------------------- the model
 
 
+class ComplexDense(nn.Module):
+    """A complex matrix for each block of channels; axis 2 of the input is real and imaginary part.
+
+    The kernel is [2, blocks, channels, channels], the bias [2, blocks, channels].
+    """
+
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, z: Float[Array, "batch 6 2 height width blocks channels"]
+    ) -> Float[Array, "batch 6 2 height width blocks channels"]:
+        blocks, width = z.shape[-2:]
+        shape = (2, blocks, width, width)
+        real, imaginary = self.param("kernel", init, shape, self.param_dtype)
+        bias = self.param("bias", init, shape[:-1], self.param_dtype)
+        product = jnp.stack([jnp.stack([real, imaginary]), jnp.stack([-imaginary, real])])
+        z = jnp.einsum("bophwkd,pqkde->boqhwke", z, product.astype(jnp.float32))
+        return z + bias.astype(jnp.float32)[:, None, None]
+
+
 class Scatter(nn.Module):
     """A learned filter in wavelet space, in float32.
 
@@ -191,7 +211,7 @@ class Scatter(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch height width channels"]
+        self, x: Float[Array, "batch height width channels"], train: bool = False
     ) -> Float[Array, "batch height width channels"]:
         _, height, width, channels = x.shape
         if height % 2 or width % 2 or channels % self.blocks:
@@ -203,52 +223,21 @@ class Scatter(nn.Module):
         low, high = dtcwt(x.astype(jnp.float32))
         weight = self.param("lowpass", init, (height, width, channels), self.param_dtype)
         high = high.reshape(*high.shape[:-1], self.blocks, -1)
-        high = self._complex_dense(nn.relu(self._complex_dense(high, "bands1")), "bands2")
+        dense = partial(ComplexDense, param_dtype=self.param_dtype)
+        high = dense(name="bands2")(nn.relu(dense(name="bands1")(high)))
         x = inverse_dtcwt(low * weight.astype(jnp.float32), high.reshape(*high.shape[:-2], -1))
         return x.astype(self.dtype)
 
-    def _complex_dense(self, z: Array, name: str) -> Array:
-        width = z.shape[-1]
-        shape = (2, self.blocks, width, width)
-        real, imaginary = self.param(f"{name}_kernel", init, shape, self.param_dtype)
-        bias = self.param(f"{name}_bias", init, shape[:-1], self.param_dtype)
-        product = jnp.stack([jnp.stack([real, imaginary]), jnp.stack([-imaginary, real])])
-        z = jnp.einsum("bophwkd,pqkde->boqhwke", z, product.astype(jnp.float32))
-        return z + bias.astype(jnp.float32)[:, None, None]
 
+class MapAttention(Attention):
+    """Attention among all positions of a map."""
 
-class Block(nn.Module):
-    """What mixes positions and an MLP, each behind a LayerNorm and a residual connection.
-
-    Attributes:
-      num_heads: of attention; None: scattering.
-    """
-
-    num_heads: int | None
-    mlp_ratio: float
-    drop_path: float = 0.0
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
     def __call__(
         self, x: Float[Array, "batch height width channels"], train: bool = False
     ) -> Float[Array, "batch height width channels"]:
-        batch, height, width, channels = x.shape
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        y = LayerNorm(name="norm1", **types)(x)
-        if self.num_heads is None:
-            y = Scatter(name="scatter", **types)(y)
-        else:
-            y = y.reshape(batch, height * width, channels)
-            y = Attention(self.num_heads, fused=False, name="attention", **types)(y, train=train)
-            y = y.reshape(x.shape)
-        x = x + DropPath(self.drop_path)(y, train)
-        y = LayerNorm(name="norm2", **types)(x)
-        hidden = int(channels * self.mlp_ratio)
-        y = ConvMlp(hidden, conv_init=depthwise_init, name="mlp", **types)(y, train)
-        x = x + DropPath(self.drop_path)(y, train)
-        return constrain(x, "batch", "height", "width", "channels")
+        """Attend."""
+        tokens = x.reshape(len(x), -1, x.shape[-1])
+        return super().__call__(tokens, train=train).reshape(x.shape)
 
 
 class ClassAttention(nn.Module):
@@ -279,6 +268,7 @@ class ClassBlock(nn.Module):
 
     num_heads: int
     mlp_ratio: float
+    epsilon: float = 1e-6
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -287,10 +277,12 @@ class ClassBlock(nn.Module):
         self, x: Float[Array, "batch length channels"]
     ) -> Float[Array, "batch length channels"]:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        norm = partial(LayerNorm, epsilon=self.epsilon, **types)
         token, rest = x[:, :1], x[:, 1:]
-        y = LayerNorm(name="norm1", **types)(x)
-        token = token + ClassAttention(self.num_heads, name="attention", **types)(y)
-        y = LayerNorm(name="norm2", **types)(token)
+        token = token + ClassAttention(self.num_heads, name="attention", **types)(
+            norm(name="norm1")(x)
+        )
+        y = norm(name="norm2")(token)
         token = token + Mlp(int(x.shape[-1] * self.mlp_ratio), name="mlp", **types)(y)
         return jnp.concatenate([token, rest], 1)
 
@@ -322,10 +314,10 @@ class Stem(nn.Module):
             )(x)
             norm = nn.BatchNorm(momentum=0.9, epsilon=1e-5, name=f"norm{i}", **types)
             x = nn.relu(norm(x, use_running_average=not train))
-        return ConvMerging(self.channels, name="merge", **types)(x)
+        return ConvMerging(self.channels, name="downsample", **types)(x)
 
 
-class SVT(nn.Module):
+class SVT(ImageClassifier):
     """SVT classifier.
 
     Attributes:
@@ -334,14 +326,10 @@ class SVT(nn.Module):
       stem_dim: width of the stem's first convolutions.
       scattering: how many stages scatter; the others attend.
       token_label: a second head, on the tokens.
+      epsilon: of the norms in blocks and behind stages.
       drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
-      remat: recompute blocks in the backward pass instead of keeping their activations; True, or
-        what is kept nevertheless, by `zoo.layers.stack.REMAT`.
     """
 
-    image_size: tuple[int, int] = (224, 224)
-    in_channels: int = 3
-    num_classes: int = 1000
     stem_dim: int = 32
     embed_dims: tuple[int, ...] = (64, 128, 320, 448)
     depths: tuple[int, ...] = (3, 4, 6, 3)
@@ -349,47 +337,42 @@ class SVT(nn.Module):
     mlp_ratios: tuple[float, ...] = (8.0, 8.0, 4.0, 4.0)
     scattering: int = 1
     token_label: bool = True
+    epsilon: float = 1e-6
     drop_path: float = 0.1
-    remat: bool | str = False
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    def example_inputs(self, batch_size: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of the arguments of `__call__`."""
-        shape = (batch_size, *self.image_size, self.in_channels)
-        return {"images": jax.ShapeDtypeStruct(shape, jnp.float32)}
-
-    def __call__(
-        self, images: Float[Array, "batch height width in_channels"], train: bool = False
-    ) -> Float[Array, "batch classes"]:
-        """Logits."""
-        return self.features(images, train)["logits"]
 
     @nn.compact
     def features(
         self, images: Float[Array, "batch height width in_channels"], train: bool = False
     ) -> dict[str, Array]:
         """Every named map (see the table above): `stage1 ...` is the pyramid, before merging."""
-        check_image_size(self, images.shape)
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        norm = partial(LayerNorm, **types)
+        self.check_size(images.shape)
+        types = self.types
+        norm = partial(LayerNorm, epsilon=self.epsilon, **types)
         out = {}
         x = Stem(self.stem_dim, self.embed_dims[0], name="embed", **types)(images, train)
         out["patch_embed"] = x
-        rates = iter(np.linspace(0.0, self.drop_path, sum(self.depths)).tolist())
-        block = remat_block(Block, self.remat, static_argnums=(2,))
-        for i, depth in enumerate(self.depths):
-            heads = None if i < self.scattering else self.num_heads[i]
-            stage_block = partial(block, heads, self.mlp_ratios[i], **types)
-            blocks = tuple(partial(stage_block, next(rates)) for _ in range(depth))
+        block = remat_block(ResidualBlock, self.remat, static_argnums=(2,))
+        for i, rates in enumerate(drop_path_rates(self.drop_path, self.depths)):
+            if i < self.scattering:
+                mixer = partial(Scatter, name="scatter", **types)
+            else:
+                mixer = partial(
+                    MapAttention, self.num_heads[i], fused=False, name="attention", **types
+                )
+            hidden = int(self.embed_dims[i] * self.mlp_ratios[i])
+            mlp = partial(ConvMlp, hidden, conv_init=depthwise_init, name="mlp", **types)
+            make = partial(block, mixer, mlp, epsilon=self.epsilon, **types)
+            blocks = tuple(partial(make, drop_path=rate) for rate in rates)
             x, _ = Stage(blocks, name=f"stages_{i}")(x, train)
             out[f"stage{i + 1}"] = x
             if i + 1 < len(self.depths):
-                merge = ConvMerging(self.embed_dims[i + 1], name=f"merge_{i}", **types)
-                x = out[f"merge{i + 1}"] = merge(norm(name=f"norm_{i}")(x))
+                merge = ConvMerging(self.embed_dims[i + 1], name=f"downsample_{i}", **types)
+                x = out[f"downsample{i + 1}"] = merge(norm(name=f"norm_{i}")(x))
         x = x.reshape(len(x), -1, x.shape[-1])
         x = jnp.concatenate([x.mean(1, keepdims=True), x], 1)
-        layer = ClassBlock(self.num_heads[-1], self.mlp_ratios[-1], name="class_block", **types)
+        layer = ClassBlock(
+            self.num_heads[-1], self.mlp_ratios[-1], self.epsilon, name="class_block", **types
+        )
         x = out["class_block"] = layer(x)
         x = norm(name="norm")(x)
         logits = out["pooled"] = x[:, 0]
@@ -406,14 +389,6 @@ class SVT(nn.Module):
 # ---------------------------------------------------------------------------- checkpoints
 
 
-def _batch_norm(theirs: str, ours: str) -> list[Rule]:
-    return [
-        *norm_rules(theirs, ours),
-        Rule(f"{theirs}.running_mean", f"batch_stats/{ours}/mean"),
-        Rule(f"{theirs}.running_var", f"batch_stats/{ours}/var"),
-    ]
-
-
 def _attention(theirs: str, ours: str) -> list[Rule]:
     both = (f"{ours}/key", f"{ours}/value")
     return [
@@ -424,18 +399,11 @@ def _attention(theirs: str, ours: str) -> list[Rule]:
     ]
 
 
-def _conv(theirs: str, ours: str) -> list[Rule]:
-    return [
-        Rule(f"{theirs}.weight", f"{ours}/kernel", conv),
-        Rule(f"{theirs}.bias", f"{ours}/bias"),
-    ]
-
-
 def _stem() -> list[Rule]:
     rules = []
     for i in range(3):
-        rules += _conv(f"patch_embed1.conv.{3 * i}", f"embed/conv{i + 1}")
-        rules += _batch_norm(f"patch_embed1.conv.{3 * i + 1}", f"embed/norm{i + 1}")
+        rules += conv_rules(f"patch_embed1.conv.{3 * i}", f"embed/conv{i + 1}")
+        rules += batch_norm_rules(f"patch_embed1.conv.{3 * i + 1}", f"embed/norm{i + 1}")
     return rules
 
 
@@ -447,18 +415,18 @@ def _stages() -> list[Rule]:
         rules += [
             *norm_rules(f"{theirs}.norm1", f"{ours}/norm1"),
             Rule(f"{theirs}.attn.complex_weight_ll", f"{scatter}/lowpass", transpose(1, 2, 0)),
-            Rule(f"{theirs}.attn.complex_weight_lh_1", f"{scatter}/bands1_kernel"),
-            Rule(f"{theirs}.attn.complex_weight_lh_b1", f"{scatter}/bands1_bias"),
-            Rule(f"{theirs}.attn.complex_weight_lh_2", f"{scatter}/bands2_kernel"),
-            Rule(f"{theirs}.attn.complex_weight_lh_b2", f"{scatter}/bands2_bias"),
+            Rule(f"{theirs}.attn.complex_weight_lh_1", f"{scatter}/bands1/kernel"),
+            Rule(f"{theirs}.attn.complex_weight_lh_b1", f"{scatter}/bands1/bias"),
+            Rule(f"{theirs}.attn.complex_weight_lh_2", f"{scatter}/bands2/kernel"),
+            Rule(f"{theirs}.attn.complex_weight_lh_b2", f"{scatter}/bands2/bias"),
             *_attention(f"{theirs}.attn", f"{ours}/attention"),
             *norm_rules(f"{theirs}.norm2", f"{ours}/norm2"),
             *dense_rules(f"{theirs}.mlp.fc1", f"{ours}/mlp/up"),
-            *_conv(f"{theirs}.mlp.dwconv.dwconv", f"{ours}/mlp/conv"),
+            *conv_rules(f"{theirs}.mlp.dwconv.dwconv", f"{ours}/mlp/conv"),
             *dense_rules(f"{theirs}.mlp.fc2", f"{ours}/mlp/down"),
             *norm_rules(f"norm{s + 1}", f"norm_{s}" if s < 3 else "norm"),
-            *_conv(f"patch_embed{s + 2}.proj", f"merge_{s}/conv"),
-            *norm_rules(f"patch_embed{s + 2}.norm", f"merge_{s}/norm"),
+            *conv_rules(f"patch_embed{s + 2}.proj", f"downsample_{s}/conv"),
+            *norm_rules(f"patch_embed{s + 2}.norm", f"downsample_{s}/norm"),
         ]
     return rules
 
@@ -473,8 +441,8 @@ LAYOUTS = {
     "official": Rules(
         (
             *_stem(),
-            *_conv("patch_embed1.proj", "embed/merge/conv"),
-            *norm_rules("patch_embed1.norm", "embed/merge/norm"),
+            *conv_rules("patch_embed1.proj", "embed/downsample/conv"),
+            *norm_rules("patch_embed1.norm", "embed/downsample/norm"),
             *_stages(),
             *norm_rules("post_network.0.norm1", "class_block/norm1"),
             *_attention("post_network.0.attn", "class_block/attention"),

@@ -16,11 +16,11 @@ table depends on `image_size`.
     features         swin_tiny_patch4_window7_224
     patch_embed      56  56   96    4x4 patches, linear, LayerNorm
     stage1           56  56   96    2 blocks
-    merge1           28  28  192    2x2 neighbours concatenated, LayerNorm, linear
+    downsample1      28  28  192    2x2 neighbours concatenated, LayerNorm, linear
     stage2           28  28  192    2 blocks
-    merge2           14  14  384
+    downsample2      14  14  384
     stage3           14  14  384    6 blocks
-    merge3            7   7  768
+    downsample3       7   7  768
     stage4            7   7  768    2 blocks
     norm              7   7  768
     pooled                   768    mean over the map
@@ -31,104 +31,39 @@ from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from zoo.checkpoints.rules import Rule, Rules, conv, dense_rules, linear, norm_rules
+from zoo.checkpoints.rules import Rule, Rules, conv_rules, dense_rules, linear, norm_rules
+from zoo.layers.block import ResidualBlock
+from zoo.layers.classifier import ImageClassifier
 from zoo.layers.hierarchy import PatchMerging, Stage
 from zoo.layers.mlp import Mlp
 from zoo.layers.norm import LayerNorm as _LayerNorm
-from zoo.layers.partition import constrain
-from zoo.layers.patch import PatchEmbed, check_image_size
+from zoo.layers.patch import PatchEmbed
 from zoo.layers.position import relative_position_index, resize_grid, resize_table
 from zoo.layers.stack import remat_block
-from zoo.layers.stochastic import DropPath
-from zoo.layers.window import (
-    WindowAttention,
-    fit_window,
-    shifted_window_mask,
-    window_merge,
-    window_partition,
-)
+from zoo.layers.stochastic import drop_path_rates
+from zoo.layers.window import ShiftedWindowAttention, fit_window, shifted_window_mask
 from zoo.system import File, Preprocessing, System, Variant
 
 LayerNorm = partial(_LayerNorm, epsilon=1e-5)
 init = nn.initializers.normal(0.02)  # the official truncation, at 100 deviations, never acts
 
 
-class SwinBlock(nn.Module):
-    """Window attention and MLP, each behind a LayerNorm and a residual connection."""
-
-    num_heads: int
-    window_size: int
-    shifted: bool
-    mlp_ratio: float = 4.0
-    qkv_bias: bool = True
-    scale: float | None = None
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
-    drop_path: float = 0.0
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "batch height width channels"], train: bool = False
-    ) -> Float[Array, "batch height width channels"]:
-        size, channels = x.shape[1:3], x.shape[3]
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        window, shift = fit_window(size, self.window_size, self.shifted)
-        if size[0] % window or size[1] % window:
-            raise ValueError(
-                f"A map of {size[0]}x{size[1]} tokens cannot be cut into {window}x{window} "
-                "windows; choose an image size or window size that fits every stage."
-            )
-        y = LayerNorm(name="norm1", **types)(x)
-        y = jnp.roll(y, (-shift, -shift), (1, 2)) if shift else y
-        y = WindowAttention(
-            self.num_heads,
-            (window, window),
-            self.qkv_bias,
-            self.scale,
-            self.attention_dropout,
-            self.dropout,
-            name="attention",
-            **types,
-        )(
-            window_partition(y, (window, window)),
-            shifted_window_mask(size, (window, window), (shift, shift)) if shift else None,
-            train,
-        )
-        y = window_merge(y, size, (window, window))
-        y = jnp.roll(y, (shift, shift), (1, 2)) if shift else y
-        x = x + DropPath(self.drop_path)(y, train)
-        y = LayerNorm(name="norm2", **types)(x)
-        y = Mlp(int(channels * self.mlp_ratio), dropout=self.dropout, name="mlp", **types)(y, train)
-        x = x + DropPath(self.drop_path)(y, train)
-        return constrain(x, "batch", "height", "width", "channels")
-
-
-class Swin(nn.Module):
+class Swin(ImageClassifier):
     """Swin Transformer classifier.
 
     Attributes:
       image_size: height and width in pixels; windows must tile every stage's map.
-      num_classes: 0 leaves out the head (logits are then the pooled features).
       window_size: M, in tokens, of all stages, or one for each.
       scale: factor on q k^T; None is 1 / sqrt(head width).
       absolute_position: add a learned table after the patch embedding (`ape` in the code).
       patch_norm: LayerNorm in the patch embedding.
       drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
-      remat: recompute blocks in the backward pass instead of keeping their activations; True, or
-        what is kept nevertheless, by `zoo.layers.stack.REMAT`.
     """
 
-    image_size: tuple[int, int] = (224, 224)
     patch_size: int = 4
-    in_channels: int = 3
-    num_classes: int = 1000
     embed_dim: int = 96
     depths: tuple[int, ...] = (2, 2, 6, 2)
     num_heads: tuple[int, ...] = (3, 6, 12, 24)
@@ -141,28 +76,14 @@ class Swin(nn.Module):
     dropout: float = 0.0
     attention_dropout: float = 0.0
     drop_path: float = 0.1
-    remat: bool | str = False
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    def example_inputs(self, batch_size: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of the arguments of `__call__`."""
-        shape = (batch_size, *self.image_size, self.in_channels)
-        return {"images": jax.ShapeDtypeStruct(shape, jnp.float32)}
-
-    def __call__(
-        self, images: Float[Array, "batch height width in_channels"], train: bool = False
-    ) -> Float[Array, "batch classes"]:
-        """Logits."""
-        return self.features(images, train)["logits"]
 
     @nn.compact
     def features(
         self, images: Float[Array, "batch height width in_channels"], train: bool = False
     ) -> dict[str, Array]:
         """Every named map (see the table above): `stage1 ...` is the pyramid, before merging."""
-        check_image_size(self, images.shape)
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.check_size(images.shape)
+        types = self.types
         out = {}
         x = PatchEmbed(self.embed_dim, self.patch_size, name="embed", **types)(images)
         if self.patch_norm:
@@ -174,37 +95,41 @@ class Swin(nn.Module):
             x = x + table.astype(self.dtype).reshape(1, *x.shape[1:])
         x = nn.Dropout(self.dropout)(x, deterministic=not train)
 
-        rates = iter(np.linspace(0.0, self.drop_path, sum(self.depths)).tolist())
-        block = remat_block(SwinBlock, self.remat, static_argnums=(2,))
+        block = remat_block(ResidualBlock, self.remat, static_argnums=(2,))
+        rates = drop_path_rates(self.drop_path, self.depths)
         for i, (depth, num_heads) in enumerate(zip(self.depths, self.num_heads, strict=True)):
-            last = i == len(self.depths) - 1
-            stage_block = partial(
-                block,
-                num_heads,
-                _window_size(self, i),
-                mlp_ratio=self.mlp_ratio,
-                qkv_bias=self.qkv_bias,
-                scale=self.scale,
-                dropout=self.dropout,
-                attention_dropout=self.attention_dropout,
-                **types,
+            last, channels, size = i == len(self.depths) - 1, x.shape[3], x.shape[1:3]
+            mlp = partial(
+                Mlp, int(channels * self.mlp_ratio), dropout=self.dropout, name="mlp", **types
             )
-            stage = Stage(
-                tuple(
-                    partial(stage_block, shifted=b % 2 == 1, drop_path=next(rates))
-                    for b in range(depth)
-                ),
-                None if last else partial(PatchMerging, **types),
-                name=f"stages_{i}",
-            )
-            out[f"stage{i + 1}"], merged = stage(x, train)
+            blocks = []
+            for b in range(depth):
+                window, shift = fit_window(size, _window_size(self, i), b % 2 == 1)
+                if size[0] % window or size[1] % window:
+                    raise ValueError(
+                        f"A map of {size[0]}x{size[1]} tokens cannot be cut into {window}x{window} "
+                        "windows; choose an image size or window size that fits every stage."
+                    )
+                attention = partial(
+                    ShiftedWindowAttention,
+                    num_heads,
+                    (window, window),
+                    self.qkv_bias,
+                    self.scale,
+                    self.attention_dropout,
+                    self.dropout,
+                    shift=(shift, shift),
+                    name="attention",
+                    **types,
+                )
+                blocks.append(partial(block, attention, mlp, drop_path=rates[i][b], **types))
+            merge = None if last else partial(PatchMerging, **types)
+            out[f"stage{i + 1}"], merged = Stage(tuple(blocks), merge, name=f"stages_{i}")(x, train)
             if not last:
-                x = out[f"merge{i + 1}"] = merged
+                x = out[f"downsample{i + 1}"] = merged
         x = out["norm"] = LayerNorm(name="norm", **types)(out[f"stage{len(self.depths)}"])
         x = out["pooled"] = x.mean((1, 2))
-        if self.num_classes:
-            x = nn.Dense(self.num_classes, kernel_init=init, name="head", **types)(x)
-        out["logits"] = x
+        out["logits"] = self.classify(x, init)
         return out
 
 
@@ -252,8 +177,7 @@ def _naming(
 ) -> Rules:
     """Rules of one published naming: `stage(s)` has a `{b}`, `merge(s)` ends stage s."""
     rules = [
-        Rule(f"{embed}.weight", "embed/kernel", conv),
-        Rule(f"{embed}.bias", "embed/bias"),
+        *conv_rules(f"{embed}", "embed"),
         *norm_rules(embed_norm, "embed_norm"),
         Rule("absolute_pos_embed", "position_embedding"),
         *norm_rules("norm", "norm"),
@@ -271,8 +195,8 @@ def _naming(
             *dense_rules(f"{theirs}.{mlp[1]}", f"{ours}/mlp/down"),
             *norm_rules(f"{theirs}.norm1", f"{ours}/norm1"),
             *norm_rules(f"{theirs}.norm2", f"{ours}/norm2"),
-            *norm_rules(f"{merge(s)}.norm", f"stages_{s}/merge/norm"),
-            Rule(f"{merge(s)}.reduction.weight", f"stages_{s}/merge/reduction/kernel", linear),
+            *norm_rules(f"{merge(s)}.norm", f"stages_{s}/downsample/norm"),
+            Rule(f"{merge(s)}.reduction.weight", f"stages_{s}/downsample/reduction/kernel", linear),
         ]
         for name, make in derived.items():
             where = f"{theirs}.attn_mask" if name == "attn_mask" else f"{theirs}.attn.{name}"

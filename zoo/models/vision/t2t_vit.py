@@ -39,13 +39,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 import kernels_pallas
-from zoo.checkpoints.rules import Rule, Rules, dense_rules, norm_rules
+from zoo.checkpoints.rules import Rule, Rules, chain, dense_rules, linear, norm_rules, split
 from zoo.layers.block import Block
+from zoo.layers.classifier import ImageClassifier
 from zoo.layers.dense import Dense
 from zoo.layers.mlp import Mlp
 from zoo.layers.norm import LayerNorm as _LayerNorm
 from zoo.layers.partition import constrain
-from zoo.layers.patch import check_image_size
 from zoo.layers.position import resize_table, sinusoids
 from zoo.layers.stack import remat_block
 from zoo.system import File, Preprocessing, System, Variant
@@ -113,8 +113,7 @@ class TokenLayer(nn.Module):
         dense = partial(Dense, kernel_init=init, **types)
         y = LayerNorm(name="norm1", **types)(x)
         if self.performer:
-            parts = dense(3 * self.width, name="kqv")(y)
-            key, query, value = jnp.split(parts, 3, axis=-1)
+            query, key, value = (dense(self.width, name=n)(y) for n in ("query", "key", "value"))
             shape = (self.width // 2, self.width)
             features = self.param("random_features", orthogonal_features, shape, self.param_dtype)
             y = performer_attention(query, key, value, jax.lax.stop_gradient(features))
@@ -131,24 +130,18 @@ class TokenLayer(nn.Module):
         return x + nn.Dropout(self.dropout)(y, deterministic=not train)
 
 
-class T2TViT(nn.Module):
+class T2TViT(ImageClassifier):
     """T2T-ViT classifier.
 
     Attributes:
       image_size: height and width in pixels, multiples of 16.
-      num_classes: 0 leaves out the head (logits are then the pooled features).
       performer: linear attention in the token layers; else softmax.
       token_dim: width of the token layers; Performer's have half as many features, rounded down.
       scale: of the backbone's q k^T; None is 1 / sqrt(head width).
       token_dropout: in the token layers; the authors' Performer layers have 0.1, the others none.
       drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
-      remat: recompute blocks in the backward pass instead of keeping their activations; True, or
-        what is kept nevertheless, by `zoo.layers.stack.REMAT`.
     """
 
-    image_size: tuple[int, int] = (224, 224)
-    in_channels: int = 3
-    num_classes: int = 1000
     performer: bool = True
     token_dim: int = 64
     embed_dim: int = 384
@@ -161,25 +154,11 @@ class T2TViT(nn.Module):
     attention_dropout: float = 0.0
     token_dropout: float = 0.1
     drop_path: float = 0.1
-    remat: bool | str = False
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    def example_inputs(self, batch_size: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of the arguments of `__call__`."""
-        shape = (batch_size, *self.image_size, self.in_channels)
-        return {"images": jax.ShapeDtypeStruct(shape, jnp.float32)}
 
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of tokens."""
         return tuple(size // 16 for size in self.image_size)
-
-    def __call__(
-        self, images: Float[Array, "batch height width in_channels"], train: bool = False
-    ) -> Float[Array, "batch classes"]:
-        """Logits."""
-        return self.features(images, train)["logits"]
 
     @nn.compact
     def features(
@@ -187,7 +166,7 @@ class T2TViT(nn.Module):
     ) -> dict[str, Array]:
         """Every named intermediate (see the table above)."""
         self._check(images.shape)
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        types = self.types
         layer = partial(TokenLayer, self.token_dim, self.performer, self.token_dropout, **types)
         out = {}
         x = unfold(images.astype(self.dtype), 7, 4, 2)
@@ -228,13 +207,11 @@ class T2TViT(nn.Module):
             )(x, rate, train)
         x = out["norm"] = LayerNorm(name="norm", **types)(x)
         x = out["pooled"] = x[:, 0]
-        if self.num_classes:
-            x = nn.Dense(self.num_classes, kernel_init=init, name="head", **types)(x)
-        out["logits"] = x
+        out["logits"] = self.classify(x, init)
         return out
 
     def _check(self, shape: tuple[int, ...]) -> None:
-        check_image_size(self, shape)
+        self.check_size(shape)
         if any(size % 16 for size in self.image_size):
             raise ValueError(f"image_size={self.image_size} is no multiple of 16 on both sides.")
 
@@ -242,13 +219,16 @@ class T2TViT(nn.Module):
 # ---------------------------------------------------------------------------- checkpoints
 
 
-def _token_layer(i: int, qkv: str, out: str, mlp: tuple[str, str]) -> list[Rule]:
+def _token_layer(i: int, out: str, mlp: tuple[str, str]) -> list[Rule]:
     theirs, ours = f"tokens_to_token.attention{i}", f"tokens_{i}"
+    three = tuple(f"{ours}/{name}" for name in ("key", "query", "value"))
     return [
         *norm_rules(f"{theirs}.norm1", f"{ours}/norm1"),
         *norm_rules(f"{theirs}.norm2", f"{ours}/norm2"),
         Rule(f"{theirs}.w", f"{ours}/random_features"),
-        *dense_rules(f"{theirs}.{qkv}", f"{ours}/{qkv.rpartition('.')[2]}"),
+        Rule(f"{theirs}.kqv.weight", tuple(f"{o}/kernel" for o in three), chain(linear, split(1))),
+        Rule(f"{theirs}.kqv.bias", tuple(f"{o}/bias" for o in three), split(0)),
+        *dense_rules(f"{theirs}.attn.qkv", f"{ours}/qkv"),
         *dense_rules(f"{theirs}.{out}", f"{ours}/out"),
         *dense_rules(f"{theirs}.{mlp[0]}", f"{ours}/mlp/up"),
         *dense_rules(f"{theirs}.{mlp[1]}", f"{ours}/mlp/down"),
@@ -282,8 +262,8 @@ def _official(*names: str | tuple[str, str]) -> Rules:
 
 
 LAYOUTS = {
-    "performer": _official("kqv", "proj", ("mlp.0", "mlp.2")),
-    "transformer": _official("attn.qkv", "attn.proj", ("mlp.fc1", "mlp.fc2")),
+    "performer": _official("proj", ("mlp.0", "mlp.2")),
+    "transformer": _official("attn.proj", ("mlp.fc1", "mlp.fc2")),
 }
 
 # ------------------------------------------------------------------------------- variants

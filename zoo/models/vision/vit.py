@@ -29,7 +29,6 @@ from dataclasses import replace
 from functools import partial
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
@@ -41,16 +40,17 @@ from zoo.checkpoints.rules import (
     Transform,
     chain,
     concat,
-    conv,
+    conv_rules,
     dense_rules,
     linear,
     norm_rules,
     reshape,
 )
 from zoo.layers.block import Block
+from zoo.layers.classifier import ImageClassifier
 from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
-from zoo.layers.patch import PatchEmbed, check_image_size
+from zoo.layers.patch import PatchEmbed
 from zoo.layers.position import resize_table
 from zoo.layers.stack import remat_block
 from zoo.system import File, Preprocessing, System, Variant
@@ -68,12 +68,11 @@ POOLS: dict[str, Callable[[Array, int], Array]] = {
 """Sequence `[batch, length, channels]` and number of prefix tokens -> what the head reads."""
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(ImageClassifier):
     """ViT or DeiT classifier.
 
     Attributes:
       image_size: height and width in pixels, multiples of `patch_size`.
-      num_classes: 0 leaves out the head (logits are then the pooled features).
       class_token: start the sequence with a learned token.
       distilled: a second learned token and head for a teacher's labels (DeiT); needs
         `pool="token"`.
@@ -89,14 +88,9 @@ class VisionTransformer(nn.Module):
       drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
       scan_layers: one stacked `layers` instead of `layers_0 ...`, compiled once
         (`zoo.layers.stack` converts the parameters).
-      remat: recompute blocks in the backward pass instead of keeping their activations; True, or
-        what is kept nevertheless, by `zoo.layers.stack.REMAT`.
     """
 
-    image_size: tuple[int, int] = (224, 224)
     patch_size: int = 16
-    in_channels: int = 3
-    num_classes: int = 1000
     embed_dim: int = 768
     depth: int = 12
     num_heads: int = 12
@@ -118,14 +112,6 @@ class VisionTransformer(nn.Module):
     attention_dropout: float = 0.0
     drop_path: float = 0.0
     scan_layers: bool = False
-    remat: bool | str = False
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    def example_inputs(self, batch_size: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of the arguments of `__call__`."""
-        shape = (batch_size, *self.image_size, self.in_channels)
-        return {"images": jax.ShapeDtypeStruct(shape, jnp.float32)}
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -137,19 +123,13 @@ class VisionTransformer(nn.Module):
         """How many tokens stand before the patches."""
         return self.class_token + self.distilled + self.num_registers
 
-    def __call__(
-        self, images: Float[Array, "batch height width in_channels"], train: bool = False
-    ) -> Float[Array, "batch classes"]:
-        """Logits; with `distilled` and `train`, those of the class and the distillation head."""
-        return self.features(images, train)["logits"]
-
     @nn.compact
     def features(
         self, images: Float[Array, "batch height width in_channels"], train: bool = False
     ) -> dict[str, Array]:
         """Every named intermediate (see the table above); distilled models also give both heads."""
         self._check(images.shape)
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        types = self.types
         norm = partial(LayerNorm, epsilon=self.epsilon, **types)
         out = {}
         x = PatchEmbed(
@@ -251,7 +231,7 @@ class VisionTransformer(nn.Module):
         return [*list(stacked)[:-1], last]  # training reads, and so keeps, the last alone
 
     def _check(self, shape: tuple[int, ...]) -> None:
-        check_image_size(self, shape)
+        self.check_size(shape)
         for field, value, known in (
             ("pool", self.pool, tuple(POOLS)),
             ("position", self.position, ("all", "patches", "none")),
@@ -296,10 +276,7 @@ def _layout(*rules: Rule, unused: tuple[str, ...] = ()) -> Rules:
 
 
 def _patches(theirs: str) -> tuple[Rule, Rule]:
-    return (
-        Rule(f"{theirs}.weight", "embed/kernel", conv),
-        Rule(f"{theirs}.bias", "embed/bias"),
-    )
+    return (*conv_rules(f"{theirs}", "embed"),)
 
 
 def _timm() -> Rules:

@@ -49,8 +49,18 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 import kernels_pallas
-from zoo.checkpoints.rules import Rule, Rules, chain, conv, dense_rules, linear, norm_rules, squeeze
+from zoo.checkpoints.rules import (
+    Rule,
+    Rules,
+    chain,
+    conv_rules,
+    dense_rules,
+    linear,
+    norm_rules,
+    squeeze,
+)
 from zoo.layers.attention import attention_weights
+from zoo.layers.classifier import ImageClassifier
 from zoo.layers.conv import DepthwiseConv
 from zoo.layers.dense import Dense
 from zoo.layers.hierarchy import Stage
@@ -141,6 +151,7 @@ class VariedSizeWindowAttention(nn.Module):
       channels: of the map that goes out.
       window_size: w, in tokens.
       zero_init: start from plain windows. The code has such a method and never calls it.
+      scale: factor on q k^T; None is 1 / sqrt(in_channels / num_heads).
 
     Raises:
       ValueError: if the map has other channels, or is smaller than a window.
@@ -153,6 +164,8 @@ class VariedSizeWindowAttention(nn.Module):
     zero_init: bool = False
     dropout: float = 0.0
     attention_dropout: float = 0.0
+    qkv_bias: bool = True
+    scale: float | None = None
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -174,7 +187,8 @@ class VariedSizeWindowAttention(nn.Module):
             )
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         dense = partial(Dense, kernel_init=torch_default_init, **types)
-        qkv = pad_to_multiple(dense(3 * self.channels, name="qkv")(x), w, w)
+        qkv = dense(3 * self.channels, use_bias=self.qkv_bias, name="qkv")(x)
+        qkv = pad_to_multiple(qkv, w, w)
         size = qkv.shape[1:3]
         query, keys_and_values = qkv[..., : self.channels], qkv[..., self.channels :]
 
@@ -211,7 +225,7 @@ class VariedSizeWindowAttention(nn.Module):
         return both[0], both[1]
 
     def _attend(self, query: Array, key: Array, value: Array, bias: Array, train: bool) -> Array:
-        scale = (self.in_channels // self.num_heads) ** -0.5
+        scale = self.scale or (self.in_channels // self.num_heads) ** -0.5
         if self.is_mutable_collection("intermediates"):
             weights = attention_weights(query, key, bias=bias[None], scale=scale)
             self.sow("intermediates", "attention", weights)
@@ -287,6 +301,7 @@ class ReductionCell(nn.Module):
     num_heads: int
     groups: int
     local_width: int
+    has_pos_conv: bool = True
     window_size: int = 7
     zero_init: bool = False
     dropout: float = 0.0
@@ -315,7 +330,7 @@ class ReductionCell(nn.Module):
                 )(x)
             )
         t = gelu(jnp.concatenate(branches, -1))
-        t = t + DepthwiseConv(7, name="position", **types)(t)
+        t = t + DepthwiseConv(7, name="pos_conv", **types)(t) if self.has_pos_conv else t
         t = LayerNorm(epsilon=1e-5, name="norm1", **types)(t)
         widths = (self.local_width, self.local_width, self.channels)
         strides = (2, 2 if self.ratio == 4 else 1, 1)
@@ -331,6 +346,7 @@ class NormalCell(nn.Module):
 
     num_heads: int
     groups: int
+    has_pos_conv: bool = True
     window_size: int = 7
     mlp_ratio: float = 4.0
     zero_init: bool = False
@@ -347,7 +363,7 @@ class NormalCell(nn.Module):
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         channels = x.shape[-1]
         hidden = int(channels * self.mlp_ratio)
-        t = x + DepthwiseConv(7, name="position", **types)(x)
+        t = x + DepthwiseConv(7, name="pos_conv", **types)(x) if self.has_pos_conv else x
         t = LayerNorm(epsilon=1e-6, name="norm1", **types)(t)
         t = _attention(self, channels, channels)(t, train)
         widths = (hidden, channels, channels)
@@ -376,13 +392,12 @@ def _attention(
     )
 
 
-class ViTAEv2VSA(nn.Module):
+class ViTAEv2VSA(ImageClassifier):
     """ViTAEv2 classifier with varied-size windows in every cell.
 
     Attributes:
       image_size: height and width in pixels, multiples of the product of `ratios`; the last map
         must not be smaller than a window. Windows need not tile the maps.
-      num_classes: 0 leaves out the head (logits are then the pooled features).
       embed_dims: channels of each dilated convolution, per stage.
       token_dims: channels of each stage.
       ratios: by which reductions shrink the map.
@@ -394,15 +409,13 @@ class ViTAEv2VSA(nn.Module):
       groups: of the local branches of normal cells.
       reduction_groups: of the local branches of reductions.
       wide_local: local branches of reductions are 2 token_dims wide inside, not embed_dims.
+      has_pos_conv: a convolution of each channel alone before attention.
       zero_init: windows start as plain ones.
       drop_path: stochastic depth of the last block, were the rates not reused (see above).
       remat: recompute normal cells in the backward pass instead of keeping their activations; True,
         or what is kept nevertheless, by `zoo.layers.stack.REMAT`.
     """
 
-    image_size: tuple[int, int] = (224, 224)
-    in_channels: int = 3
-    num_classes: int = 1000
     embed_dims: tuple[int, ...] = (64, 64, 128, 256)
     token_dims: tuple[int, ...] = (64, 128, 256, 512)
     ratios: tuple[int, ...] = (4, 2, 2, 2)
@@ -414,26 +427,13 @@ class ViTAEv2VSA(nn.Module):
     groups: tuple[int, ...] = (1, 32, 64, 128)
     reduction_groups: tuple[int, ...] = (1, 16, 32, 64)
     wide_local: bool = True
+    has_pos_conv: bool = True
     window_size: int = 7
     mlp_ratio: float = 4.0
     zero_init: bool = False
     dropout: float = 0.0
     attention_dropout: float = 0.0
     drop_path: float = 0.1
-    remat: bool | str = False
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    def example_inputs(self, batch_size: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of the arguments of `__call__`."""
-        shape = (batch_size, *self.image_size, self.in_channels)
-        return {"images": jax.ShapeDtypeStruct(shape, jnp.float32)}
-
-    def __call__(
-        self, images: Float[Array, "batch height width in_channels"], train: bool = False
-    ) -> Float[Array, "batch classes"]:
-        """Logits."""
-        return self.features(images, train)["logits"]
 
     @nn.compact
     def features(
@@ -447,8 +447,9 @@ class ViTAEv2VSA(nn.Module):
                 f"{self.in_channels}), not {images.shape}; resize them, or create the model with "
                 f"another image_size, of multiples of {stride}."
             )
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        types = self.types
         shared = {
+            "has_pos_conv": self.has_pos_conv,
             "window_size": self.window_size,
             "zero_init": self.zero_init,
             "dropout": self.dropout,
@@ -480,9 +481,7 @@ class ViTAEv2VSA(nn.Module):
             x, _ = Stage(cells, name=f"stages_{i}")(x, train)
             out[f"stage{i + 1}"] = x
         x = out["pooled"] = x.mean((1, 2))
-        if self.num_classes:
-            x = Dense(self.num_classes, kernel_init=init, name="head", **types)(x)
-        out["logits"] = x
+        out["logits"] = self.classify(x, init)
         return out
 
 
@@ -514,8 +513,7 @@ def attention_rules(theirs: str, ours: str) -> list[Rule]:
 def _cell_rules(theirs: str, ours: str) -> list[Rule]:
     rules = [
         *norm_rules(f"{theirs}.norm1", f"{ours}/norm1"),
-        Rule(f"{theirs}.pos.weight", f"{ours}/position/kernel", conv),
-        Rule(f"{theirs}.pos.bias", f"{ours}/position/bias"),
+        *conv_rules(f"{theirs}.pos", f"{ours}/pos_conv"),
         *attention_rules(f"{theirs}.attn.", f"{ours}/attention/"),
         *norm_rules(f"{theirs}.norm2", f"{ours}/norm2"),
         *dense_rules(f"{theirs}.mlp.fc1", f"{ours}/mlp/up"),
@@ -523,8 +521,7 @@ def _cell_rules(theirs: str, ours: str) -> list[Rule]:
     ]
     for number, name in ((0, "conv1"), (3, "conv2"), (6, "conv3")):
         rules += [
-            Rule(f"{theirs}.PCM.{number}.weight", f"{ours}/local/{name}/kernel", conv),
-            Rule(f"{theirs}.PCM.{number}.bias", f"{ours}/local/{name}/bias"),
+            *conv_rules(f"{theirs}.PCM.{number}", f"{ours}/local/{name}"),
         ]
     for number, name in ((1, "norm1"), (4, "norm2")):
         statistics = f"batch_stats/{ours}/local/{name}"
@@ -545,8 +542,7 @@ _REDUCTION, _NORMAL = "layers.{s}.RC", "layers.{s}.NC.{b}"
 LAYOUTS = {
     "official": Rules(
         (
-            Rule(f"{_REDUCTION}.PRM.convs.{{k}}.0.weight", "reduce_{s}/branches_{k}/kernel", conv),
-            Rule(f"{_REDUCTION}.PRM.convs.{{k}}.0.bias", "reduce_{s}/branches_{k}/bias"),
+            *conv_rules(f"{_REDUCTION}.PRM.convs.{{k}}.0", "reduce_{s}/branches_{k}"),
             *_cell_rules(_REDUCTION, "reduce_{s}"),
             *_cell_rules(_NORMAL, "stages_{s}/layers_{b}"),
             *dense_rules("head", "head"),

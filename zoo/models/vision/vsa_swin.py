@@ -12,11 +12,11 @@ as in the code's ViTAEv2 (`position_in_skip`).
     features         swin_vsa_tiny_window7_224
     patch_embed      56  56   96    4x4 patches, linear, LayerNorm
     stage1           56  56   96    2 blocks; stride 4
-    merge1           28  28  192    2x2 neighbours concatenated, LayerNorm, linear
+    downsample1      28  28  192    2x2 neighbours concatenated, LayerNorm, linear
     stage2           28  28  192    2 blocks; stride 8
-    merge2           14  14  384
+    downsample2      14  14  384
     stage3           14  14  384    6 blocks; stride 16
-    merge3            7   7  768
+    downsample3       7   7  768
     stage4            7   7  768    2 blocks; stride 32
     norm              7   7  768
     pooled                   768    mean over the map
@@ -26,19 +26,18 @@ as in the code's ViTAEv2 (`position_in_skip`).
 from functools import partial
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from zoo.checkpoints.rules import Rule, Rules, conv, dense_rules, linear, norm_rules
+from zoo.checkpoints.rules import Rule, Rules, conv_rules, dense_rules, linear, norm_rules
+from zoo.layers.classifier import ImageClassifier
 from zoo.layers.conv import DepthwiseConv
-from zoo.layers.dense import Dense
 from zoo.layers.hierarchy import PatchMerging, Stage
 from zoo.layers.mlp import Mlp
 from zoo.layers.norm import LayerNorm as _LayerNorm
 from zoo.layers.partition import constrain
-from zoo.layers.patch import PatchEmbed, check_image_size
+from zoo.layers.patch import PatchEmbed
 from zoo.layers.stack import remat_block
 from zoo.layers.stochastic import DropPath
 from zoo.models.vision.vsa import VariedSizeWindowAttention, attention_rules, index_table
@@ -68,7 +67,7 @@ class SwinVSABlock(nn.Module):
     ) -> Float[Array, "batch height width channels"]:
         channels = x.shape[3]
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        y = x + DepthwiseConv(7, name="position", **types)(x)
+        y = x + DepthwiseConv(7, name="pos_conv", **types)(x)
         x = y if self.position_in_skip else x
         y = VariedSizeWindowAttention(
             channels,
@@ -89,24 +88,18 @@ class SwinVSABlock(nn.Module):
         return constrain(x, "batch", "height", "width", "channels")
 
 
-class SwinVSA(nn.Module):
+class SwinVSA(ImageClassifier):
     """Swin classifier with varied-size windows.
 
     Attributes:
       image_size: height and width in pixels, multiples of patch_size * 2 ** (stages - 1); the last
         map must not be smaller than a window. Windows need not tile the maps.
-      num_classes: 0 leaves out the head (logits are then the pooled features).
       position_in_skip: the skip around attention carries the convolution, too.
       zero_init: windows start as plain ones.
       drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
-      remat: recompute blocks in the backward pass instead of keeping their activations; True, or
-        what is kept nevertheless, by `zoo.layers.stack.REMAT`.
     """
 
-    image_size: tuple[int, int] = (224, 224)
     patch_size: int = 4
-    in_channels: int = 3
-    num_classes: int = 1000
     embed_dim: int = 96
     depths: tuple[int, ...] = (2, 2, 6, 2)
     num_heads: tuple[int, ...] = (3, 6, 12, 24)
@@ -117,28 +110,14 @@ class SwinVSA(nn.Module):
     dropout: float = 0.0
     attention_dropout: float = 0.0
     drop_path: float = 0.2
-    remat: bool | str = False
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    def example_inputs(self, batch_size: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of the arguments of `__call__`."""
-        shape = (batch_size, *self.image_size, self.in_channels)
-        return {"images": jax.ShapeDtypeStruct(shape, jnp.float32)}
-
-    def __call__(
-        self, images: Float[Array, "batch height width in_channels"], train: bool = False
-    ) -> Float[Array, "batch classes"]:
-        """Logits."""
-        return self.features(images, train)["logits"]
 
     @nn.compact
     def features(
         self, images: Float[Array, "batch height width in_channels"], train: bool = False
     ) -> dict[str, Array]:
         """Every named map (see the table above): `stage1 ...` is the pyramid, before merging."""
-        check_image_size(self, images.shape)
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.check_size(images.shape)
+        types = self.types
         out = {}
         x = PatchEmbed(self.embed_dim, self.patch_size, name="embed", **types)(images)
         x = out["patch_embed"] = LayerNorm(name="embed_norm", **types)(x)
@@ -165,12 +144,10 @@ class SwinVSA(nn.Module):
             )
             out[f"stage{i + 1}"], merged = stage(x, train)
             if not last:
-                x = out[f"merge{i + 1}"] = merged
+                x = out[f"downsample{i + 1}"] = merged
         x = out["norm"] = LayerNorm(name="norm", **types)(out[f"stage{len(self.depths)}"])
         x = out["pooled"] = x.mean((1, 2))
-        if self.num_classes:
-            x = Dense(self.num_classes, kernel_init=init, name="head", **types)(x)
-        out["logits"] = x
+        out["logits"] = self.classify(x, init)
         return out
 
 
@@ -182,20 +159,18 @@ _THEIRS, _OURS = "layers.{s}.blocks.{b}", "stages_{s}/layers_{b}"
 LAYOUTS = {
     "swin": Rules(
         (
-            Rule("patch_embed.proj.weight", "embed/kernel", conv),
-            Rule("patch_embed.proj.bias", "embed/bias"),
+            *conv_rules("patch_embed.proj", "embed"),
             *norm_rules("patch_embed.norm", "embed_norm"),
-            Rule(f"{_THEIRS}.pos.weight", f"{_OURS}/position/kernel", conv),
-            Rule(f"{_THEIRS}.pos.bias", f"{_OURS}/position/bias"),
+            *conv_rules(f"{_THEIRS}.pos", f"{_OURS}/pos_conv"),
             *norm_rules(f"{_THEIRS}.norm1", f"{_OURS}/norm1"),
             *attention_rules(f"{_THEIRS}.attn.", f"{_OURS}/attention/"),
             *norm_rules(f"{_THEIRS}.norm2", f"{_OURS}/norm2"),
             *dense_rules(f"{_THEIRS}.mlp.fc1", f"{_OURS}/mlp/up"),
             *dense_rules(f"{_THEIRS}.mlp.fc2", f"{_OURS}/mlp/down"),
-            *norm_rules("layers.{s}.downsample.norm", "stages_{s}/merge/norm"),
+            *norm_rules("layers.{s}.downsample.norm", "stages_{s}/downsample/norm"),
             Rule(
                 "layers.{s}.downsample.reduction.weight",
-                "stages_{s}/merge/reduction/kernel",
+                "stages_{s}/downsample/reduction/kernel",
                 linear,
             ),
             *norm_rules("norm", "norm"),

@@ -1,0 +1,76 @@
+"""What classifiers of images share: sizes, example inputs, logits and a head."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class ImageClassifier(nn.Module):
+    """A model whose `features` map images to named arrays, `logits` among them.
+
+    Attributes:
+      image_size: height and width in pixels.
+      in_channels: of the images.
+      num_classes: 0 leaves out the head (logits are then the pooled features).
+      remat: recompute blocks in the backward pass instead of keeping their activations; True, or
+        what is kept nevertheless, by `zoo.layers.stack.REMAT`.
+      dtype: of the computation.
+      param_dtype: of the parameters.
+    """
+
+    image_size: tuple[int, int] = (224, 224)
+    in_channels: int = 3
+    num_classes: int = 1000
+    remat: bool | str = False
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @property
+    def types(self) -> dict[str, jnp.dtype]:
+        """Both number types, as arguments of a layer."""
+        return {"dtype": self.dtype, "param_dtype": self.param_dtype}
+
+    def example_inputs(self, batch_size: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of the arguments of `__call__`."""
+        shape = (batch_size, *self.image_size, self.in_channels)
+        return {"images": jax.ShapeDtypeStruct(shape, jnp.float32)}
+
+    def __call__(
+        self, images: Float[Array, "batch height width in_channels"], train: bool = False
+    ) -> Float[Array, "batch classes"]:
+        """Logits."""
+        return self.features(images, train)["logits"]
+
+    def features(
+        self, images: Float[Array, "batch height width in_channels"], train: bool = False
+    ) -> dict[str, Array]:
+        """Every named intermediate."""
+        raise NotImplementedError
+
+    def classify(
+        self, x: Float[Array, "batch channels"], kernel_init: Callable
+    ) -> Float[Array, "batch classes"]:
+        """Logits of the pooled features, by `head`; called in `features`."""
+        if not self.num_classes:
+            return x
+        return nn.Dense(self.num_classes, kernel_init=kernel_init, name="head", **self.types)(x)
+
+    def check_channels(self, shape: tuple[int, ...]) -> None:
+        """Raises ValueError unless this is a batch of images with the right number of channels."""
+        if len(shape) != 4 or shape[3] != self.in_channels or 0 in shape:
+            raise ValueError(
+                f"This {type(self).__name__} takes images of shape (batch, height, width, "
+                f"{self.in_channels}), not {shape}."
+            )
+
+    def check_size(self, shape: tuple[int, ...]) -> None:
+        """Raises ValueError unless images of this shape are of the one size of this model."""
+        if shape[1:] != (*self.image_size, self.in_channels):
+            raise ValueError(
+                f"This {type(self).__name__} takes images of shape (batch, {self.image_size[0]}, "
+                f"{self.image_size[1]}, {self.in_channels}), not {shape}; resize them, or create "
+                "the model with another image_size."
+            )
