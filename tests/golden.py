@@ -575,6 +575,23 @@ def features(model: Any, images: np.ndarray) -> Callable[[dict], dict[str, jax.A
     )
 
 
+def captured(model: Any, images: np.ndarray, name: str) -> Callable[[dict], tuple[dict, dict]]:
+    """As `features`, with the outputs of all modules of this name and what the model sows."""
+
+    @jax.jit
+    def run(variables: dict) -> tuple[dict, dict]:
+        out, state = model.apply(
+            variables,
+            images,
+            method="features",
+            mutable=["intermediates"],
+            capture_intermediates=lambda module, _: module.name == name,
+        )
+        return out, state["intermediates"]
+
+    return run
+
+
 # -------------------------------------------------------------------------------- program
 
 

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import golden
-import jax
 
 from zoo.models.vision.activator import Activator
 
@@ -29,16 +28,11 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     model = Activator(has_mlp=VARIANTS[config.take("variant", "activator.py")], **fields)
     images = case.images()
 
-    @jax.jit
+    run = golden.captured(model, images, "gated_mlp")
+
     def outputs(variables: dict) -> golden.Outputs:
-        out, kept = model.apply(
-            variables,
-            images,
-            method="features",
-            mutable=["intermediates"],
-            capture_intermediates=lambda module, _: module.name == "gated_mlp",
-        )
-        unit = kept["intermediates"]["layers_0"]["gated_mlp"]["__call__"][0]
+        out, kept = run(variables)
+        unit = kept["layers_0"]["gated_mlp"]["__call__"][0]
         return out | {"unit0": unit, "model": out[f"block{model.depth - 1}"]}
 
     return model, outputs

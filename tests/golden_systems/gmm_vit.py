@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import golden
-import jax
 
 from zoo.models.vision.gmm_hosts import GmmCaiT, GmmSwin
 from zoo.models.vision.gmm_vit import GmmViT
@@ -72,20 +71,15 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     model = module(mask=mask, **fields, **more)
     images = case.images()
 
-    @jax.jit
+    run = golden.captured(model, images, "mlp")
+
     def outputs(variables: dict) -> golden.Outputs:
-        out, kept = model.apply(
-            variables,
-            images,
-            method="features",
-            mutable=["intermediates"],
-            capture_intermediates=lambda module, _: module.name == "mlp",
-        )
+        out, kept = run(variables)
         out["patch"] = out["patch_embed"]
         if cls == "SwinTransformer":
             merged = {f"layer{s}": out[f"downsample{s + 1}"] for s in range(len(model.depths) - 1)}
             return out | merged
-        first = kept["intermediates"]["layers_0"]
+        first = kept["layers_0"]
         return out | {
             "masked_scores0": first["mixer"]["attention"]["scores"][0],
             "block0": first["mlp"]["__call__"][0],

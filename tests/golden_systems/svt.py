@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import golden
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -39,16 +38,11 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     images = case.images()
     model = SVT(image_size=images.shape[1:3], **fields)
 
-    @jax.jit
+    run = golden.captured(model, images, "scatter")
+
     def outputs(variables: dict) -> golden.Outputs:
-        out, kept = model.apply(
-            variables,
-            images,
-            method="features",
-            mutable=["intermediates"],
-            capture_intermediates=lambda module, _: module.name == "scatter",
-        )
-        scatter = kept["intermediates"]["stages_0"]["layers_0"]["scatter"]["__call__"][0]
+        out, kept = run(variables)
+        scatter = kept["stages_0"]["layers_0"]["scatter"]["__call__"][0]
         return out | {
             "stem": out["patch_embed"],
             "scatter0": scatter,

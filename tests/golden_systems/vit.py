@@ -138,11 +138,15 @@ def timm_vit(case: golden.Case) -> dict[str, Any]:
         fields["head_norm"] = "pooled" if config.entries["fc_norm"] else "tokens"
     if not config.take("final_norm", True):
         fields["head_norm"] = "none"
+    norm = str(config.take("norm_layer") or "LayerNorm")
+    found = re.fullmatch(r"(?:partial\()?(?:nn\.)?layer_?norm(?:, *eps=([\d.e-]+)\))?", norm, re.I)
+    if found is None:
+        raise golden.Unsupported(f"its norm is {norm}, and the zoo's model has LayerNorm only")
+    fields["epsilon"] = float(found[1]) if found[1] else fields["epsilon"]
+    fields["activation"] = activation(config.take("act_layer"), fields["activation"])
     head = case.shapes.get("head.weight")
     fields["num_classes"] = config.take("num_classes", head[0] if head else 0)
     config.expect(
-        norm_layer=(None, "LayerNorm", "layernorm", "nn.LayerNorm"),
-        act_layer=(None, "gelu", "GELU", "nn.GELU"),
         embed_norm_layer=None, scale_attn_norm=False, scale_mlp_norm=False,
         pool_include_prefix=False, block_fn=(None, "Block"), mlp_layer=(None, "Mlp"),
         attn_layer=("", "attn", "Attention", None), embed_layer=(None, "PatchEmbed"),
@@ -153,6 +157,18 @@ def timm_vit(case: golden.Case) -> dict[str, Any]:
                   "dynamic_img_size", "dynamic_img_pad", "in21k", "distilled")  # fmt: skip
     fields["distilled"] |= bool(config.entries.get("distilled"))
     return fields
+
+
+def activation(name: str | None, default: str) -> str:
+    """Ours from timm's or Hugging Face's."""
+    names = {"gelu": "gelu", "gelu_tanh": "gelu_tanh", "quick_gelu": "quick_gelu",
+             "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}  # fmt: skip
+    if name is None:
+        return default
+    known = names.get(str(name).removeprefix("nn.").lower())
+    if known is None:
+        raise golden.Unsupported(f"its activation is {name}; the zoo has {', '.join(names)}")
+    return known
 
 
 def hugging_face_vit(case: golden.Case) -> dict[str, Any]:
@@ -171,7 +187,7 @@ def hugging_face_vit(case: golden.Case) -> dict[str, Any]:
     hidden = config.take("intermediate_size", 3072)
     heads = ("classifier.weight", "cls_classifier.weight")
     head = next((case.shapes[n] for n in heads if n in case.shapes), None)
-    config.expect(hidden_act="gelu", pooler_act="tanh")
+    config.expect(pooler_act="tanh")
     config.ignore("model_type", "architectures", "num_labels", "id2label", "label2id",
                   "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range",
                   "encoder_stride", "transformers_version", "_name_or_path",
@@ -180,6 +196,7 @@ def hugging_face_vit(case: golden.Case) -> dict[str, Any]:
     return base | fields | {
         "mlp_ratio": hidden / fields["embed_dim"],
         "epsilon": config.take("layer_norm_eps", 1e-12),
+        "activation": activation(config.take("hidden_act"), "gelu"),
         "distilled": any("distillation_token" in name for name in case.shapes),
         "pre_logits": case.shapes.get("pooler.dense.bias", (0,))[0],
         "num_classes": head[0] if head else 0,

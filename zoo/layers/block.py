@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from zoo.layers.attention import Attention
-from zoo.layers.mlp import Mlp
+from zoo.layers.mlp import Mlp, gelu
 from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
 from zoo.layers.stochastic import DropPath
@@ -51,6 +51,7 @@ class Block(nn.Module):
 
     Attributes:
       out_bias: biases of `attention/out` and of the MLP.
+      activation: of the MLP; the default is the exact (erf) GELU.
       layer_scale: initial value of a learned scale per channel on both branches; None: no scales.
       scale: factor on q k^T; None is 1 / sqrt(head width).
     """
@@ -60,6 +61,7 @@ class Block(nn.Module):
     qkv_bias: bool = True
     out_bias: bool = True
     query_key_norm: bool = False
+    activation: Callable[[Array], Array] = gelu
     layer_scale: float | None = None
     scale: float | None = None
     epsilon: float = 1e-6
@@ -92,6 +94,7 @@ class Block(nn.Module):
         )
         mlp = Mlp(
             int(x.shape[-1] * self.mlp_ratio),
+            self.activation,
             dropout=self.dropout,
             use_bias=self.out_bias,
             kernel_init=init,

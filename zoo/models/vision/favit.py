@@ -366,4 +366,10 @@ VARIANTS = dict(
     )
 }
 
-SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS)
+# Of each head alike, so small: whole on every device.
+PARTITION = {
+    r".*/(global|local_\d)/(key|value)/kernel": (None, None),
+    r".*/(global|local_\d)/(key|value)/bias": (None,),
+}
+
+SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS, partition=PARTITION)

@@ -520,4 +520,4 @@ VARIANTS = {
     ),
 }
 
-SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS, decay=(r".*lowpass",))
+SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS, decay=(r".*lowpass", r".*bands\d/bias"))

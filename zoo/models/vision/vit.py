@@ -48,6 +48,7 @@ from zoo.checkpoints.rules import (
 )
 from zoo.layers.block import Block
 from zoo.layers.classifier import ImageClassifier
+from zoo.layers.mlp import gelu
 from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
 from zoo.layers.patch import PatchEmbed
@@ -57,6 +58,13 @@ from zoo.system import File, Preprocessing, System, Variant
 
 init = nn.initializers.normal(0.02)  # timm's truncation, at 100 deviations, never acts
 tiny_init = nn.initializers.normal(1e-6)
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": gelu,
+    "gelu_tanh": partial(nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+}
+"""Of the MLPs: the exact GELU, and what SigLIP's and OpenAI's CLIP models have in its place."""
 
 POOLS: dict[str, Callable[[Array, int], Array]] = {
     "token": lambda x, prefix: x[:, 0],
@@ -73,6 +81,7 @@ class VisionTransformer(ImageClassifier):
 
     Attributes:
       image_size: height and width in pixels, multiples of `patch_size`.
+      activation: of the MLPs, a key of `ACTIVATIONS`.
       class_token: start the sequence with a learned token.
       distilled: a second learned token and head for a teacher's labels (DeiT); needs
         `pool="token"`.
@@ -98,6 +107,7 @@ class VisionTransformer(ImageClassifier):
     qkv_bias: bool = True
     out_bias: bool = True
     query_key_norm: bool = False
+    activation: str = "gelu"
     class_token: bool = True
     distilled: bool = False
     num_registers: int = 0
@@ -203,6 +213,7 @@ class VisionTransformer(ImageClassifier):
             qkv_bias=self.qkv_bias,
             out_bias=self.out_bias,
             query_key_norm=self.query_key_norm,
+            activation=ACTIVATIONS[self.activation],
             layer_scale=self.layer_scale,
             epsilon=self.epsilon,
             dropout=self.dropout,
@@ -234,6 +245,7 @@ class VisionTransformer(ImageClassifier):
         self.check_size(shape)
         for field, value, known in (
             ("pool", self.pool, tuple(POOLS)),
+            ("activation", self.activation, tuple(ACTIVATIONS)),
             ("position", self.position, ("all", "patches", "none")),
             ("head_norm", self.head_norm, (None, "tokens", "pooled", "none")),
         ):
