@@ -40,6 +40,7 @@ SYSTEMS: dict[str, tuple[str, ...]] = {
     "zoo.models.imaging.topnet": ("topnet_*",),
     "zoo.models.imaging.hat": ("HAT*", "Real_HAT_*", "hat_*"),
     "zoo.models.language.bert": ("bert_*", "minilm_*"),
+    "zoo.models.language.albert": ("albert_*", "distilbert_*"),
     "zoo.models.language.gpt2": ("gpt2", "gpt2_*", "distilgpt2"),
     "zoo.models.language.opt": ("opt_*",),
     "zoo.models.language.llama": ("llama*", "stories*", "mistral_*"),

@@ -10,6 +10,24 @@ import numpy as np
 
 import zoo
 
+# For training, generation and bookkeeping.
+BOOKKEEPING = """
+        _attn_implementation _attn_implementation_autoset _name_or_path add_pooling_layer
+        architectures attention_probs_dropout_prob attn_implementation bad_words_ids
+        begin_suppress_tokens bos_token_id chunk_size_feed_forward classifier_dropout cls
+        cross_attention_hidden_size decoder_start_token_id directionality diversity_penalty
+        do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
+        exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
+        gradient_checkpointing hidden_dropout_prob id2label initializer_range label2id
+        length_penalty max_length min_length model_type no_repeat_ngram_size num_beam_groups
+        num_beams num_labels num_return_sequences output_attentions output_hidden_states
+        output_scores pad_token_id pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers
+        pooler_size_per_head pooler_type prefix problem_type remove_invalid_values
+        repetition_penalty return_dict return_dict_in_generate sentences sep_token_id
+        suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder
+        tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p
+        use_bfloat16 use_cache""".split()
+
 
 def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     """Hugging Face's BERT and its heads; the heads are those whose tensors are there."""
@@ -33,23 +51,8 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
                   pruned_heads=({}, None),
                   pooling=("masked mean over last_hidden_state, then L2 normalise",
                            None))  # fmt: skip
-    # The heads are told by their tensors, the rest is for training, generation and bookkeeping.
-    config.ignore(*"""
-        _attn_implementation _attn_implementation_autoset _name_or_path add_pooling_layer
-        architectures attention_probs_dropout_prob attn_implementation bad_words_ids
-        begin_suppress_tokens bos_token_id chunk_size_feed_forward classifier_dropout cls
-        cross_attention_hidden_size decoder_start_token_id directionality diversity_penalty
-        do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
-        exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
-        gradient_checkpointing hidden_dropout_prob id2label initializer_range label2id
-        length_penalty max_length min_length model_type no_repeat_ngram_size num_beam_groups
-        num_beams num_labels num_return_sequences output_attentions output_hidden_states
-        output_scores pad_token_id pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers
-        pooler_size_per_head pooler_type prefix problem_type remove_invalid_values
-        repetition_penalty return_dict return_dict_in_generate sentences sep_token_id
-        suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder
-        tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p
-        use_bfloat16 use_cache""".split())  # fmt: skip
+    # The heads are told by their tensors.
+    config.ignore(*BOOKKEEPING)
     names = {name.removeprefix("bert.") for name in case.shapes}
     pooler = "pooler.dense.weight" in names
     classifies = "classification" if pooler else "token_classes"
@@ -75,6 +78,12 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
         case.filled_as |= {name: tied} if tied in names else {}
     classes = case.shapes.get("classifier.weight", (2,))[0]
     model = zoo.info("bert_test").create(**fields, head=head, num_classes=classes, pooler=pooler)
+    return model, run(case, model)
+
+
+def run(case: golden.Case, model: Any) -> Callable[[dict], golden.Outputs]:
+    """Everything that the model gives of the inputs of the case, by the names of references."""
+    head = model.head
     inputs = {
         ours: case.input(theirs)
         for ours, theirs in (
@@ -88,12 +97,12 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     choices = inputs["tokens"].shape[:-1]  # two axes where each row has several texts
     inputs = {name: x.reshape(-1, x.shape[-1]).astype(np.int32) for name, x in inputs.items()}
     check_lengths(case, inputs)
-    run = jax.jit(lambda v, x: model.apply(v, **x, method="features"))
+    call = jax.jit(lambda v, x: model.apply(v, **x, method="features"))
 
     def outputs(variables: dict) -> golden.Outputs:
         from zoo.models.language.bert import mean_pool, unit_length
 
-        out = run(variables, inputs)
+        out = call(variables, inputs)
         hidden = out["last_hidden_state"]
         keep = np.asarray(inputs.get("mask", np.ones(hidden.shape[:2]))) != 0
         embeddings = unit_length(mean_pool(hidden, keep))
@@ -102,7 +111,7 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
         span = {"start_logits": heads[0][..., 0], "end_logits": heads[0][..., 1]}
         return (
             {f"hidden_states_{i + 1}": out[f"layer{i}"] for i in range(model.depth)}
-            | ({"pooler_output": out["pooled"]} if pooler else {})
+            | ({"pooler_output": out["pooled"]} if "pooled" in out else {})
             | (span if head == "span" else {})
             | dict(zip(("prediction_logits", "seq_relationship_logits"), heads, strict=False))
             | {
@@ -118,7 +127,7 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
             }
         )
 
-    return model, outputs
+    return outputs
 
 
 def check_lengths(case: golden.Case, inputs: dict[str, np.ndarray]) -> None:

@@ -94,6 +94,7 @@ class MaskedLMHead(nn.Module):
     """Scores of all words at each position; `decode` multiplies by the embedding, transposed."""
 
     vocab_size: int
+    word_dim: int | None = None
     activation: Callable[[Array], Array] = gelu
     epsilon: float = 1e-12
     dtype: jnp.dtype = jnp.float32
@@ -104,7 +105,7 @@ class MaskedLMHead(nn.Module):
         self, x: Float[Array, "batch length channels"], decode: Callable[[Array], Array]
     ) -> Float[Array, "batch length vocab_size"]:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        x = Dense(x.shape[-1], kernel_init=init, name="transform", **types)(x)
+        x = Dense(self.word_dim or x.shape[-1], kernel_init=init, name="transform", **types)(x)
         x = LayerNorm(epsilon=self.epsilon, name="norm", **types)(self.activation(x))
         bias = self.param("bias", nn.initializers.zeros, (self.vocab_size,), self.param_dtype)
         return constrain(decode(x) + bias.astype(self.dtype), "batch", "length", "vocab")
@@ -133,9 +134,12 @@ class Bert(nn.Module):
       embed_dim: channels of the whole encoder.
       mlp_dim: channels in the middle of the MLP.
       max_positions: longest sequence.
-      num_token_types: segments that can be told apart.
+      num_token_types: segments that can be told apart; 0: none (DistilBERT).
+      word_dim: width of the embeddings, which a map takes to `embed_dim` (ALBERT); None: that.
+      groups: sets of weights that so many layers in a row share (ALBERT); 0: each has its own.
       activation: of MLP and masked-word head, a key of `ACTIVATIONS`.
-      pooler: the tanh layer on the first token; the heads that read it need it.
+      pooler: the layer on the first token; the heads that read it need it.
+      pooler_activation: of that layer, a key of `ACTIVATIONS`.
       head: None or a key of `HEADS` (see the table above).
       num_classes: of the classification heads.
       scan_layers: one stacked `layers` instead of `layers_0 ...`, compiled once
@@ -151,9 +155,12 @@ class Bert(nn.Module):
     mlp_dim: int = 3072
     max_positions: int = 512
     num_token_types: int = 2
+    word_dim: int | None = None
+    groups: int = 0
     activation: str = "gelu"
     epsilon: float = 1e-12
     pooler: bool = True
+    pooler_activation: str = "tanh"
     head: str | None = None
     num_classes: int = 2
     dropout: float = 0.1
@@ -168,7 +175,8 @@ class Bert(nn.Module):
     ) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of the arguments of `__call__` for sequences of `length` tokens."""
         shape = jax.ShapeDtypeStruct((batch_size, min(length, self.max_positions)), jnp.int32)
-        return {"tokens": shape, "token_types": shape, "mask": shape}
+        types = {"token_types": shape} if self.num_token_types else {}
+        return {"tokens": shape, **types, "mask": shape}
 
     def __call__(
         self,
@@ -204,32 +212,34 @@ class Bert(nn.Module):
         """Every named intermediate (see the table above); arguments as those of `__call__`."""
         self._check(tokens, token_types, mask, positions)
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        embed = nn.Embed(
-            self.vocab_size, self.embed_dim, embedding_init=init, name="embed", **types
-        )
-        x = embed(tokens) + self._positions(tokens.shape[1], positions) + self._types(token_types)
+        width = self.word_dim or self.embed_dim
+        embed = nn.Embed(self.vocab_size, width, embedding_init=init, name="embed", **types)
+        x = embed(tokens) + self._positions(tokens.shape[1], positions)
+        x = x + self._types(token_types) if self.num_token_types else x
         x = LayerNorm(epsilon=self.epsilon, name="embed_norm", **types)(x)
         x = nn.Dropout(self.dropout)(x, deterministic=not train)
         x = constrain(x, "batch", "length", "channels")
         out = {"embeddings": x}
+        if self.word_dim is not None:
+            x = Dense(self.embed_dim, kernel_init=init, name="embed_map", **types)(x)
 
         every = self._layers(x, None if mask is None else mask != 0, train)
         out |= {f"layer{i}": x for i, x in enumerate(every)}
         x = out["last_hidden_state"] = every[-1] if every else x
         if self.pooler:
             dense = nn.Dense(self.embed_dim, kernel_init=init, name="pooler", **types)
-            out["pooled"] = jnp.tanh(dense(x[:, 0]))
+            out["pooled"] = ACTIVATIONS[self.pooler_activation](dense(x[:, 0]))
         out["logits"] = x
         return out if self.head is None else out | HEADS[self.head](self, out, embed, mask, train)
 
     def _positions(self, length: int, positions: Array | None) -> Float[Array, "... channels"]:
-        shape = (self.max_positions, self.embed_dim)
+        shape = (self.max_positions, self.word_dim or self.embed_dim)
         table = self.param("position_embedding", init, shape, self.param_dtype)
         table = table.astype(self.dtype)
         return table[:length] if positions is None else jnp.take(table, positions, axis=0)
 
     def _types(self, token_types: Array | None) -> Float[Array, "... channels"]:
-        shape = (self.num_token_types, self.embed_dim)
+        shape = (self.num_token_types, self.word_dim or self.embed_dim)
         table = self.param("token_type_embedding", init, shape, self.param_dtype)
         table = table.astype(self.dtype)
         return table[0] if token_types is None else jnp.take(table, token_types, axis=0)
@@ -253,9 +263,10 @@ class Bert(nn.Module):
             self.param_dtype,
         )
         if not self.scan_layers:
-            every = []
+            every, count = [], self.groups or self.depth
+            layers = [layer(name=f"layers_{i}") for i in range(count)]
             for i in range(self.depth):
-                x = layer(name=f"layers_{i}")(x, visible, train)
+                x = layers[i * count // self.depth](x, visible, train)
                 every.append(x)
             return every
 
@@ -303,6 +314,13 @@ class Bert(nn.Module):
             if value not in known:
                 raise ValueError(f"{name}={value!r} is none of {', '.join(map(repr, known))}.")
         pooled = ("pretraining", "next_sentence", "classification")
+        if self.groups and (self.scan_layers or self.depth % self.groups):
+            raise ValueError(
+                f"groups={self.groups} of a depth of {self.depth}: choose a divisor, and "
+                "scan_layers=False, which needs a set of weights for each layer."
+            )
+        if token_types is not None and not self.num_token_types:
+            raise ValueError("This model has num_token_types=0; leave out token_types.")
         if self.head in pooled and not self.pooler:
             raise ValueError(f"head={self.head!r} reads the pooler; it needs pooler=True.")
 
@@ -318,6 +336,7 @@ def _types(model: Bert) -> dict:
 def _masked_lm(model: Bert, out: dict, embed: nn.Embed, mask: Array | None, train: bool) -> dict:
     head = MaskedLMHead(
         model.vocab_size,
+        model.word_dim,
         ACTIVATIONS[model.activation],
         model.epsilon,
         name="predictions",
