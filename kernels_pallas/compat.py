@@ -1,5 +1,9 @@
 """Pallas by one name: imported when a kernel is traced, the same for JAX 0.10 and 0.12."""
 
+import contextlib
+
+import jax
+
 
 def pallas():
     """`jax.experimental.pallas`."""
@@ -20,6 +24,19 @@ def triton():
     from jax.experimental.pallas import triton
 
     return triton
+
+
+@contextlib.contextmanager
+def as_if_alone(wide: bool):
+    """A context for bodies: no manual mesh axes to vary over, and 64 bits only if `wide`."""
+    from jax._src import config
+
+    with config._check_vma(False):
+        if wide:
+            yield
+        else:
+            with jax.enable_x64(False):
+                yield
 
 
 def strict_interpreter():

@@ -1,66 +1,24 @@
-"""Which body runs, and on which piece of the arrays.
+"""Which body a call runs.
 
-The body is chosen by the platform that is compiled for (`lax.platform_dependent`), never by the
-process's default device, so that programs for TPU and CUDA can be compiled on any host. Whether a
-platform's Pallas body is used at all says `tuning/dispatch.json`, by operation and size; `explain`
-tells a caller.
-
-Compilers cannot partition a Pallas kernel. So, with a mesh in context (`jax.set_mesh`), calls are
-wrapped in `shard_map`: the batch is split over the mesh axes `BATCH_AXES`, heads over `HEAD_AXES`,
-as far as they divide; other mesh axes repeat the work. Attention and the recurrences, which read
-along the length, take heads over `SEQUENCE_AXES`: where the length is cut over the mesh axis
-`sequence`, an all-to-all gives each device the whole length of its share of the heads, and another
-one cuts the result along the length again.
+The body is chosen by the platform that is compiled for (`lazy.py`), never by the process's default
+device, so that programs for TPU and CUDA can be compiled on any host. Whether a platform's Pallas
+body is used at all says `tuning/dispatch.json`, by operation and size; `explain` tells a caller.
 """
 
 import functools
 import importlib.resources
 import json
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 
 import jax
-from jax.sharding import AxisType
 
-from kernels_pallas.axes import BATCH_AXES as BATCH_AXES
-from kernels_pallas.axes import HEAD_AXES, LENGTH_AXES
+from kernels_pallas.lazy import Body, Choice
 
 IMPLEMENTATIONS = (None, "xla", "pallas_tpu", "pallas_gpu")
+ONE_PASS = (None, "default", "fastest", "bfloat16", "BF16_BF16_F32", jax.lax.Precision.DEFAULT)
 PLATFORM_OF = {"pallas_tpu": "tpu", "pallas_gpu": "cuda"}
-SEQUENCE_AXES = (*HEAD_AXES, *LENGTH_AXES)
-
-
-@dataclass(frozen=True)
-class Body:
-    """One implementation of an operation.
-
-    Attributes:
-      forward: `f(problem, operands) -> results`.
-      backward: `f(problem, operands, *results, *cotangents) -> gradients`.
-    """
-
-    forward: Callable
-    backward: Callable
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The bodies by platform (`cpu`, `tpu`, `cuda`), and the one for all others."""
-
-    default: Body
-    platforms: tuple[tuple[str, Body], ...] = ()
-
-    def run(self, which: str, problem, *arrays):
-        """Run `forward` or `backward` of the body of the platform that is compiled for."""
-        per_platform = {
-            name: partial(getattr(body, which), problem) for name, body in self.platforms
-        }
-        default = partial(getattr(self.default, which), problem)
-        if not per_platform:
-            return default(*arrays)
-        return jax.lax.platform_dependent(*arrays, default=default, **per_platform)
 
 
 def check_implementation(implementation: str | None) -> None:
@@ -72,6 +30,25 @@ def check_implementation(implementation: str | None) -> None:
         )
 
 
+def stated_precision(precision):
+    """The precision of a call: the argument, or what `jax.default_matmul_precision` says now."""
+    return jax.config.jax_default_matmul_precision if precision is None else precision
+
+
+def for_kernel(problem, dtype):
+    """A problem whose precision kernels can compile.
+
+    Products of 16-bit numbers are exact in float32, and Mosaic takes no other word for them. Of
+    float32 there are two kinds: one pass, and full precision for whatever asks for more.
+    """
+    given = problem.precision
+    parts = given if isinstance(given, tuple) else (given,)
+    one_pass = all(p in ONE_PASS for p in parts)
+    full = dtype.itemsize > 2 and not one_pass
+    precision = jax.lax.Precision.HIGHEST if full else jax.lax.Precision.DEFAULT
+    return replace(problem, precision=precision)
+
+
 @functools.cache
 def _table() -> dict:
     source = importlib.resources.files("kernels_pallas") / "tuning" / "dispatch.json"
@@ -81,26 +58,59 @@ def _table() -> dict:
 def reason_for_xla(operation: str, platform: str, keys: int) -> str | None:
     """Why the table sends a call to XLA on a platform, or None if Pallas runs it."""
     row = _table()[operation][platform]
+    if not isinstance(keys, int):
+        return "export leaves the size open"
     if row["min_keys"] is not None and keys >= row["min_keys"]:
         return None
     bound = "any size" if row["min_keys"] is None else f"fewer than {row['min_keys']} keys"
     return f"the table sends {bound} to XLA ({row['why']})"
 
 
-def mesh_axes() -> dict[str, int]:
-    """Sizes of the mesh axes in context over which work may be split; empty without a mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
-        return {}
-    return dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
+def choose(
+    implementation: str | None,
+    operation: str,
+    size: int,
+    refusal: Callable[[str], str | None],
+    *,
+    plain: Body,
+    plain_on_cpu: Body | None = None,
+    pallas: dict[str, Body],
+    interpreted: dict[str, Body],
+) -> Choice:
+    """The bodies that a call may run, by platform, and tells `explain` why.
 
+    `"pallas_tpu"` and `"pallas_gpu"` run on the CPU in Pallas's interpreter.
 
-def fitting(axes: dict[str, int], wanted: tuple[str, ...], fits: Callable[[int], bool]):
-    """`(names, shards)`: those of the wanted mesh axes whose product divides, longest first."""
-    names = [name for name in wanted if axes.get(name, 1) > 1]
-    while names and not fits(math.prod(axes[name] for name in names)):
-        names.pop()
-    return tuple(names), math.prod(axes[name] for name in names)
+    Args:
+      implementation: what the caller asked for, or None.
+      operation: a row of the table.
+      size: what the row counts, such as keys; a size that export leaves open goes to XLA.
+      refusal: of a platform: why its Pallas body cannot run the call, or None.
+      plain: the plain JAX body.
+      plain_on_cpu: the same for CPUs, if that is another.
+      pallas: the kernels by platform.
+      interpreted: the same kernels in Pallas's interpreter.
+
+    Raises:
+      ValueError: for an unknown implementation, or one that cannot run the call.
+    """
+    check_implementation(implementation)
+    cpu = (("cpu", plain_on_cpu),) if plain_on_cpu else ()
+    if implementation in PLATFORM_OF:
+        platform = PLATFORM_OF[implementation]
+        if reason := refusal(platform):
+            raise ValueError(f"implementation={implementation!r}: {reason}.")
+        tell({platform: f"{implementation} (asked for)", "cpu": "its interpreter"})
+        return Choice(pallas[platform], (("cpu", interpreted[platform]),), plain, cpu)
+    lines, platforms = {"cpu": "xla"}, list(cpu)
+    for name, platform in PLATFORM_OF.items():
+        reason = "xla was asked for" if implementation else None
+        reason = reason or refusal(platform) or reason_for_xla(operation, platform, size)
+        lines[platform] = f"xla, because {reason}" if reason else name
+        if not reason:
+            platforms.append((platform, pallas[platform]))
+    tell(lines)
+    return Choice(plain, tuple(platforms), plain, cpu)
 
 
 def explain(function: Callable, *arrays, **options) -> str:

@@ -32,6 +32,11 @@ def visible_everywhere(q_index, k_index):
 class Mask:
     """Base of the declarative masks; combine them with `&` and `|`."""
 
+    @property
+    def position(self):
+        """Place of query 0 among the keys, for scores that depend on distance."""
+        return 0
+
     def __call__(self, q_index, k_index):
         """Visibility of every (query, key) pair of two index arrays that broadcast."""
         raise NotImplementedError
@@ -65,9 +70,16 @@ class Full(Mask):
 
 @dataclass(frozen=True)
 class Causal(Mask):
-    """Query `i` sees keys up to `i + offset` (offset = keys before the first query, in a cache)."""
+    """Query `i` sees keys up to `i + offset` (offset = keys before the first query, in a cache).
+
+    Query `i` then stands at place `i + offset`: ALiBi and score modifiers count from there.
+    """
 
     offset: int = 0
+
+    @property
+    def position(self):
+        return self.offset
 
     def __call__(self, q_index, k_index):
         return k_index <= q_index + self.offset
@@ -208,6 +220,10 @@ class _Combined(Mask):
 
     def __repr__(self):
         return f"{type(self).__name__}({', '.join(map(repr, self.masks))})"
+
+    @property
+    def position(self):
+        return max(m.position if isinstance(m, Mask) else 0 for m in self.masks)
 
     def _each(self, ranges):
         found = [m.blocks(*ranges) if isinstance(m, Mask) else None for m in self.masks]

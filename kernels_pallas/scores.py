@@ -5,7 +5,11 @@ inside of every Pallas kernel run the same lines. The order is fixed:
 
     raw score = scale * q.k -> cap -> modify -> - slopes * |i - j| -> + bias -> mask -> weight
 
-Masked scores are `MASKED`, a finite number: with -inf, the difference of two would be NaN.
+(tokamax adds the bias before it caps; where both are given, the results differ. A modifier that
+adds the bias itself and then caps, with `cap=None` here, is their order.)
+
+Masked scores are `MASKED`, a finite number: with -inf, the difference of two would be NaN. Whatever
+stands behind a mask, NaN included, is replaced by it, never added to it.
 """
 
 from collections.abc import Callable
@@ -26,7 +30,8 @@ class Softmax:
     Attributes:
       cap: squashes raw scores to (-cap, cap) by `cap * tanh(s / cap)` (Gemma 2).
       modify: `f(score, q_index, k_index) -> score`, elementwise and differentiable in the score,
-        written with jnp operators. Arrays it closes over receive no gradient.
+        written with jnp operators; -inf hides the key. It may close over arrays and traced values,
+        which then receive gradients; such calls run in XLA.
     """
 
     cap: float | None = None
@@ -129,8 +134,8 @@ def _scramble(x):
     return x ^ (x >> 16)
 
 
-def dropout_factor(rate: float, seed, q_index, k_index):
-    """`1 / (1 - rate)` for kept probabilities and zero for dropped ones, float32.
+def dropout_factor(rate: float, seed, q_index, k_index, dtype=jnp.float32):
+    """`1 / (1 - rate)` for kept probabilities and zero for dropped ones.
 
     A hash of (seed, query, key) decides, so that the backward pass, every implementation and every
     block size drop the same entries without storing anything. `seed` is uint32, one for each
@@ -139,4 +144,4 @@ def dropout_factor(rate: float, seed, q_index, k_index):
     row = _scramble(seed + _scramble(q_index.astype(jnp.uint32)))
     bits = _scramble(row + k_index.astype(jnp.uint32) * jnp.uint32(0x9E3779B1))
     kept = bits >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
-    return jnp.where(kept, 1.0 / (1.0 - rate), 0.0).astype(jnp.float32)
+    return jnp.where(kept, jnp.asarray(1.0 / (1.0 - rate), dtype), jnp.asarray(0.0, dtype))

@@ -1,38 +1,51 @@
 """The bodies of attention, and which of them a call runs."""
 
-from functools import partial
-
 import jax.numpy as jnp
 
 from kernels_pallas import dispatch
 from kernels_pallas.attention import xla
 from kernels_pallas.attention.problem import Operands, Problem
-from kernels_pallas.dispatch import Body, Choice
+from kernels_pallas.lazy import Body, Choice
 
 
-def _xla(which: str, block_bytes: int, problem: Problem, *arrays):
-    return getattr(xla, which)(problem, *arrays, block_bytes)
+def plain(block_bytes: int) -> Body:
+    """The plain JAX body with blocks of scores of about that size."""
+
+    def forward(problem, x, keep):
+        return xla.forward(problem, x, block_bytes), ()
+
+    def backward(problem, x, results, saved, cotangents):
+        return xla.backward(problem, x, *results, *cotangents, block_bytes)
+
+    return Body(forward, backward)
 
 
-def _tpu(which: str, interpret: bool, problem: Problem, *arrays):
-    from kernels_pallas.attention import tpu
+def _kernel(name: str, interpret: bool) -> Body:
+    def module():
+        import importlib
 
-    return getattr(tpu, which)(problem, *arrays, interpret=interpret)
+        return importlib.import_module(f"kernels_pallas.attention.{name}")
+
+    def forward(problem, x, keep):
+        problem = dispatch.for_kernel(problem, x.value.dtype)
+        return module().forward(problem, x, interpret=interpret), ()
+
+    def backward(problem, x, results, saved, cotangents):
+        problem = dispatch.for_kernel(problem, x.value.dtype)
+        grads = module().backward(problem, x, *results, *cotangents, interpret=interpret)
+        if x.bias is not None and x.bias.dtype != bool and 1 in x.bias.shape[2:]:
+            # of a bias that all queries or keys share; left out of the program if not asked for
+            whole = xla.backward(problem, x, *results, *cotangents)
+            grads = grads._replace(bias=whole.bias)
+        return grads
+
+    return Body(forward, backward)
 
 
-def _gpu(which: str, interpret: bool, problem: Problem, *arrays):
-    from kernels_pallas.attention import gpu
-
-    return getattr(gpu, which)(problem, *arrays, interpret=interpret)
-
-
-def _body(run, setting) -> Body:
-    return Body(partial(run, "forward", setting), partial(run, "backward", setting))
-
-
-ON_CPU, ON_ACCELERATOR = _body(_xla, xla.CPU_BLOCK_BYTES), _body(_xla, xla.ACCELERATOR_BLOCK_BYTES)
-PALLAS = {"tpu": _body(_tpu, False), "cuda": _body(_gpu, False)}
-INTERPRETED = {"tpu": _body(_tpu, True), "cuda": _body(_gpu, True)}
+ON_CPU, ON_ACCELERATOR = plain(xla.CPU_BLOCK_BYTES), plain(xla.ACCELERATOR_BLOCK_BYTES)
+MODULES = {"tpu": "tpu", "cuda": "gpu"}
+PALLAS = {platform: _kernel(name, False) for platform, name in MODULES.items()}
+INTERPRETED = {platform: _kernel(name, True) for platform, name in MODULES.items()}
 
 
 def refusal(platform: str, problem: Problem, x: Operands) -> str | None:
@@ -44,6 +57,18 @@ def refusal(platform: str, problem: Problem, x: Operands) -> str | None:
                 f"{name} is {getattr(x, name).dtype}; the {platform} kernel takes "
                 f"{' and '.join(t.dtype.name for t in types)}"
             )
+    if problem.arrays or x.captured is not None:
+        return "mask or modifier close over arrays, which a kernel cannot read"
+    if x.offsets is not None:
+        return "query_offset is traced, and a kernel's visits are planned before it runs"
+    if any(not isinstance(n, int) for t in (x.query, x.key) for n in t.shape):
+        return "export leaves a size open"
+    if x.bias is not None and x.bias.dtype not in (jnp.bfloat16, jnp.float32, jnp.bool_):
+        return f"bias is {x.bias.dtype}; the kernels take bool, bfloat16 and float32"
+    if platform == "tpu":
+        from kernels_pallas.attention import tpu
+
+        return tpu.refusal(problem, x)
     if platform == "cuda" and max(x.query.shape[3], x.value.shape[3]) > 256:
         return f"head_dim {x.query.shape[3]} is above 256, the most the cuda kernel holds"
     return None
@@ -57,26 +82,11 @@ def choose(
 ) -> Choice:
     """The bodies that a call may run, by platform.
 
-    `"pallas_tpu"` and `"pallas_gpu"` run on the CPU in Pallas's interpreter.
-
     Raises:
       ValueError: for an unknown implementation, or one that cannot run the call.
     """
-    dispatch.check_implementation(implementation)
-    if implementation in dispatch.PLATFORM_OF:
-        platform = dispatch.PLATFORM_OF[implementation]
-        if reason := refusal(platform, problem, x):
-            raise ValueError(f"implementation={implementation!r}: {reason}.")
-        dispatch.tell({platform: f"{implementation} (asked for)", "cpu": "its interpreter"})
-        return Choice(PALLAS[platform], (("cpu", INTERPRETED[platform]),))
-    platforms = [("cpu", ON_CPU)]
-    lines = {"cpu": "xla"}
-    for name, platform in dispatch.PLATFORM_OF.items():
-        reason = "xla was asked for" if implementation else None
-        reason = reason or refusal(platform, problem, x)
-        reason = reason or dispatch.reason_for_xla(operation, platform, x.key.shape[2])
-        lines[platform] = f"xla, because {reason}" if reason else name
-        if not reason:
-            platforms.append((platform, PALLAS[platform]))
-    dispatch.tell(lines)
-    return Choice(ON_ACCELERATOR, tuple(platforms))
+    return dispatch.choose(
+        implementation, operation, x.key.shape[2],
+        lambda platform: refusal(platform, problem, x),
+        plain=ON_ACCELERATOR, plain_on_cpu=ON_CPU, pallas=PALLAS, interpreted=INTERPRETED,
+    )  # fmt: skip

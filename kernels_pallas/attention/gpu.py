@@ -26,12 +26,12 @@ from kernels_pallas.attention.tile import (
     additive,
     dot,
     flags,
+    pad_length,
     quotient,
     remainder,
-    row_delta,
-    safe_lse,
+    row_statistics,
 )
-from kernels_pallas.scores import EMPTY, MASKED, distance
+from kernels_pallas.scores import EMPTY, MASKED
 
 # Query block, key block and warps of each pass, by bytes of a number and head size: the largest
 # that Triton compiles for an H100 without spilling registers, whatever a call asks for (bias,
@@ -85,11 +85,8 @@ class _Grid:
             _pad(x.query, self.q.padded), _pad(x.key, self.k.padded), _pad(x.value, self.k.padded)
         ]  # fmt: skip
         if x.bias is not None:
-            extra = self.q.padded - self.q.length, self.k.padded - self.k.length
             self.names.append("bias")
-            self.arrays.append(
-                jnp.pad(additive(x.bias), [(0, 0), (0, 0), (0, extra[0]), (0, extra[1])])
-            )
+            self.arrays.append(pad_length(pad_length(additive(x.bias), self.q, 2), self.k, 3))
         if x.query_segments is not None:
             self.names += ["q_segments", "k_segments"]
             self.arrays += [
@@ -100,7 +97,7 @@ class _Grid:
             self.add("slopes", x.slopes.astype(jnp.float32))
         if x.seeds is not None:
             self.add("seeds", x.seeds)
-        flag = flags(problem.mask, self.q, self.k)
+        flag = flags(problem.table_mask, self.q, self.k)
         if x.query_segments is not None:
             flag = np.minimum(flag, PARTIAL)
         self.flag = flag
@@ -110,12 +107,11 @@ class _Grid:
         self.names.append(name)
         self.arrays.append(array)
 
-    def rows(self, name, t):
+    def rows(self, name, t, fill=0):
         """One more `[batch, heads, queries(, d)]` input, padded."""
         if t.ndim == 4:
             return self.add(name, _pad(t, self.q.padded))
-        extra = self.q.padded - self.q.length
-        self.add(name, jnp.pad(t, [(0, 0), (0, 0), (0, extra)]))
+        self.add(name, pad_length(t, self.q, 2, fill))
 
     def visits(self, flag):
         """Adds the table of one row a block: fully visible blocks first; then their counts."""
@@ -157,9 +153,17 @@ class _Grid:
 
         bias = segments = None
         if "bias" in refs:
-            rows, heads = refs["bias"].shape[:2]
-            bias = refs["bias"][remainder(b, rows), h if heads > 1 else 0, queries, keys]
-            bias = bias.T if transposed else bias
+            rows, heads, per_query, per_key = refs["bias"].shape
+            at = remainder(b, rows), h if heads > 1 else 0
+            if per_query == self.q.padded and per_key == self.k.padded:
+                bias = refs["bias"][*at, queries, keys]
+            elif per_key == self.k.padded:
+                bias = refs["bias"][*at, 0, keys][None, :]
+            elif per_query == self.q.padded:
+                bias = refs["bias"][*at, queries, 0][:, None]
+            else:
+                bias = refs["bias"][*at, 0, 0]
+            bias = bias.T if transposed and bias.ndim else bias
         if "q_segments" in refs:
             segments = refs["q_segments"][b, queries], refs["k_segments"][b, keys]
         return Tile(
@@ -225,11 +229,13 @@ def forward(problem: Problem, x: Operands, *, interpret=False):
 
         def scores(masked, j):
             tile = grid.tile(refs, b, h, i, j, masked)
-            raw = dot(query, grid.keys(refs, "key", b, h, j), (1, 1), precision)
-            return tile, tile.finish(problem, raw)[0]
+            k = grid.keys(refs, "key", b, h, j)
+            if tile.guarded(problem):
+                k = tile.key(problem, k, grid.keys(refs, "value", b, h, j))
+            return tile, tile.finish(problem, dot(query, k, (1, 1), precision))[0]
 
         def weigh(tile, w, j):
-            v = grid.keys(refs, "value", b, h, j)
+            v = tile.finite(problem, grid.keys(refs, "value", b, h, j))
             return dot(tile.drop(problem, w).astype(v.dtype), v, (1, 0), precision)
 
         def online(masked, j, carry):
@@ -259,7 +265,7 @@ def forward(problem: Problem, x: Operands, *, interpret=False):
             out = out / jnp.maximum(total, 1e-37)[:, None]
         at = compat.pallas().ds(i * q.block, q.block)
         out_ref[b, h, at, :] = out.astype(out_ref.dtype)
-        lse_ref[b, h, at] = jnp.where(total > 0, lse, MASKED) if score.normalised else lse
+        lse_ref[b, h, at] = jnp.where(total == 0, MASKED, lse) if score.normalised else lse
 
     shape = (grid.batch, grid.heads, q.padded)
     outputs = [
@@ -272,23 +278,23 @@ def forward(problem: Problem, x: Operands, *, interpret=False):
 
 def backward(problem: Problem, x: Operands, out, lse, d_out, d_lse, *, interpret=False):
     """Gradients in the operands' types."""
-    d_out = d_out.astype(x.value.dtype)
-    lse, delta = safe_lse(lse), row_delta(problem, x, out, d_out, d_lse)
+    d_out, lse, delta = row_statistics(problem, x, out, lse, d_out, d_lse)
     if problem.score.clipped:
         delta = delta + _by_query(problem, x, (d_out, lse, lse), interpret, only_delta=True)
     stats = (d_out, lse, delta)
     dq, d_slopes = _by_query(problem, x, stats, interpret)
     dk, dv = _by_key(problem, x, stats, interpret)
     d_bias = None
-    if x.bias is not None and x.bias.dtype != bool:
+    if x.bias is not None and x.bias.dtype != bool and 1 not in x.bias.shape[2:]:
         d_bias = _bias(problem, x, stats, interpret)
     return Gradients(dq, dk, dv, d_bias, d_slopes)
 
 
 def _with_rows(problem, x, stats, which):
     grid = _Grid(problem, x, which)
-    for name, t in zip(("d_out", "lse", "delta"), stats, strict=True):
-        grid.rows(name, t)
+    fills = 0, -MASKED, 0  # no weight in padded rows
+    for name, t, fill in zip(("d_out", "lse", "delta"), stats, fills, strict=True):
+        grid.rows(name, t, fill)
     return grid
 
 
@@ -309,15 +315,16 @@ def _by_query(problem, x, stats, interpret, only_delta=False):
         def step(masked, j, carry):
             dq, sums = carry
             tile = grid.tile(refs, b, h, i, j, masked)
-            k = grid.keys(refs, "key", b, h, j)
-            raw = dot(query, k, (1, 1), precision)
-            dw = dot(do, grid.keys(refs, "value", b, h, j), (1, 1), precision)
+            k, v = (grid.keys(refs, name, b, h, j) for name in ("key", "value"))
+            raw = dot(query, tile.key(problem, k, v), (1, 1), precision)
+            dw = dot(do, tile.finite(problem, v), (1, 1), precision)
             if only_delta:
                 product = tile.clipped_delta(problem, raw, dw, lse[:, None])
                 return None, sums + product.sum(1)
             _, ds, d_raw = tile.gradients(problem, raw, dw, lse[:, None], delta[:, None])
             if want_slopes:
-                sums = sums + (ds * distance(tile.at_q, tile.at_k)).sum(1)
+                sums = sums + (ds * tile.distance(problem)).sum(1)
+            k = tile.finite(problem, k)
             return dq + dot(d_raw.astype(k.dtype), k, (1, 0), precision), sums
 
         row_sums = jnp.zeros((q.block,), jnp.float32) if only_delta or want_slopes else None
@@ -363,8 +370,10 @@ def _by_key(problem, x, stats, interpret):
                     grid.queries(refs, name, b, h, i) for name in ("query", "d_out", "lse", "delta")
                 )
                 tile = grid.tile(refs, b, h, i, j, masked, transposed=True)
-                raw, dw = dot(key, query, (1, 1), precision), dot(value, do, (1, 1), precision)
+                raw = dot(tile.key(problem, key, value), query, (1, 1), precision)
+                dw = dot(tile.finite(problem, value), do, (1, 1), precision)
                 w, _, d_raw = tile.gradients(problem, raw, dw, lse[None, :], delta[None, :])
+                query = tile.finite(problem, query)
                 dv = dv + dot(w.astype(do.dtype), do, (1, 0), precision)
                 return dk + dot(d_raw.astype(query.dtype), query, (1, 0), precision), dv
 
@@ -405,16 +414,12 @@ def _bias(problem, x, stats, interpret):
 
         def step(r, total):
             b, h = quotient(r, inner) * rows + row, head + remainder(r, inner)
-            raw = dot(
-                grid.queries(refs, "query", b, h, i), grid.keys(refs, "key", b, h, j),
-                (1, 1), precision,
-            )  # fmt: skip
-            dw = dot(
-                grid.queries(refs, "d_out", b, h, i), grid.keys(refs, "value", b, h, j),
-                (1, 1), precision,
-            )  # fmt: skip
-            lse, delta = (grid.queries(refs, name, b, h, i) for name in ("lse", "delta"))
             tile = grid.tile(refs, b, h, i, j, True)
+            k, v = (grid.keys(refs, name, b, h, j) for name in ("key", "value"))
+            query, do = (grid.queries(refs, name, b, h, i) for name in ("query", "d_out"))
+            raw = dot(query, tile.key(problem, k, v), (1, 1), precision)
+            dw = dot(do, tile.finite(problem, v), (1, 1), precision)
+            lse, delta = (grid.queries(refs, name, b, h, i) for name in ("lse", "delta"))
             return total + tile.gradients(problem, raw, dw, lse[:, None], delta[:, None])[1]
 
         # A product, as a selection of two numbers lowers to one of booleans.

@@ -18,15 +18,20 @@ def attention(problem: Problem, x: Operands):
     """Output `[batch, heads, queries, value_dim]` and log-sum-exp `[batch, heads, queries]`."""
     batch, heads, queries, _ = x.query.shape
     keys = x.key.shape[2]
-    q, k, v = (t.astype(jnp.float32) for t in (x.query, x.key, x.value))
+    wide = jnp.promote_types(x.value.dtype, jnp.float32)
+    q, k, v = (t.astype(wide) for t in (x.query, x.key, x.value))
     k, v = (jnp.repeat(t, heads // t.shape[1], axis=1) for t in (k, v))
     i, j = jnp.arange(queries)[:, None], jnp.arange(keys)[None, :]
+    i = i + problem.offset
+    if x.offsets is not None:
+        i = i + x.offsets[:, None, None, None]
+    problem = problem.bound(x.captured)
 
     s = problem.scale * jnp.einsum("bhqd,bhkd->bhqk", q, k, precision="highest")
-    s = modified(problem.score, s, i, j)
+    s = modified(problem.score, s, i + problem.place, j)
     if x.slopes is not None:
-        s = s - x.slopes[:, None, None] * distance(i, j)
-    visible = jnp.ones((batch, 1, queries, keys), bool)
+        s = s - x.slopes[:, None, None] * distance(i + problem.place, j)
+    visible = jnp.ones((batch, 1, queries, keys), bool) & (s > -jnp.inf)
     if problem.mask is not None:
         visible &= problem.mask(i, j)
     if x.query_segments is not None:
@@ -36,7 +41,7 @@ def attention(problem: Problem, x: Operands):
         if bias.dtype == bool:
             visible = visible & bias
         else:
-            s = s + bias.astype(jnp.float32)
+            s = s + bias.astype(wide)
             visible = visible & (bias > MASKED)
     s = jnp.where(visible, s, MASKED)
 
@@ -49,6 +54,7 @@ def attention(problem: Problem, x: Operands):
         w = problem.score.weight(s, None)
     w = jnp.where(visible, w, 0.0)
     if problem.dropout:
-        w = w * dropout_factor(problem.dropout, x.seeds[:, :, None, None], i, j)
+        row = jnp.arange(queries)[:, None]
+        w = w * dropout_factor(problem.dropout, x.seeds[:, :, None, None], row, j, wide)
     out = jnp.einsum("bhqk,bhkd->bhqd", w, v, precision="highest")
     return out, jnp.where(seen, lse, MASKED)[..., 0]

@@ -124,16 +124,29 @@ class Tile(NamedTuple):
     masked: bool = True
     keys: int | None = None
 
+    def guarded(self, problem: Problem) -> bool:
+        """Whether an entry of the tile may be hidden."""
+        return self.masked or self.bias is not None or problem.score.modify is not None
+
+    def distance(self, problem: Problem):
+        """What the slopes multiply."""
+        return distance(self.at_q + (problem.offset + problem.place), self.at_k)
+
     def finish(self, problem: Problem, raw):
         """Finished scores from products `q.k`, and the slope of their modifiers."""
-        s, slope = modified_with_slope(problem.score, raw * problem.scale, self.at_q, self.at_k)
+        at_q = self.at_q + problem.offset if problem.offset else self.at_q
+        placed = at_q + problem.place if problem.place else at_q
+        s, slope = modified_with_slope(problem.score, raw * problem.scale, placed, self.at_k)
         if self.slope is not None:
-            s = s - self.slope * distance(self.at_q, self.at_k)
+            s = s - self.slope * self.distance(problem)
         if self.bias is not None:
-            s = jnp.maximum(s + self.bias.astype(jnp.float32), MASKED)
+            bias = self.bias.astype(jnp.float32)
+            s = jnp.where(bias > MASKED, s + bias, MASKED)
+        if problem.score.modify is not None:
+            s = jnp.maximum(s, MASKED)
         if self.masked:
             if problem.mask is not None:
-                s = jnp.where(problem.mask(self.at_q, self.at_k), s, MASKED)
+                s = jnp.where(problem.mask(at_q, self.at_k), s, MASKED)
             if self.q_segments is not None:
                 s = jnp.where(self.q_segments == self.k_segments, s, MASKED)
             if self.keys is not None:
@@ -149,16 +162,48 @@ class Tile(NamedTuple):
     def gradients(self, problem: Problem, raw, dw, lse, delta):
         """`(weights for dv, gradient of the finished score, gradient of q.k)`."""
         s, slope = self.finish(problem, raw)
+        if self.guarded(problem):  # padded rows, whose log-sum-exp is huge, see nothing
+            s = jnp.where(lse < -EMPTY, s, MASKED)
         w = self.drop(problem, problem.score.weight(s, lse))
-        ds = problem.score.gradient(s, lse, self.drop(problem, dw), delta)
+        dw = self.drop(problem, dw)
+        if self.guarded(problem):  # products with what is hidden may be infinite
+            dw = jnp.where(s > EMPTY, dw, 0.0)
+            slope = None if slope is None else jnp.where(s > EMPTY, slope, 0.0)
+        ds = problem.score.gradient(s, lse, dw, delta)
         d_raw = ds * problem.scale if slope is None else ds * slope * problem.scale
         return w, ds, d_raw
 
     def clipped_delta(self, problem: Problem, raw, dw, lse):
         """`p * g` of a clipped softmax, whose row sums its gradient needs."""
         s, _ = self.finish(problem, raw)
+        if self.guarded(problem):
+            dw = jnp.where(s > EMPTY, dw, 0.0)
         p, g = problem.score.unclipped(s, lse, self.drop(problem, dw))
         return p * g
+
+    def finite(self, problem: Problem, t):
+        """A block with zeros where it is not finite, for products with zero weights."""
+        return finite(t) if self.guarded(problem) else t
+
+    def key(self, problem: Problem, key, value):
+        """A block of keys, NaN where the value is not finite: rows that see it become NaN."""
+        if not self.guarded(problem):
+            return key
+        good = jnp.where(_is_finite(value.astype(jnp.float32)), 1.0, 0.0).min(1, keepdims=True)
+        return jnp.where(good > 0, key.astype(jnp.float32), jnp.nan).astype(key.dtype)
+
+
+LARGEST = float(np.finfo(np.float32).max)
+
+
+def _is_finite(t):
+    return jnp.abs(t) <= LARGEST
+
+
+def finite(t):
+    """Zeros where a block is not finite, by way of float32, which all chips compare."""
+    wide = t.astype(jnp.float32)
+    return jnp.where(_is_finite(wide), wide, 0.0).astype(t.dtype)
 
 
 def quotient(a, b: int):
@@ -189,21 +234,25 @@ def dot(a, b, contract, precision):
     )
 
 
-def pad_length(t, axis: Axis, at: int):
-    """Zeros up to whole blocks on one axis."""
-    if t is None or axis.padded == axis.length:
+def pad_length(t, axis: Axis, at: int, fill=0):
+    """A fill value up to whole blocks on one axis; an axis of one entry that all share stays."""
+    if t is None or axis.padded == axis.length or (t.shape[at] == 1 != axis.length):
         return t
     widths = [(0, axis.padded - axis.length if a == at else 0) for a in range(t.ndim)]
-    return jnp.pad(t, widths)
+    return jnp.pad(t, widths, constant_values=fill)
 
 
-def safe_lse(lse):
-    """The log-sum-exp with zeros in empty rows, so that exp(masked - lse) is zero there."""
-    return jnp.where(lse > EMPTY, lse, 0.0)
+def row_statistics(problem: Problem, x: Operands, out, lse, d_out, d_lse):
+    """`(d_out, lse, delta)` of the backward pass.
 
-
-def row_delta(problem: Problem, x: Operands, out, d_out, d_lse):
-    """`sum(d_out * out) - d_lse`, the softmax's row term; what clipped softmax starts from."""
+    Rows that see nothing get no gradient, and a log-sum-exp for which exp(masked - lse) is zero.
+    `delta` is `sum(d_out * out) - d_lse`, or what clipped softmax starts from.
+    """
+    d_out = d_out.astype(x.value.dtype)
+    if problem.score.normalised:
+        empty = lse <= EMPTY
+        d_out = jnp.where(empty[..., None], 0, d_out)
+        lse = jnp.where(empty, 0.0, lse)
     if problem.score.clipped:
-        return -d_lse
-    return (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - d_lse
+        return d_out, lse, -d_lse
+    return d_out, lse, (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - d_lse

@@ -9,8 +9,12 @@ Backward: one kernel by query block (dq, and ALiBi's row sums), one by key block
 query heads of a group and their blocks innermost, scores transposed so that row statistics lie
 along lanes), and one more for the bias, with the reduced examples and heads innermost. Lengths up
 to a block are read as they are; longer ones are padded to whole blocks.
+
+Few queries of grouped heads, as in decoding, are folded into the rows of one block, so that each
+key is read once for the group.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -22,6 +26,7 @@ from kernels_pallas.attention.problem import Gradients, Operands, Problem
 from kernels_pallas.attention.tile import (
     FULL,
     PARTIAL,
+    Axis,
     Tile,
     additive,
     cut,
@@ -30,17 +35,17 @@ from kernels_pallas.attention.tile import (
     pad_length,
     quotient,
     remainder,
-    row_delta,
-    safe_lse,
+    row_statistics,
     table,
     with_segments,
 )
-from kernels_pallas.scores import EMPTY, MASKED, distance
+from kernels_pallas.scores import EMPTY, MASKED
 
 LANES = 128
 BLOCK_WITHOUT_MASK = 1024
 BLOCK_WITH_MASK = 512
 VMEM_BYTES = 96 << 20
+SCALAR_BYTES = 3 << 18  # of the 1 MiB of scalar memory that a v5e has
 
 
 class _Call:
@@ -50,18 +55,24 @@ class _Call:
     block), and tiles are transposed.
     """
 
-    def __init__(self, problem: Problem, x: Operands, limit: int | None, *, by_key=False):
+    def __init__(
+        self, problem: Problem, x: Operands, limit: int | None, *, by_key=False, fold=True
+    ):
         self.problem, self.by_key = problem, by_key
+        self.queries, limit = x.query.shape[2], limit or block_limit(problem, x)
+        self.folded = fold and not by_key and folds(x)
         self.batch, self.heads, queries, self.width = x.query.shape
         self.kv_heads, keys = x.key.shape[1:3]
         self.group = self.heads // self.kv_heads
-        plain = problem.mask is None and x.bias is None
-        limit = limit or (BLOCK_WITHOUT_MASK if plain else BLOCK_WITH_MASK)
+        if self.folded:
+            self.heads, queries, self.group = self.kv_heads, queries * self.group, 1
         self.q, self.k = cut(queries, limit, LANES), cut(keys, limit, LANES)
-        flag = flags(problem.mask, self.q, self.k)
+        rows = Axis(self.queries, self.queries, 1) if self.folded else self.q
+        flag = flags(problem.table_mask, rows, self.k)
         self.table = table(flag.T if by_key else flag)
         self.dynamic = x.query_segments is not None
-        self.flag = with_segments(self.table, x, self.q, self.k, by_key=by_key)
+        whole = folded(x) if self.folded and self.dynamic else x
+        self.flag = with_segments(self.table, whole, self.q, self.k, by_key=by_key)
         # every block is visited, in order and without a mask: no table is read
         self.always = not self.dynamic and bool((self.table.flag == FULL).all())
         self.rows = self.k.count if by_key else self.q.count
@@ -86,7 +97,7 @@ class _Call:
     def inputs(self, x: Operands, stats=()):
         """`(arrays, specs)`: the operands of a tile, then row statistics `[batch, heads, L]`."""
         pl = compat.pallas()
-        q, k = self.q, self.k
+        q, k, x = self.q, self.k, folded(x) if self.folded else x
 
         def at(choose):
             def index_map(b, h, i, t, *scalars):
@@ -110,10 +121,16 @@ class _Call:
         if x.bias is not None:
             bias = pad_length(pad_length(additive(x.bias), q, 2), k, 3)
             rows, per_head = bias.shape[0], bias.shape[1] > 1
+            per_query, per_key = (bias.shape[2] == q.padded, bias.shape[3] == k.padded)
             add(
                 bias,
-                (1, 1, q.block, k.block),
-                lambda b, h, n, i, j, _: (remainder(b, rows), h if per_head else 0, i, j),
+                (1, 1, q.block if per_query else 1, k.block if per_key else 1),
+                lambda b, h, n, i, j, _: (
+                    remainder(b, rows),
+                    h if per_head else 0,
+                    i if per_query else 0,
+                    j if per_key else 0,
+                ),
             )
         if x.query_segments is not None:
             q_row = self.by_key  # queries along lanes
@@ -126,11 +143,11 @@ class _Call:
                     add(t[:, None, :], (1, 1, axis.block), lambda *p, n=block: (p[0], 0, p[n]))
                 else:
                     add(t[:, :, None], (1, axis.block, 1), lambda *p, n=block: (p[0], p[n], 0))
-        for t in stats:
+        for t, fill in zip(stats, (0, -MASKED, 0), strict=False):  # no weight in padded rows
             if t.ndim == 4:
                 add(pad_length(t, q, 2), (1, 1, q.block, t.shape[3]), by_q)
             else:
-                t = pad_length(t[:, :, None, :], q, 3)
+                t = pad_length(t[:, :, None, :], q, 3, fill)
                 add(t, (1, 1, 1, q.block), lambda b, h, n, i, j, _: (b, h, 0, i))
         return arrays, specs
 
@@ -164,8 +181,9 @@ class _Call:
             if self.by_key:
                 q_shape, k_shape = q_shape[::-1], k_shape[::-1]
             bias = refs["bias"][0, 0] if "bias" in refs else None
+            at_q = i * self.q.block + jax.lax.broadcasted_iota(jnp.int32, q_shape, self.by_key)
             return Tile(
-                i * self.q.block + jax.lax.broadcasted_iota(jnp.int32, q_shape, self.by_key),
+                jax.lax.rem(at_q, jnp.int32(self.queries)) if self.folded else at_q,
                 j * self.k.block + jax.lax.broadcasted_iota(jnp.int32, k_shape, not self.by_key),
                 bias=bias.T if self.by_key and bias is not None else bias,
                 slope=slope,
@@ -213,6 +231,55 @@ class _Call:
             name=f"attention_{name}",
             interpret=interpret,
         )(*scalars, *arrays)
+
+
+def block_limit(problem: Problem, x: Operands) -> int:
+    """The longest block: short ones skip more, long ones have tables that fit scalar memory."""
+    plain = problem.mask is None and x.bias is None
+    long = table_bytes(problem, x, BLOCK_WITH_MASK) > SCALAR_BYTES
+    return BLOCK_WITHOUT_MASK if plain or long else BLOCK_WITH_MASK
+
+
+def table_bytes(problem: Problem, x: Operands, limit: int) -> int:
+    """The most scalar memory that the tables of visits take with blocks of that length."""
+    if problem.mask is None and x.query_segments is None:
+        return 0
+    blocks = math.ceil(x.query.shape[2] / limit) * math.ceil(x.key.shape[2] / limit)
+    return 4 * blocks * (1 + (1 if x.query_segments is None else x.query.shape[0]))
+
+
+def refusal(problem: Problem, x: Operands) -> str | None:
+    """Why the kernels cannot run a call, or None."""
+    if table_bytes(problem, x, block_limit(problem, x)) > SCALAR_BYTES:
+        return "the tables of blocks to visit do not fit into scalar memory"
+    return None
+
+
+def folds(x: Operands) -> bool:
+    """Whether the queries of a group's heads become rows of one block, as in decoding.
+
+    Keys and values are then read once for each group, not once for each query head.
+    """
+    group = x.query.shape[1] // x.key.shape[1]
+    return group > 1 and group * x.query.shape[2] <= LANES and x.slopes is None and x.seeds is None
+
+
+def folded(x: Operands) -> Operands:
+    """The operands with one head for each key head; rows are (head of the group, query)."""
+    batch, heads, queries, width = x.query.shape
+    kv_heads = x.key.shape[1]
+    group = heads // kv_heads
+    bias, segments = x.bias, x.query_segments
+    if bias is not None and bias.shape[1] > 1:
+        shape = (len(bias), kv_heads, group, queries, bias.shape[3])
+        bias = bias.reshape(*shape[:3], *bias.shape[2:])
+        bias = jnp.broadcast_to(bias, shape).reshape(len(bias), kv_heads, -1, shape[-1])
+    elif bias is not None and bias.shape[2] > 1:
+        bias = jnp.tile(bias, (1, 1, group, 1))
+    if segments is not None:
+        segments = jnp.tile(segments, (1, group))
+    query = x.query.reshape(batch, kv_heads, group * queries, width)
+    return x._replace(query=query, bias=bias, query_segments=segments)
 
 
 def _wide(column, width):
@@ -264,11 +331,12 @@ def forward(problem: Problem, x: Operands, *, limit: int | None = None, interpre
 
         def scores(masked):
             tile = make(masked)
-            raw = dot(named["query"][0, 0], named["key"][0, 0], (1, 1), problem.precision)
+            key = tile.key(problem, named["key"][0, 0], named["value"][0, 0])
+            raw = dot(named["query"][0, 0], key, (1, 1), problem.precision)
             return tile, tile.finish(problem, raw)[0]
 
         def accumulate(tile, w, keep):
-            v = named["value"][0, 0]
+            v = tile.finite(problem, named["value"][0, 0])
             w = tile.drop(problem, w).astype(v.dtype)
             part = dot(w, v, (1, 0), problem.precision)
             acc_ref[...] = part + (acc_ref[...] if keep is None else acc_ref[...] * keep)
@@ -302,7 +370,7 @@ def forward(problem: Problem, x: Operands, *, limit: int | None = None, interpre
         def _():
             out, total = acc_ref[...], total_ref[...]
             if score.normalised:
-                lse = jnp.where(total > 0, top_ref[...] + jnp.log(total), MASKED)
+                lse = jnp.where(total == 0, MASKED, top_ref[...] + jnp.log(total))
                 if not score.clipped:
                     out = out / _wide(jnp.maximum(total, 1e-37), values)
             else:
@@ -322,7 +390,8 @@ def forward(problem: Problem, x: Operands, *, limit: int | None = None, interpre
     ]
     scratch = [(q.block, LANES), (q.block, LANES), (q.block, values)]
     out, lse = call.call(kernel, "forward", x, arrays, specs, outputs, scratch, steps, interpret)
-    return out[:, :, : q.length], lse[:, :, 0, : q.length]
+    rows = x.query.shape[:3]
+    return out[:, :, : q.length].reshape(*rows, values), lse[:, :, 0, : q.length].reshape(rows)
 
 
 def backward(
@@ -337,18 +406,24 @@ def backward(
     interpret=False,
 ) -> Gradients:
     """Gradients in the operands' types. Arguments as in `forward`."""
-    d_out = d_out.astype(x.value.dtype)
     options = dict(limit=limit, interpret=interpret)
-    lse, delta = safe_lse(lse), row_delta(problem, x, out, d_out, d_lse)
+    d_out, lse, delta = row_statistics(problem, x, out, lse, d_out, d_lse)
     if problem.score.clipped:
         delta = delta + _clipped_delta(problem, x, d_out, lse, **options)
     stats = (d_out, lse, delta)
     dq, d_slopes = _by_query(problem, x, stats, **options)
     dk, dv = _by_key(problem, x, stats, **options)
     d_bias = None
-    if x.bias is not None and x.bias.dtype != bool:
+    if x.bias is not None and x.bias.dtype != bool and 1 not in x.bias.shape[2:]:
         d_bias = _bias(problem, x, stats, **options)
     return Gradients(dq, dk, dv, d_bias, d_slopes)
+
+
+def products(problem, tile, named, do_ref):
+    """`q k^T` and `do v^T` of a tile by query."""
+    k, v = named["key"][0, 0], named["value"][0, 0]
+    raw = dot(named["query"][0, 0], tile.key(problem, k, v), (1, 1), problem.precision)
+    return raw, dot(do_ref[0, 0], tile.finite(problem, v), (1, 1), problem.precision)
 
 
 def _rows_kernel(problem, x, call, arrays, n_scalars, body, finish):
@@ -373,8 +448,7 @@ def _rows_kernel(problem, x, call, arrays, n_scalars, body, finish):
 
         def step(masked):
             tile = make(masked)
-            raw = dot(named["query"][0, 0], named["key"][0, 0], (1, 1), problem.precision)
-            dw = dot(do_ref[0, 0], named["value"][0, 0], (1, 1), problem.precision)
+            raw, dw = products(problem, tile, named, do_ref)
             wide = raw.shape[1]
             stats = _wide(lse_column[...], wide), _wide(delta_column[...], wide)
             body(tile, raw, dw, stats, named, sums)
@@ -390,7 +464,7 @@ def _rows_kernel(problem, x, call, arrays, n_scalars, body, finish):
 
 def _clipped_delta(problem, x, d_out, lse, *, limit, interpret):
     """`sum(p * g)` over keys, `[batch, heads, queries]`."""
-    call = _Call(problem, x, limit)
+    call = _Call(problem, x, limit, fold=False)
     arrays, specs = call.inputs(x, (d_out, lse, lse))
 
     def body(tile, raw, dw, stats, named, sums):
@@ -415,16 +489,16 @@ def _row_at(b, h, i):
 
 def _by_query(problem, x, stats, *, limit, interpret):
     """`dq`, and the gradient of ALiBi's slopes."""
-    call = _Call(problem, x, limit)
+    call = _Call(problem, x, limit, fold=False)
     arrays, specs = call.inputs(x, stats)
     q, width, shape = call.q, call.width, x.query.shape[:2]
 
     def body(tile, raw, dw, stats, named, sums):
         _, ds, d_raw = tile.gradients(problem, raw, dw, *stats)
-        k = named["key"][0, 0]
+        k = tile.finite(problem, named["key"][0, 0])
         sums[0][...] += dot(d_raw.astype(k.dtype), k, (1, 0), problem.precision)
         if x.slopes is not None:
-            part = ds * distance(tile.at_q, tile.at_k)
+            part = ds * tile.distance(problem)
             sums[1][...] += part.sum(1, keepdims=True)
 
     def finish(outs, sums):
@@ -472,10 +546,13 @@ def _by_key(problem, x, stats, *, limit, interpret):
             dv_sum[...] = jnp.zeros_like(dv_sum)
 
         def step(masked):
+            tile = make(masked)
             query, do = named["query"][0, 0], do_ref[0, 0]
-            raw = dot(named["key"][0, 0], query, (1, 1), problem.precision)
-            dw = dot(named["value"][0, 0], do, (1, 1), problem.precision)
-            w, _, d_raw = make(masked).gradients(problem, raw, dw, lse_ref[0, 0], delta_ref[0, 0])
+            k, v = named["key"][0, 0], named["value"][0, 0]
+            raw = dot(tile.key(problem, k, v), query, (1, 1), problem.precision)
+            dw = dot(tile.finite(problem, v), do, (1, 1), problem.precision)
+            w, _, d_raw = tile.gradients(problem, raw, dw, lse_ref[0, 0], delta_ref[0, 0])
+            query = tile.finite(problem, query)
             dv_sum[...] += dot(w.astype(do.dtype), do, (1, 0), problem.precision)
             dk_sum[...] += dot(d_raw.astype(query.dtype), query, (1, 0), problem.precision)
 
@@ -503,9 +580,9 @@ def _by_key(problem, x, stats, *, limit, interpret):
 def _bias(problem, x, stats, *, limit, interpret):
     """The bias gradient in the bias's shape: reduced examples and heads run innermost."""
     pl, pltpu = compat.pallas(), compat.tpu()
-    call = _Call(problem, x, limit)
+    call = _Call(problem, x, limit, fold=False)
     q, k = call.q, call.k
-    dense = flags(problem.mask, q, k)
+    dense = flags(problem.table_mask, q, k)
     call.table = call.table._replace(
         index=np.tile(np.arange(k.count, dtype=np.int32), q.count),
         flag=dense.ravel(),
@@ -541,11 +618,11 @@ def _bias(problem, x, stats, *, limit, interpret):
             total[...] = jnp.zeros_like(total)
 
         def step(masked):
-            raw = dot(named["query"][0, 0], named["key"][0, 0], (1, 1), problem.precision)
-            dw = dot(do_ref[0, 0], named["value"][0, 0], (1, 1), problem.precision)
+            tile = make(masked)
+            raw, dw = products(problem, tile, named, do_ref)
             wide = raw.shape[1]
             columns = (_wide(_as_column(ref[0, 0]), wide) for ref in (lse_ref, delta_ref))
-            total[...] += make(masked).gradients(problem, raw, dw, *columns)[1]
+            total[...] += tile.gradients(problem, raw, dw, *columns)[1]
 
         call.visit(flag, step)
 

@@ -3,7 +3,12 @@
 The forward pass goes over blocks of queries and keeps the output and the log-sum-exp; the backward
 pass forms the weights again, block by block. Nothing of size queries x keys outlives a block, and
 keys that a mask hides from a whole block are not read. A problem that fits into one block has no
-loop at all. Both passes are ordinary differentiable code: second derivatives work.
+loop at all. Both passes are ordinary differentiable code: derivatives of any order and mode work,
+and blocks are formed again for them, too.
+
+Numbers that are not finite stay where they are seen. A key whose value is not finite gets a score
+that is NaN, and its value counts as zero, so that the rows that see it are NaN and all others are
+not (zero times infinity would be).
 
 Letters: c b batch (example `c * len(b) + b` uses row b of the bias), n kv heads, g query heads of
 one kv head, q queries, k keys, d head width. Axes b and g are left out where they are one: XLA for
@@ -11,7 +16,9 @@ CPUs fuses a whole block of attention only if the products have two batch axes a
 stands between them.
 """
 
+import copy
 import math
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -20,7 +27,7 @@ import numpy as np
 
 from kernels_pallas.attention.problem import Gradients, Operands, Problem
 from kernels_pallas.masks import block_table
-from kernels_pallas.scores import EMPTY, MASKED, distance, dropout_factor, modified_with_slope
+from kernels_pallas.scores import EMPTY, MASKED, distance, dropout_factor, modified
 
 CPU_BLOCK_BYTES = 16 << 20
 ACCELERATOR_BLOCK_BYTES = 512 << 20
@@ -42,6 +49,10 @@ class Group:
 
 def plan(problem: Problem, scores_per_row: int, queries: int, keys: int, block_bytes: int):
     """`(block, groups)`: rows of a block, and the groups of blocks with their key ranges."""
+    if not isinstance(queries, int) or not isinstance(keys, int):
+        return queries, [Group(0, np.zeros(1, int), keys)]  # of a length that export leaves open
+    if not isinstance(scores_per_row, int):
+        scores_per_row = 1
     rows = max(1, MIN_SCORES // keys, block_bytes // (4 * scores_per_row * keys))
     count = math.ceil(queries / rows)
     block = math.ceil(queries / count)
@@ -49,7 +60,7 @@ def plan(problem: Problem, scores_per_row: int, queries: int, keys: int, block_b
     if count == 1:
         return block, [Group(0, np.zeros(1, int), keys)]
     step = 16 if keys >= 256 else keys
-    some, _ = block_table(problem.mask, queries, keys, block, step)
+    some, _ = block_table(problem.table_mask, queries, keys, block, step)
     low = some.argmax(1) * step
     high = np.minimum((some.shape[1] - some[:, ::-1].argmax(1)) * step, keys)
     high = np.where(some.any(1), high, low + 1)
@@ -66,37 +77,53 @@ class _Blocks:
     """The operands in grouped shapes, and the finished scores of any block of them."""
 
     def __init__(self, problem: Problem, x: Operands, block_bytes: int):
-        self.problem = problem
         batch, heads, self.queries, _ = x.query.shape
         kv_heads, self.keys = x.key.shape[1:3]
+        static = problem if x.offsets is None else replace(problem, mask=None)
+        self.block, self.groups = plan(static, batch * heads, self.queries, self.keys, block_bytes)
+        self.count = len(np.concatenate([g.starts for g in self.groups]))
+        self.problem = problem = problem.bound(x.captured)
         rows = 1 if x.bias is None else x.bias.shape[0]
         group = heads // kv_heads
-        self.batch = (batch // rows, rows) if rows > 1 else (batch,)
+        self.batch = (batch // rows, rows) if _several(rows) else (batch,)
         self.heads = (kv_heads, group) if group > 1 else (kv_heads,)
-        kv = ("cb" if rows > 1 else "c") + "n"
+        kv = ("cb" if _several(rows) else "c") + "n"
         lead = kv + ("g" if group > 1 else "")
         self.by_key = f"{lead}qd,{kv}kd->{lead}qk"
         self.by_value = f"{lead}qk,{kv}kd->{lead}qd"
         self.by_rows = f"{lead}qk,{lead}qd->{kv}kd"
-        self.block, self.groups = plan(problem, batch * heads, self.queries, self.keys, block_bytes)
-        self.count = math.ceil(self.queries / self.block)
+        self.wide = jnp.promote_types(x.value.dtype, jnp.float32)
+        # whether an entry may be hidden, and a row see no key at all
+        hiding = (problem.mask, x.bias, x.query_segments, problem.score.modify)
+        self.guarded = any(t is not None for t in hiding)
         self.q = self.by_query(x.query)
         self.k, self.v = (t.reshape(*self.batch, *t.shape[1:]) for t in (x.key, x.value))
+        self.q_clean, self.k_clean = self.q, self.k
+        if self.guarded:
+            finite = jnp.isfinite(self.v).all(-1, keepdims=True)
+            self.v = jnp.where(finite, self.v, 0)
+            self.q_clean, self.k_clean = (
+                jnp.where(jnp.isfinite(t), t, 0) for t in (self.q, self.k)
+            )
+            self.k = jnp.where(finite, self.k, jnp.nan)
         self.bias = self.slopes = self.q_segments = self.k_segments = self.seeds = None
         if x.bias is not None:
-            lead = (1, rows) if rows > 1 else (1,)
-            per_head = self.heads if x.bias.shape[1] > 1 else (1,) * len(self.heads)
-            self.bias = self.pad(x.bias.reshape(*lead, *per_head, self.queries, self.keys))
+            lead = (1, rows) if _several(rows) else (1,)
+            per_head = self.heads if x.bias.shape[1] != 1 else (1,) * len(self.heads)
+            self.bias = x.bias.reshape(*lead, *per_head, *x.bias.shape[2:])
+            if x.bias.shape[2] != 1:
+                self.bias = self.pad(self.bias)
         if x.slopes is not None:
-            self.slopes = x.slopes.astype(jnp.float32).reshape(*self.heads, 1, 1)
+            self.slopes = x.slopes.astype(self.wide).reshape(*self.heads, 1, 1)
+        each = (*self.batch, *(1,) * len(self.heads))
         if x.query_segments is not None:
-            lead = (*self.batch, *(1,) * len(self.heads))
-            self.q_segments = self.pad(x.query_segments.reshape(*lead, self.queries, 1))
-            self.k_segments = x.key_segments.reshape(*lead, 1, self.keys)
+            self.q_segments = self.pad(x.query_segments.reshape(*each, self.queries, 1))
+            self.k_segments = x.key_segments.reshape(*each, 1, self.keys)
         if x.seeds is not None:
             self.seeds = x.seeds.reshape(*self.batch, *self.heads, 1, 1)
-        # whether some row may see no key at all
-        self.guarded = not (problem.mask is None and x.bias is None and x.query_segments is None)
+        self.offset = problem.offset
+        if x.offsets is not None:
+            self.offset = problem.offset + x.offsets.reshape(*each, 1, 1)
 
     def by_query(self, t, fill=0):
         """`[batch, heads, queries, ...]` to `[c, b, n, g, queries padded to blocks, ...]`."""
@@ -104,28 +131,35 @@ class _Blocks:
 
     def pad(self, t, fill=0):
         """Fill up axis -2, the queries, to whole blocks."""
-        extra = self.count * self.block - self.queries
-        if not extra:
+        if self.count == 1:
             return t
+        extra = self.count * self.block - self.queries
         widths = [(0, extra if axis == t.ndim - 2 else 0) for axis in range(t.ndim)]
         return jnp.pad(t, widths, constant_values=fill)
 
     def rows(self, t, i):
         """The queries of block `i` (axis -2)."""
-        return _cut(t, i * self.block, self.block, axis=-2)
+        return t if self.count == 1 else _cut(t, i * self.block, self.block, axis=-2)
+
+    def columns(self, t, start, width, axis=-2):
+        """The keys of a range."""
+        return t if self.count == 1 else _cut(t, start, width, axis)
 
     def over(self, body, carry):
         """`carry, outputs = body(carry, i, start, width)` over all blocks; outputs are joined."""
+        if self.count == 1:
+            return body(carry, 0, 0, self.keys)
         collected = []
         for group in self.groups:
             count = len(group.starts)
+            once = jax.checkpoint(partial(body, width=group.width), prevent_cse=False)
             if count == 1:
-                carry, out = body(carry, group.first, int(group.starts[0]), group.width)
+                carry, out = once(carry, group.first, int(group.starts[0]))
                 collected.append(out)
                 continue
             indices = np.arange(group.first, group.first + count, dtype=np.int32)
             carry, out = jax.lax.scan(
-                lambda carry, at, width=group.width: body(carry, at[0], at[1], width),
+                lambda carry, at, once=once: once(carry, *at),
                 carry,
                 (indices, group.starts.astype(np.int32)),
             )
@@ -136,38 +170,60 @@ class _Blocks:
             outputs = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=-2), *collected)
         return carry, jax.tree.map(lambda t: t[..., : self.queries, :], outputs)
 
-    def scores(self, i, start, width):
-        """Finished scores of block `i`, the slope of their modifiers, and the two index arrays."""
-        problem = self.problem
-        q, k = self.rows(self.q, i), _cut(self.k, start, width, axis=-2)
-        at_q = i * self.block + jnp.arange(self.block)[:, None]
-        at_k = start + jnp.arange(width)[None, :]
-        raw = self.product(self.by_key, q, k) * problem.scale
-        s, slope = modified_with_slope(problem.score, raw, at_q, at_k)
+    def indices(self, i, start, width):
+        """Query and key index of a block, without the offset of the queries."""
+        at_q = i * self.block + jnp.arange(self.block, dtype=jnp.int32)[:, None]
+        return at_q, start + jnp.arange(width, dtype=jnp.int32)[None, :]
+
+    def raw(self, i, start, width):
+        """Scaled products of a block."""
+        q, k = self.rows(self.q, i), self.columns(self.k, start, width)
+        return self.product(self.by_key, q, k) * self.problem.scale
+
+    def modified(self, raw, i, start, width):
+        """Raw scores after cap, modifier and slopes."""
+        at_q, at_k = self.indices(i, start, width)
+        at_q = at_q + self.offset + self.problem.place
+        s = modified(self.problem.score, raw, at_q, at_k)
         if self.slopes is not None:
             s = s - self.slopes * distance(at_q, at_k)
+        return s
+
+    def distance(self, i, start, width):
+        """What the slopes multiply."""
+        at_q, at_k = self.indices(i, start, width)
+        return distance(at_q + self.offset + self.problem.place, at_k)
+
+    def finish(self, s, i, start, width):
+        """Modified scores with bias, and `MASKED` where the key is not seen."""
         visible = None
         if self.bias is not None:
-            bias = _cut(self.rows(self.bias, i), start, width, axis=-1)
+            bias = self.columns(self.rows(self.bias, i), start, width, axis=-1)
             if bias.dtype == bool:
                 visible = bias
             else:
-                s = jnp.maximum(s + bias.astype(s.dtype), MASKED)
-        if problem.mask is not None:
-            visible = _both(visible, problem.mask(at_q, at_k))
+                visible = bias > MASKED
+                s = s + bias.astype(s.dtype)
+        if self.problem.mask is not None:
+            at_q, at_k = self.indices(i, start, width)
+            visible = _both(visible, self.problem.mask(at_q + self.offset, at_k))
         if self.q_segments is not None:
-            k_segments = _cut(self.k_segments, start, width, axis=-1)
+            k_segments = self.columns(self.k_segments, start, width, axis=-1)
             visible = _both(visible, self.rows(self.q_segments, i) == k_segments)
-        if visible is not None:
-            s = jnp.where(visible, s, MASKED)
-        return s, slope, at_q, at_k
+        if self.problem.score.modify is not None:
+            s = jnp.maximum(s, MASKED)
+        return s if visible is None else jnp.where(visible, s, MASKED)
 
     def product(self, letters, a, b):
         """A matrix product with a float32 result (float64 of float64)."""
-        wide = jnp.promote_types(a.dtype, jnp.float32)
         return jnp.einsum(
-            letters, a, b, precision=self.problem.precision, preferred_element_type=wide
+            letters, a, b, precision=self.problem.precision, preferred_element_type=self.wide
         )
+
+
+def _several(rows) -> bool:
+    """Whether a bias has rows of its own for examples (unknown numbers do)."""
+    return not isinstance(rows, int) or rows > 1
 
 
 def _both(a, b):
@@ -194,8 +250,9 @@ def forward(problem: Problem, x: Operands, block_bytes: int = ACCELERATOR_BLOCK_
     score, dtype = problem.score, x.value.dtype
 
     def body(carry, i, start, width):
-        s, _, at_q, at_k = blocks.scores(i, start, width)
-        v = _cut(blocks.v, start, width, axis=-2)
+        at = i, start, width
+        s = blocks.finish(blocks.modified(blocks.raw(*at), *at), *at)
+        v = blocks.columns(blocks.v, start, width)
         total = 1.0
         if score.normalised:
             top = jax.lax.stop_gradient(s.max(-1, keepdims=True))
@@ -210,16 +267,17 @@ def forward(problem: Problem, x: Operands, block_bytes: int = ACCELERATOR_BLOCK_
                 w, total = score.weight(s, lse), 1.0
         else:
             w = score.weight(s, None)
-            lse = jnp.zeros((*w.shape[:-1], 1), jnp.float32)
+            lse = jnp.zeros((*w.shape[:-1], 1), blocks.wide)
         if problem.dropout:
-            w = w * dropout_factor(problem.dropout, blocks.seeds, at_q, at_k)
+            at_q, at_k = blocks.indices(*at)
+            w = w * dropout_factor(problem.dropout, blocks.seeds, at_q, at_k, w.dtype)
         out = blocks.product(blocks.by_value, w.astype(dtype), v) / total
         return carry, (out.astype(dtype), lse)
 
     _, (out, lse) = blocks.over(body, ())
     lse = lse.reshape(x.query.shape[:3])
     if blocks.guarded:
-        lse = jnp.where(lse > EMPTY, lse, MASKED)
+        lse = jnp.where(lse <= EMPTY, MASKED, lse)
     return out.reshape(*x.query.shape[:3], -1), lse
 
 
@@ -233,67 +291,117 @@ def backward(
     d_lse,
     block_bytes: int = ACCELERATOR_BLOCK_BYTES,
 ) -> Gradients:
-    """Gradients in the operands' types; sums over queries and examples are float32."""
+    """Gradients in the operands' types; sums over queries and examples are at least float32."""
     blocks = _Blocks(problem, x, block_bytes)
-    score, dtype = problem.score, x.value.dtype
+    score, dtype, wide = problem.score, x.value.dtype, blocks.wide
     d_out = d_out.astype(dtype)
+    if blocks.guarded and score.normalised:
+        d_out = jnp.where((lse <= EMPTY)[..., None], 0, d_out)
     do = blocks.by_query(d_out)
-    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+    delta = (d_out.astype(wide) * out.astype(wide)).sum(-1)
     delta = blocks.by_query((delta - d_lse)[..., None])
     d_lse = blocks.by_query(d_lse[..., None])
     if blocks.guarded:
-        lse = jnp.where(lse > EMPTY, lse, 0.0)
+        lse = jnp.where(lse <= EMPTY, 0.0, lse)
     lse = blocks.by_query(lse[..., None], fill=-MASKED)
     float_bias = blocks.bias is not None and blocks.bias.dtype != bool
     looped = blocks.count > 1
 
     def body(carry, i, start, width):
-        dk, dv, d_slopes = carry
-        s, slope, at_q, at_k = blocks.scores(i, start, width)
-        q, do_i, lse_i = (blocks.rows(t, i) for t in (blocks.q, do, lse))
-        k, v = (_cut(t, start, width, axis=-2) for t in (blocks.k, blocks.v))
+        dk, dv, d_slopes, d_captured = carry
+        at = i, start, width
+        raw = blocks.raw(*at)
+        if score.cap is None and score.modify is None:
+            s, pull = blocks.modified(raw, *at), None
+        elif x.captured is None:
+            along = partial(blocks.modified, i=i, start=start, width=width)
+            s, slope = jax.jvp(along, (raw,), (jnp.ones_like(raw),))
+            pull = lambda ds: (ds * slope,)  # noqa: E731
+        else:
+            s, pull = jax.vjp(partial(_modified_by, blocks, problem, at), raw, x.captured)
+        s = blocks.finish(s, *at)
+        q, do_i, lse_i = (blocks.rows(t, i) for t in (blocks.q_clean, do, lse))
+        k, v = (blocks.columns(t, start, width) for t in (blocks.k_clean, blocks.v))
         w = score.weight(s, lse_i)
         dw = blocks.product(blocks.by_key, do_i, v)
         if problem.dropout:
-            factor = dropout_factor(problem.dropout, blocks.seeds, at_q, at_k)
+            at_q, at_k = blocks.indices(*at)
+            factor = dropout_factor(problem.dropout, blocks.seeds, at_q, at_k, w.dtype)
             w_kept, dw = w * factor, dw * factor
         else:
             w_kept = w
+        if blocks.guarded:  # products with what is hidden may be infinite
+            hidden = s <= EMPTY
+            dw = jnp.where(hidden, 0.0, dw)
         if score.clipped:
             p, g = score.unclipped(s, lse_i, dw)
             delta_i = (p * g).sum(-1, keepdims=True) - blocks.rows(d_lse, i)
         else:
             delta_i = blocks.rows(delta, i)
         ds = score.gradient(s, lse_i, dw, delta_i)
-        raw = (ds if slope is None else ds * slope) * problem.scale
-        raw = raw.astype(dtype)
-        dq = blocks.product(blocks.by_value, raw, k).astype(dtype)
-        dk_i = blocks.product(blocks.by_rows, raw, q)
+        d_raw = ds
+        if pull is not None:
+            d_raw, *more = pull(ds)
+            if blocks.guarded:
+                d_raw = jnp.where(hidden, 0.0, d_raw)
+            if more:
+                d_captured = jax.tree.map(_sum_floats, d_captured, more[0])
+        d_raw = (d_raw * problem.scale).astype(dtype)
+        dq = blocks.product(blocks.by_value, d_raw, k).astype(dtype)
+        dk_i = blocks.product(blocks.by_rows, d_raw, q)
         dv_i = blocks.product(blocks.by_rows, w_kept.astype(dtype), do_i)
         dk, dv = (_add(t, t_i, start, looped) for t, t_i in ((dk, dk_i), (dv, dv_i)))
         if d_slopes is not None:
-            d_slopes = d_slopes - (ds * distance(at_q, at_k)).sum(
+            d_slopes = d_slopes - (ds * blocks.distance(*at)).sum(
                 (*range(len(blocks.batch)), -2, -1)
             )
         d_bias = None
         if float_bias:
-            axes = [a for a in range(ds.ndim - 2) if blocks.bias.shape[a] < ds.shape[a]]
+            axes = [a for a in range(ds.ndim) if _is_shared(blocks.bias.shape[a], ds.shape[a])]
             d_bias = ds.sum(axes, keepdims=True)
-            if width < blocks.keys:
-                wide = jnp.zeros((*d_bias.shape[:-1], blocks.keys), d_bias.dtype)
-                d_bias = jax.lax.dynamic_update_slice_in_dim(wide, d_bias, start, axis=-1)
-        return (dk, dv, d_slopes), (dq, d_bias)
+            if looped and d_bias.shape[-1] != 1 and width < blocks.keys:
+                every = jnp.zeros((*d_bias.shape[:-1], blocks.keys), d_bias.dtype)
+                d_bias = jax.lax.dynamic_update_slice_in_dim(every, d_bias, start, axis=-1)
+        return (dk, dv, d_slopes, d_captured), (dq, d_bias)
 
-    zeros = tuple(jnp.zeros(t.shape, jnp.float32) if looped else None for t in (blocks.k, blocks.v))
-    no_slopes = None if x.slopes is None else jnp.zeros(blocks.heads, jnp.float32)
-    (dk, dv, d_slopes), (dq, d_bias) = blocks.over(body, (*zeros, no_slopes))
+    zeros = tuple(jnp.zeros(t.shape, wide) if looped else None for t in (blocks.k, blocks.v))
+    no_slopes = None if x.slopes is None else jnp.zeros(blocks.heads, wide)
+    none_captured = None
+    if x.captured is not None:
+        none_captured = jax.tree.map(
+            lambda t: jnp.zeros(jnp.shape(t), jnp.promote_types(t.dtype, jnp.float32)), x.captured
+        )
+    start = (*zeros, no_slopes, none_captured)
+    (dk, dv, d_slopes, d_captured), (dq, d_bias) = blocks.over(body, start)
+    if float_bias:
+        if x.bias.shape[2] == 1 and looped:
+            d_bias = d_bias.sum(-2)
+        d_bias = d_bias.reshape(x.bias.shape).astype(x.bias.dtype)
     return Gradients(
         dq.reshape(x.query.shape).astype(x.query.dtype),
         dk.reshape(x.key.shape).astype(x.key.dtype),
         dv.reshape(x.value.shape).astype(x.value.dtype),
-        d_bias.reshape(x.bias.shape).astype(x.bias.dtype) if float_bias else None,
+        d_bias if float_bias else None,
         None if x.slopes is None else d_slopes.reshape(x.slopes.shape).astype(x.slopes.dtype),
+        captured=d_captured,
     )
+
+
+def _modified_by(blocks, problem, at, raw, captured):
+    """Modified scores as a function of what the modifier closes over, too."""
+    bound = copy.copy(blocks)
+    bound.problem = problem.bound(captured)
+    return bound.modified(raw, *at)
+
+
+def _sum_floats(total, part):
+    """The sum; gradients of integers stay zero."""
+    return total if part.dtype == jax.dtypes.float0 else total + part
+
+
+def _is_shared(own, full) -> bool:
+    """Whether a bias is the same along an axis of the scores."""
+    return isinstance(own, int) and own == 1 and not (isinstance(full, int) and full == 1)
 
 
 def _add(total, part, start, looped):

@@ -5,7 +5,7 @@ import math
 import jax
 from jaxtyping import Array, Float
 
-from kernels_pallas.dispatch import check_implementation
+from kernels_pallas.dispatch import check_implementation, stated_precision
 from kernels_pallas.neighborhood.choice import run
 from kernels_pallas.neighborhood.geometry import Axis
 from kernels_pallas.neighborhood.problem import Operands, Problem
@@ -64,7 +64,7 @@ def neighborhood_attention(
     if bias is not None and bias.shape != (heads, *rows):
         raise ValueError(f"bias has shape {bias.shape}; expected {(heads, *rows)}.")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    problem = Problem(axes, scale, precision)
+    problem = Problem(axes, scale, stated_precision(precision))
     return run(implementation, problem, Operands(query, key, value, bias))
 
 

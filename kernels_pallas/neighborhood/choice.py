@@ -1,60 +1,74 @@
-"""The bodies of neighbourhood attention, which of them a call runs, and its derivative.
+"""The bodies of neighbourhood attention, and the call that runs one of them.
 
-The forward pass keeps the operands and the output. With a mesh in context, each device computes
-its share of the batch and of the heads.
+The forward pass keeps the operands and the output. On a mesh each device computes its share of the
+batch and of the heads.
 """
 
+import importlib
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
-from kernels_pallas import dispatch
-from kernels_pallas.dispatch import Body, Choice
+from kernels_pallas import dispatch, lazy
+from kernels_pallas.lazy import Body
 from kernels_pallas.neighborhood import xla
 from kernels_pallas.neighborhood.problem import Operands, Problem
-from kernels_pallas.recurrence.choice import choose
+from kernels_pallas.spread import HEAD_AXES, divisions, spread
 
 
-def _xla_forward(problem: Problem, x: Operands):
-    rank = len(problem.axes)
+def _plain_forward(narrow: bool, problem: Problem, x: Operands):
+    """Heads first and back; without `narrow`, bfloat16 is computed in float32."""
+    rank, dtype = len(problem.axes), x.value.dtype
     first = (0, rank + 1, *range(1, rank + 1), rank + 2)
     bias = None if x.bias is None else x.bias.reshape(len(x.bias), -1)
+    arrays = x[:3]
+    if not narrow:
+        arrays = (t.astype(jnp.promote_types(t.dtype, jnp.float32)) for t in arrays)
     out = xla.attend(
         problem.axes,
-        *(t.transpose(first) for t in x[:3]),
+        *(t.transpose(first) for t in arrays),
         bias,
         scale=problem.scale,
         precision=problem.precision,
     )
-    return out.transpose(0, *range(2, rank + 2), 1, rank + 2)
+    return out.transpose(0, *range(2, rank + 2), 1, rank + 2).astype(dtype)
 
 
-def _xla_backward(problem: Problem, x: Operands, out, d_out):
-    del out
-    return jax.vjp(partial(_xla_forward, problem), x)[1](d_out)[0]
+def _plain(narrow: bool) -> Body:
+    run = partial(_plain_forward, narrow)
+
+    def forward(problem, x, keep):
+        return (run(problem, x),), ()
+
+    def backward(problem, x, results, saved, cotangents):
+        return jax.vjp(partial(run, problem), x)[1](cotangents[0])[0]
+
+    return Body(forward, backward)
 
 
-def _tpu(which: str, problem: Problem, *arrays, **options):
-    from kernels_pallas.neighborhood import tpu
-
-    return getattr(tpu, which)(problem, *arrays, **options)
-
-
-def _gpu(which: str, problem: Problem, *arrays, **options):
-    from kernels_pallas.neighborhood import gpu
-
-    return getattr(gpu, which)(problem, *arrays, **options)
+def _module(platform: str):
+    name = {"tpu": "tpu", "cuda": "gpu"}[platform]
+    return importlib.import_module(f"kernels_pallas.neighborhood.{name}")
 
 
-def _body(run, **options) -> Body:
-    return Body(partial(run, "forward", **options), partial(run, "backward", **options))
+def _kernel(platform: str, **options) -> Body:
+    def forward(problem, x, keep):
+        problem = dispatch.for_kernel(problem, x.value.dtype)
+        return (_module(platform).forward(problem, x, **options),), ()
+
+    def backward(problem, x, results, saved, cotangents):
+        problem = dispatch.for_kernel(problem, x.value.dtype)
+        grads = _module(platform).backward(problem, x, *results, *cotangents, **options)
+        return Operands(*grads)
+
+    return Body(forward, backward)
 
 
-XLA = Body(_xla_forward, _xla_backward)
-PALLAS = {"tpu": _body(_tpu), "cuda": _body(_gpu)}
-INTERPRETED = {"tpu": _body(_tpu, interpret=True), "cuda": _body(_gpu, interpret=True)}
+# A CPU's compiler lacks some products of bfloat16.
+ON_CPU, ON_ACCELERATOR = _plain(False), _plain(True)
+PALLAS = {platform: _kernel(platform) for platform in ("tpu", "cuda")}
+INTERPRETED = {platform: _kernel(platform, interpret=True) for platform in ("tpu", "cuda")}
 
 
 def refusal(problem: Problem, x: Operands, platform: str) -> str | None:
@@ -63,7 +77,9 @@ def refusal(problem: Problem, x: Operands, platform: str) -> str | None:
     for name in ("query", "key", "value"):
         if getattr(x, name).dtype not in types:
             return f"{name} is {getattr(x, name).dtype}; the kernel takes bfloat16 and float32"
-    return (_tpu if platform == "tpu" else _gpu)("refusal", problem, x)
+    if any(not isinstance(n, int) for n in x.query.shape):
+        return "export leaves a size open"
+    return _module(platform).refusal(problem, x)
 
 
 def run(implementation: str | None, problem: Problem, x: Operands):
@@ -72,35 +88,20 @@ def run(implementation: str | None, problem: Problem, x: Operands):
     Raises:
       ValueError: for an unknown implementation, or one that cannot run the call.
     """
-    bodies = choose(
-        implementation, "neighborhood_attention", problem.positions,
-        partial(refusal, problem, x), XLA, PALLAS, INTERPRETED,
+    choice = dispatch.choose(
+        implementation, "neighborhood_attention", problem.positions, partial(refusal, problem, x),
+        plain=ON_ACCELERATOR, plain_on_cpu=ON_CPU, pallas=PALLAS, interpreted=INTERPRETED,
     )  # fmt: skip
-    if bodies is None:
-        return _xla_forward(problem, x)  # not a custom_vjp: derivatives of any order and mode
-    call, axes = partial(_attend, Choice(*bodies), problem), dispatch.mesh_axes()
-    if not axes:
-        return call(x)
+
+    def call(x):
+        out = jax.ShapeDtypeStruct((*x.query.shape[:-1], x.value.shape[-1]), x.value.dtype)
+        return tuple(lazy.run(choice, problem, x, (out,)))
+
     batch, heads = x.query.shape[0], x.query.shape[-2]
-    b, _ = dispatch.fitting(axes, dispatch.BATCH_AXES, lambda n: batch % n == 0)
-    h, _ = dispatch.fitting(axes, dispatch.HEAD_AXES, lambda n: heads % n == 0)
-    image = P(b, *(None for _ in problem.axes), h)
-    specs = Operands(image, image, image, None if x.bias is None else P(h))
-    return jax.shard_map(call, in_specs=(specs,), out_specs=image, check_vma=False)(x)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(choice: Choice, problem: Problem, x: Operands):
-    return choice.run("forward", problem, x)
-
-
-def _forward(choice, problem, x):
-    out = choice.run("forward", problem, x)
-    return out, (x, out)
-
-
-def _backward(choice, problem, residuals, d_out):
-    return (Operands(*choice.run("backward", problem, *residuals, d_out)),)
-
-
-_attend.defvjp(_forward, _backward)
+    image = "b" + "." * len(problem.axes) + "h"
+    b, h, _ = divisions(
+        jax.tree.leaves(x), image + ".", batch=lambda n: batch % n == 0,
+        heads=lambda n: heads % n == 0, head_axes=HEAD_AXES,
+    )  # fmt: skip
+    layout = Operands(image, image, image, None if x.bias is None else "h")
+    return spread(call, x, layout, (image,), b, h)[0]

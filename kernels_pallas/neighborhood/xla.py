@@ -14,8 +14,7 @@ from einops import rearrange
 from jax import lax
 
 from kernels_pallas.neighborhood.geometry import Axis, grid_kinds
-
-MASKED = -1e30
+from kernels_pallas.scores import EMPTY, MASKED
 
 
 def attend(axes: tuple[Axis, ...], query, key, value, bias, *, scale: float, precision):
@@ -32,43 +31,52 @@ def attend(axes: tuple[Axis, ...], query, key, value, bias, *, scale: float, pre
 
     Returns:
       `[batch, heads, *space, value_dim]`.
-
-    On a CPU bfloat16 is computed in float32: its compiler lacks some products of bfloat16.
     """
-    run = partial(_attend, axes, scale=scale, precision=precision)
-    if value.dtype != jnp.bfloat16:
-        return run(query, key, value, bias)
-
-    def on_cpu(query, key, value, bias):
-        wide = (t.astype(jnp.float32) for t in (query, key, value))
-        return run(*wide, bias).astype(value.dtype)
-
-    return lax.platform_dependent(query, key, value, bias, cpu=on_cpu, default=run)
-
-
-def _attend(axes, query, key, value, bias, *, scale, precision):
     kind, visible, row = grid_kinds(axes)
+    wide = jnp.promote_types(value.dtype, jnp.float32)
     kinds = jnp.asarray(visible)[:, None]
     if bias is not None:
-        kinds = jnp.where(kinds, bias.astype(jnp.float32)[:, row].swapaxes(0, 1), MASKED)
-    product = partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+        kinds = jnp.where(kinds, bias.astype(wide)[:, row].swapaxes(0, 1), MASKED)
+    product = partial(jnp.einsum, precision=precision, preferred_element_type=wide)
+    query, bad_query = finite(query, wide)
+    key, bad_key = finite(key, wide)
+    value, bad_value = finite(value, wide)
 
     @partial(jax.checkpoint, prevent_cse=False)
     def one(tile):
-        q, k, v, kind = tile
-        s = scale * product("bhqd,bhkd->bhqk", q, k)
+        q, k, v, bad, kind = tile
+        s = scale * product("bhqd,bhkd->bhqk", q, k) + bad.swapaxes(-1, -2)
         seen = lax.dynamic_index_in_dim(kinds, kind, keepdims=False)
-        s = jnp.where(seen, s, MASKED) if bias is None else s + seen
-        w = jnp.exp(s - lax.stop_gradient(s.max(-1, keepdims=True)))
-        out = product("bhqk,bhkd->bhqd", w.astype(v.dtype), v) / w.sum(-1, keepdims=True)
+        if bias is None:
+            s = jnp.where(seen, s, MASKED)
+        else:
+            s = jnp.where(seen > MASKED, s + seen, MASKED)
+        top = lax.stop_gradient(s.max(-1, keepdims=True))
+        w = jnp.exp(s - jnp.maximum(top, EMPTY))  # all zeros where a bias hides the whole window
+        total = jnp.maximum(w.sum(-1, keepdims=True), 1e-37)
+        out = product("bhqk,bhkd->bhqd", w.astype(v.dtype), v) / total
         return out.astype(v.dtype)
 
-    tiles = (query_tiles(axes, query), key_tiles(axes, key), key_tiles(axes, value))
+    tiles = (
+        query_tiles(axes, query),
+        *(key_tiles(axes, t) for t in (key, value, lax.stop_gradient(bad_key + bad_value))),
+    )
     if len(kind) == 1:
         out = one((*(t[0] for t in tiles), 0))[None]
     else:
         out = lax.map(one, (*tiles, jnp.asarray(kind)))
-    return join_tiles(axes, out)
+    return join_tiles(axes, out) + lax.stop_gradient(bad_query).astype(value.dtype)
+
+
+def finite(t, dtype):
+    """`t` with zeros where it is not finite, and a NaN for each token where it is not, else zero.
+
+    Numbers that are not finite thus stay with the queries that see them: zero times infinity in a
+    product with what is hidden would carry them on.
+    """
+    good = jnp.isfinite(t)
+    bad = jnp.where(good.all(-1, keepdims=True), 0, jnp.nan).astype(dtype)
+    return jnp.where(good, t, 0), bad
 
 
 def query_tiles(axes: tuple[Axis, ...], x):

@@ -4,10 +4,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.dispatch import PLATFORM_OF, check_implementation, reason_for_xla, tell
-from kernels_pallas.recurrence import scan, xla
+from kernels_pallas.dispatch import (
+    PLATFORM_OF,
+    check_implementation,
+    reason_for_xla,
+    stated_precision,
+    tell,
+)
+from kernels_pallas.recurrence import packed, scan, xla
 from kernels_pallas.recurrence.choice import run
-from kernels_pallas.recurrence.tile import LOWEST_LOG_DECAY, Operands, Problem
+from kernels_pallas.recurrence.problem import Operands, Problem
+from kernels_pallas.recurrence.tile import LOWEST_LOG_DECAY
 
 SMALLEST_CHUNK = 16
 LARGEST_SCAN_CHUNK = 128
@@ -21,6 +28,7 @@ def gated_linear_attention(
     *,
     scale: float | None = None,
     initial_state: Float[Array, "batch heads key_dim value_dim"] | None = None,
+    cu_seqlens: Int[Array, "sequences+1"] | None = None,
     chunk: int = 64,
     implementation: str | None = None,
     precision: jax.lax.PrecisionLike = None,
@@ -40,6 +48,8 @@ def gated_linear_attention(
       log_decay: g <= 0, `[batch, length, heads, key_dim or 1]`, or None for no decay.
       scale: of the output; `key_dim ** -0.5` if None.
       initial_state: S before the first step; zeros if None.
+      cu_seqlens: where packed sequences begin and end, from 0 to length, with a batch of one: each
+        has a state of its own, `[sequences, heads, ...]` before and after. Runs in XLA.
       chunk: steps done at once, a power of two from 16.
       implementation: None (by the platform that is compiled for, see `dispatch.explain`), "xla",
         "pallas_tpu" or "pallas_gpu". Second derivatives need "xla".
@@ -54,12 +64,12 @@ def gated_linear_attention(
       ValueError: if shapes do not fit, with the sizes.
     """
     _check_heads(query, key, value)
-    batch, length, heads, key_dim = key.shape
-    _check("log_decay", log_decay, ((batch, length, heads, 1), key.shape))
+    key_dim = key.shape[3]
+    _check("log_decay", log_decay, tuple((*value.shape[:3], n) for n in (1, key_dim)))
     scale = key_dim**-0.5 if scale is None else float(scale)
     return _chunked(
         query, key, value, log_decay, None, initial_state,
-        scale, chunk, implementation, precision,
+        scale, chunk, implementation, precision, cu_seqlens,
     )  # fmt: skip
 
 
@@ -72,6 +82,7 @@ def delta_rule(
     *,
     scale: float | None = None,
     initial_state: Float[Array, "batch heads key_dim value_dim"] | None = None,
+    cu_seqlens: Int[Array, "sequences+1"] | None = None,
     chunk: int = 64,
     implementation: str | None = None,
     precision: jax.lax.PrecisionLike = None,
@@ -86,11 +97,14 @@ def delta_rule(
       query: `[batch, length, heads, key_dim]`.
       key: `[batch, length, heads, key_dim]`, normalised by the caller: the rule is stable for
         beta |k|^2 in [0, 2].
-      value: `[batch, length, heads, value_dim]`.
+      value: `[batch, length, heads, value_dim]`; it may have more heads, a multiple: groups of
+        them share queries and keys. Decays and betas are those of its heads.
       beta: write strength, `[batch, length, heads]`.
       log_decay: g <= 0, `[batch, length, heads]`, or None for no decay.
       scale: of the output; `key_dim ** -0.5` if None.
       initial_state: S before the first step; zeros if None.
+      cu_seqlens: where packed sequences begin and end, from 0 to length, with a batch of one: each
+        has a state of its own, `[sequences, heads, ...]` before and after. Runs in XLA.
       chunk: steps done at once, a power of two from 16.
       implementation: as in `gated_linear_attention`.
       precision: as in `gated_linear_attention`.
@@ -103,13 +117,13 @@ def delta_rule(
       ValueError: if shapes do not fit, with the sizes.
     """
     _check_heads(query, key, value)
-    _check("beta", beta, (key.shape[:3],))
-    _check("log_decay", log_decay, (key.shape[:3],))
+    _check("beta", beta, (value.shape[:3],))
+    _check("log_decay", log_decay, (value.shape[:3],))
     scale = key.shape[3] ** -0.5 if scale is None else float(scale)
     log_decay = None if log_decay is None else log_decay[..., None]
     return _chunked(
         query, key, value, log_decay, beta[..., None], initial_state,
-        scale, chunk, implementation, precision,
+        scale, chunk, implementation, precision, cu_seqlens,
     )  # fmt: skip
 
 
@@ -122,6 +136,7 @@ def ssd(
     *,
     D: Float[Array, "heads"] | None = None,
     initial_state: Float[Array, "batch heads key_dim value_dim"] | None = None,
+    cu_seqlens: Int[Array, "sequences+1"] | None = None,
     chunk: int = 64,
     implementation: str | None = None,
     precision: jax.lax.PrecisionLike = None,
@@ -139,6 +154,8 @@ def ssd(
       D: skip connection, `[heads]`, or None.
       initial_state: h before the first step, `[batch, heads, key_dim, value_dim]`. (Mamba's own
         caches have the last two axes the other way round.)
+      cu_seqlens: where packed sequences begin and end, from 0 to length, with a batch of one: each
+        has a state of its own, `[sequences, heads, ...]` before and after. Runs in XLA.
       chunk: steps done at once, a power of two from 16.
       implementation: as in `gated_linear_attention`.
       precision: as in `gated_linear_attention`.
@@ -150,12 +167,14 @@ def ssd(
       ValueError: if shapes do not fit, with the sizes.
     """
     _check_ssd(x, dt, A, B, C, D)
-    dt = dt.astype(jnp.float32)
+    _check_floats(x=x, dt=dt, A=A, B=B, C=C)
+    dt = _wide(dt)
     value = (x * dt[..., None]).astype(x.dtype)
-    log_decay = (dt * A.astype(jnp.float32))[..., None]
+    log_decay = (dt * _wide(A))[..., None]
     y, state = _chunked(
-        C, B, value, log_decay, None, initial_state, 1.0, chunk, implementation, precision
-    )
+        C, B, value, log_decay, None, initial_state, 1.0, chunk, implementation, precision,
+        cu_seqlens,
+    )  # fmt: skip
     return _skip(y, D if D is None else D[:, None], x), state
 
 
@@ -207,9 +226,10 @@ def tree_ssd(
         lines[platform] = f"xla, because {reason}"
     tell(lines)
     repeats = x.shape[2] // B.shape[2]
-    B, C = (jnp.repeat(t.astype(jnp.float32), repeats, axis=2) for t in (B, C))
-    float32 = (t.astype(jnp.float32) for t in (x, dt, A))
-    y, states = xla.tree_ssd(*float32, B, C, jnp.asarray(parents), initial_state)
+    _check_floats(x=x, dt=dt, A=A, B=B, C=C)
+    B, C = (jnp.repeat(_wide(t), repeats, axis=2) for t in (B, C))
+    wide = map(_wide, (x, dt, A))
+    y, states = xla.tree_ssd(*wide, B, C, jnp.asarray(parents), _wide(initial_state))
     return y.astype(x.dtype), states
 
 
@@ -222,6 +242,7 @@ def selective_scan(
     *,
     D: Float[Array, "channels"] | None = None,
     initial_state: Float[Array, "batch channels state"] | None = None,
+    cu_seqlens: Int[Array, "sequences+1"] | None = None,
     chunk: int = 64,
     implementation: str | None = None,
 ) -> tuple[Array, Float[Array, "batch channels state"]]:
@@ -238,6 +259,8 @@ def selective_scan(
       C: `[batch, length, state]`.
       D: skip connection, `[channels]`, or None.
       initial_state: h before the first step; zeros if None.
+      cu_seqlens: where packed sequences begin and end, from 0 to length, with a batch of one: each
+        has a state of its own, `[sequences, heads, ...]` before and after. Runs in XLA.
       chunk: steps between two states that are kept; a multiple of 16 up to 128, else the next one.
       implementation: None (by the platform that is compiled for, see `dispatch.explain`), "xla",
         "pallas_tpu" or "pallas_gpu". Second derivatives need "xla".
@@ -256,13 +279,23 @@ def selective_scan(
     for name, t in (("B", B), ("C", C)):
         _check(name, t, ((batch, length, A.shape[1]),))
     _check("D", D, ((channels,),))
-    _check("initial_state", initial_state, ((batch, *A.shape),))
+    states = _count_states(cu_seqlens, batch)
+    _check("initial_state", initial_state, ((states, *A.shape),))
+    _check_floats(x=x, dt=dt, A=A, B=B, C=C)
     chunk = min(chunk, length)
     if length > 1 or implementation in PLATFORM_OF:
         chunk = min(-(-chunk // SMALLEST_CHUNK) * SMALLEST_CHUNK, LARGEST_SCAN_CHUNK)
-    state = jnp.zeros((batch, *A.shape), jnp.float32) if initial_state is None else initial_state
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    state = jnp.zeros((states, *A.shape), wide) if initial_state is None else initial_state
+    A, D, state = (None if t is None else t.astype(wide) for t in (A, D, state))
+    if cu_seqlens is not None:
+        _refuse_kernels(implementation)
+        where = packed.layout(cu_seqlens, length, chunk)
+        x, dt, B, C = (packed.align(t, where, 1) for t in (x, dt, B, C))
+        arrays = packed.Arrays(scan.Operands(x, dt, A, B, C, D, state), where.starts, where.ends)
+        y, state = packed.run(packed.SELECTIVE_SCAN, Problem(chunk=chunk), arrays, (x, state))
+        return jnp.take(y, where.place, axis=1), state
     x, dt, B, C = (_pad(t, chunk, 1) for t in (x, dt, B, C))
-    A, D, state = (None if t is None else t.astype(jnp.float32) for t in (A, D, state))
     arrays = scan.Operands(x, dt, A, B, C, D, state)
     y, state = scan.run(implementation, Problem(chunk=chunk), arrays)
     return y[:, :length], state
@@ -279,7 +312,7 @@ def gated_linear_attention_step(
 ) -> tuple[Array, Float[Array, "batch heads key_dim value_dim"]]:
     """One step of `gated_linear_attention`: output and the next state."""
     if log_decay is not None:
-        state = jnp.exp(log_decay.astype(jnp.float32))[..., None] * state
+        state = jnp.exp(_wide(log_decay))[..., None] * state
     state = state + _outer(key, value)
     return _read(query, state, scale).astype(value.dtype), state
 
@@ -296,8 +329,8 @@ def delta_rule_step(
 ) -> tuple[Array, Float[Array, "batch heads key_dim value_dim"]]:
     """One step of `delta_rule`: output and the next state."""
     if log_decay is not None:
-        state = jnp.exp(log_decay.astype(jnp.float32))[..., None, None] * state
-    change = beta.astype(jnp.float32)[..., None] * (value - _read(key, state, 1.0))
+        state = jnp.exp(_wide(log_decay))[..., None, None] * state
+    change = _wide(beta)[..., None] * (value - _read(key, state, 1.0))
     state = state + _outer(key, change)
     return _read(query, state, scale).astype(value.dtype), state
 
@@ -314,7 +347,7 @@ def ssd_step(
 ) -> tuple[Array, Float[Array, "batch heads key_dim value_dim"]]:
     """One step of `ssd`: y and the next state."""
     B, C = (jnp.repeat(t, x.shape[1] // t.shape[1], axis=1) for t in (B, C))
-    dt = dt.astype(jnp.float32)
+    dt = _wide(dt)
     y, state = gated_linear_attention_step(
         C, B, x * dt[..., None], (dt * A)[..., None], state, scale=1.0
     )
@@ -332,18 +365,24 @@ def selective_scan_step(
     D: Float[Array, "channels"] | None = None,
 ) -> tuple[Array, Float[Array, "batch channels state"]]:
     """One step of `selective_scan`: y and the next state."""
-    dt = dt.astype(jnp.float32)
+    dt = _wide(dt)
     state = jnp.exp(dt[..., None] * A) * state + (dt * x)[..., None] * B[:, None, :]
     return _skip((state * C[:, None, :]).sum(-1).astype(x.dtype), D, x), state
 
 
+def _wide(t):
+    """In float32, or float64 if it is."""
+    return t.astype(jnp.promote_types(t.dtype, jnp.float32))
+
+
 def _outer(key, value):
-    return key.astype(jnp.float32)[..., :, None] * value.astype(jnp.float32)[..., None, :]
+    key, value = _wide(key), _wide(value)
+    return key[..., :, None] * value[..., None, :]
 
 
 def _read(query, state, scale):
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    query = query.astype(jnp.float32)
+    query = _wide(query)
     return scale * jnp.einsum("bhk,bhkv->bhv", query, state, precision="highest")
 
 
@@ -352,29 +391,38 @@ def _skip(y, D, x):
 
 
 def _chunked(
-    query, key, value, log_decay, beta, state, scale, chunk, implementation, precision
-):  # fmt: skip
+    query, key, value, log_decay, beta, state, scale, chunk, implementation, precision, bounds
+):
     """Heads first, in whole chunks, in float32 where it matters; then the body, and back."""
     check_implementation(implementation)
     if chunk < SMALLEST_CHUNK or chunk & (chunk - 1):
         raise ValueError(f"chunk={chunk} must be a power of two, at least {SMALLEST_CHUNK}.")
-    _check("initial_state", state, (_state_shape(key, value),))
-    if state is None:
-        state = jnp.zeros(_state_shape(key, value), jnp.float32)
+    _check_floats(query=query, key=key, value=value, log_decay=log_decay, beta=beta)
+    wide = jnp.promote_types(value.dtype, jnp.float32)
+    states = _count_states(bounds, value.shape[0]), *_state_shape(key, value)[1:]
+    _check("initial_state", state, (states,))
+    state = jnp.zeros(states, wide) if state is None else state.astype(wide)
     length = value.shape[1]
-    if length == 1 and implementation in (None, "xla"):
+    if length == 1 and bounds is None and implementation in (None, "xla"):
         return _one_step(query, key, value, log_decay, beta, state, scale)
-    chunk = min(chunk, max(SMALLEST_CHUNK, 1 << (length - 1).bit_length()))
+    if isinstance(length, int):
+        chunk = min(chunk, max(SMALLEST_CHUNK, 1 << (length - 1).bit_length()))
     if log_decay is not None:
-        log_decay = jnp.maximum(log_decay.astype(jnp.float32), LOWEST_LOG_DECAY)
+        log_decay = jnp.maximum(log_decay.astype(wide), LOWEST_LOG_DECAY)
     query, key = query.astype(value.dtype), key.astype(value.dtype)
-    beta = None if beta is None else beta.astype(jnp.float32)
-    heads_first = (
-        None if t is None else _pad(t.transpose(0, 2, 1, 3), chunk, 2)
-        for t in (query, key, value, log_decay, beta)
-    )  # fmt: skip
-    problem = Problem(chunk=chunk, scale=scale, precision=precision)
-    x = Operands(*heads_first, state.astype(jnp.float32))
+    beta = None if beta is None else beta.astype(wide)
+    heads_first = [
+        None if t is None else t.transpose(0, 2, 1, 3) for t in (query, key, value, log_decay, beta)
+    ]
+    problem = Problem(chunk=chunk, scale=scale, precision=stated_precision(precision))
+    if bounds is not None:
+        _refuse_kernels(implementation)
+        where = packed.layout(bounds, length, chunk)
+        aligned = Operands(*(packed.align(t, where, 2) for t in heads_first), state)
+        arrays = packed.Arrays(aligned, where.starts, where.ends)
+        out, state = packed.run(packed.CHUNKED, problem, arrays, (aligned.value, state))
+        return jnp.take(out, where.place, axis=2).transpose(0, 2, 1, 3), state
+    x = Operands(*(None if t is None else _pad(t, chunk, 2) for t in heads_first), state)
     out, state = run(implementation, problem, x)
     return out[:, :, :length].transpose(0, 2, 1, 3), state
 
@@ -385,13 +433,11 @@ def _one_step(query, key, value, log_decay, beta, state, scale):
     query, key = (jnp.repeat(t[:, 0], repeats, axis=1) for t in (query, key))
     decay = None if log_decay is None else log_decay[:, 0]
     if beta is None:
-        out, state = gated_linear_attention_step(
-            query, key, value[:, 0], decay, state.astype(jnp.float32), scale=scale
-        )
+        out, state = gated_linear_attention_step(query, key, value[:, 0], decay, state, scale=scale)
     else:
         decay = None if decay is None else decay[..., 0]
         out, state = delta_rule_step(
-            query, key, value[:, 0], beta[:, 0, :, 0], decay, state.astype(jnp.float32), scale=scale
+            query, key, value[:, 0], beta[:, 0, :, 0], decay, state, scale=scale
         )
     return out[:, None], state
 
@@ -415,11 +461,36 @@ def _check_heads(query, key, value):
     shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
     if not query.ndim == key.ndim == value.ndim == 4:
         raise ValueError(f"{shapes}: expected 4 axes each, batch length heads head_dim.")
-    if query.shape != key.shape or value.shape[:3] != key.shape[:3] or 0 in value.shape:
+    fits = query.shape == key.shape and value.shape[:2] == key.shape[:2]
+    empty = any(isinstance(n, int) and n == 0 for n in (*value.shape, key.shape[2]))
+    if not fits or empty or value.shape[2] % key.shape[2]:
         raise ValueError(
-            f"{shapes}: query and key must be alike, value agree in batch, length and heads, and "
-            "no axis be empty."
+            f"{shapes}: query and key must be alike, value agree in batch and length, have as many "
+            "heads or a multiple, and no axis be empty."
         )
+
+
+def _check_floats(**arrays):
+    for name, t in arrays.items():
+        if t is not None and not jnp.issubdtype(t.dtype, jnp.floating):
+            raise TypeError(f"{name} is {t.dtype}; expected floats: convert it first.")
+
+
+def _count_states(bounds, batch):
+    """How many states there are: one for each example, or for each packed sequence."""
+    if bounds is None:
+        return batch
+    if bounds.ndim != 1 or batch != 1 or not jnp.issubdtype(bounds.dtype, jnp.integer):
+        raise ValueError(
+            f"cu_seqlens is {bounds.dtype}{list(bounds.shape)} with a batch of {batch}; expected "
+            "integers [sequences + 1] and a batch of one."
+        )
+    return bounds.shape[0] - 1
+
+
+def _refuse_kernels(implementation):
+    if implementation in PLATFORM_OF:
+        raise ValueError(f"implementation={implementation!r} does not take cu_seqlens; XLA does.")
 
 
 def _check_ssd(x, dt, A, B, C, D):

@@ -1,59 +1,69 @@
-"""The bodies of the chunked recurrences, and which of them a call runs.
+"""The bodies of the chunked recurrences, and the call that runs one of them."""
 
-`choose` and `split` serve the other recurrences too.
-"""
-
-from functools import partial
+import importlib
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
-from kernels_pallas import dispatch
-from kernels_pallas.dispatch import Body, Choice
+from kernels_pallas import dispatch, lazy
+from kernels_pallas.lazy import Body
 from kernels_pallas.recurrence import xla
-from kernels_pallas.recurrence.tile import Gradients, Operands, Problem
+from kernels_pallas.recurrence.problem import Gradients, Operands, Problem
+from kernels_pallas.spread import SEQUENCE_AXES, divisions, spread
 
 
-def _xla_forward(keep: bool, problem: Problem, x: Operands):
-    return xla.chunked(problem, x, keep=keep)
+def _plain(narrow: bool) -> Body:
+    """The scan over chunks; without `narrow`, bfloat16 is computed in float32."""
+
+    def widened(x):
+        if narrow:
+            return x
+        return Operands(
+            *(t if t is None else t.astype(jnp.promote_types(t.dtype, jnp.float32)) for t in x)
+        )
+
+    def forward(problem, x, keep):
+        out, state, *saved = xla.chunked(problem, widened(x), keep=keep)
+        return (out.astype(x.value.dtype), state), tuple(saved)
+
+    def backward(problem, x, results, saved, cotangents):
+        return xla.chunked_backward(problem, widened(x), *saved, *cotangents)
+
+    return Body(forward, backward)
 
 
-def _xla_backward(problem: Problem, x: Operands, states, *cotangents):
-    _, pull = jax.vjp(lambda x: xla.chunked(problem, x), x)
-    return Gradients(*pull(cotangents)[0])
+def kernel(names: dict[str, str], platform: str, gradients, **options) -> Body:
+    """The kernels of a module, imported when one is traced."""
+
+    def module():
+        return importlib.import_module(f"kernels_pallas.recurrence.{names[platform]}")
+
+    def forward(problem, x, keep):
+        problem = dispatch.for_kernel(problem, x[2].dtype)
+        found = module().forward(problem, x, keep=keep, **options)
+        return tuple(found[:2]), tuple(found[2:])
+
+    def backward(problem, x, results, saved, cotangents):
+        problem = dispatch.for_kernel(problem, x[2].dtype)
+        return gradients(*module().backward(problem, x, *saved, *cotangents, **options))
+
+    return Body(forward, backward)
 
 
-def _tpu(which: str, problem: Problem, *arrays, **options):
-    from kernels_pallas.recurrence import tpu
-
-    return getattr(tpu, which)(problem, *arrays, **options)
-
-
-def _gpu(which: str, problem: Problem, *arrays, **options):
-    from kernels_pallas.recurrence import gpu
-
-    return getattr(gpu, which)(problem, *arrays, **options)
+# A CPU's compiler lacks some products of bfloat16.
+ON_CPU, ON_ACCELERATOR = _plain(False), _plain(True)
+MODULES = {"tpu": "tpu", "cuda": "gpu"}
+PALLAS = {name: kernel(MODULES, name, Gradients) for name in MODULES}
+INTERPRETED = {name: kernel(MODULES, name, Gradients, interpret=True) for name in MODULES}
 
 
-def _body(run, **options) -> dict[bool, Body]:
-    """By whether the states before the chunks are wanted."""
-    backward = partial(run, "backward", **options)
-    return {
-        keep: Body(partial(run, "forward", keep=keep, **options), backward)
-        for keep in (False, True)
-    }
-
-
-XLA = {keep: Body(partial(_xla_forward, keep), _xla_backward) for keep in (False, True)}
-PALLAS = {"tpu": _body(_tpu), "cuda": _body(_gpu)}
-INTERPRETED = {"tpu": _body(_tpu, interpret=True), "cuda": _body(_gpu, interpret=True)}
-
-
-def refusal(platform: str, x: Operands) -> str | None:
+def refusal(platform: str, x) -> str | None:
     """Why the Pallas body of a platform cannot run a call, or None."""
-    if x.value.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"value is {x.value.dtype}; the {platform} kernel takes bfloat16 and float32"
+    value = x[2]
+    if value.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"value is {value.dtype}; the {platform} kernel takes bfloat16 and float32"
+    if any(not isinstance(n, int) for n in value.shape):
+        return "export leaves a size open"
     return None
 
 
@@ -63,107 +73,20 @@ def run(implementation: str | None, problem: Problem, x: Operands):
     Raises:
       ValueError: for an unknown implementation, or one that cannot run the call.
     """
-    bodies = choose(
+    choice = dispatch.choose(
         implementation, "recurrence", x.value.shape[2], lambda platform: refusal(platform, x),
-        XLA, PALLAS, INTERPRETED,
+        plain=ON_ACCELERATOR, plain_on_cpu=ON_CPU, pallas=PALLAS, interpreted=INTERPRETED,
     )  # fmt: skip
-    if bodies is None:
-        return xla.chunked(problem, x)  # not a custom_vjp: derivatives of any order and mode
 
-    def specs(b, h):
-        return Operands(*(None if t is None else P(b, h) for t in x)), (P(b, h), P(b, h))
+    def call(x):
+        kept = (*x.state.shape[:2], x.value.shape[2] // problem.chunk, *x.state.shape[2:])
+        state = jax.ShapeDtypeStruct(kept, x.state.dtype)
+        return tuple(lazy.run(choice, problem, x, (x.value, x.state), (state,)))
 
-    return split(bodies, problem, x, *x.query.shape[:2], specs)
-
-
-def choose(implementation, operation: str, length: int, refusal, on_xla, pallas, interpreted):
-    """`(default body, bodies by platform)` of a call, or None if it runs plain XLA everywhere.
-
-    `"pallas_tpu"` and `"pallas_gpu"` run on the CPU in Pallas's interpreter.
-
-    Args:
-      implementation: what the caller asked for, or None.
-      operation: a row of the table.
-      length: of the sequence.
-      refusal: of a platform: why its Pallas body cannot run the call, or None.
-      on_xla: the body for platforms without a kernel.
-      pallas: bodies by platform.
-      interpreted: the same bodies, for the CPU.
-
-    Raises:
-      ValueError: for an unknown implementation, or one that cannot run the call.
-    """
-    dispatch.check_implementation(implementation)
-    if implementation in dispatch.PLATFORM_OF:
-        platform = dispatch.PLATFORM_OF[implementation]
-        if reason := refusal(platform):
-            raise ValueError(f"implementation={implementation!r}: {reason}.")
-        dispatch.tell({platform: f"{implementation} (asked for)", "cpu": "its interpreter"})
-        return pallas[platform], (("cpu", interpreted[platform]),)
-    lines, platforms = {"cpu": "xla"}, []
-    for name, platform in dispatch.PLATFORM_OF.items():
-        reason = "xla was asked for" if implementation else refusal(platform)
-        reason = reason or dispatch.reason_for_xla(operation, platform, length)
-        lines[platform] = f"xla, because {reason}" if reason else name
-        if not reason:
-            platforms.append((platform, pallas[platform]))
-    dispatch.tell(lines)
-    return (on_xla, tuple(platforms)) if platforms else None
-
-
-def split(bodies, problem, x, batch: int, heads: int, specs):
-    """With a mesh in context, each device computes its share of the batch and of the heads.
-
-    Args:
-      bodies: from `choose`.
-      problem: the static part.
-      x: the operands, a NamedTuple.
-      batch: how many rows may be divided.
-      heads: how many heads, groups of heads or channels may be divided.
-      specs: `specs(batch axes, head axes)` are the specs of the operands and of the results.
-    """
-    bodies = _Bodies(*bodies)
-    axes = dispatch.mesh_axes()
-    if not axes:
-        return _run(bodies, problem, x)
-    b, _ = dispatch.fitting(axes, dispatch.BATCH_AXES, lambda n: batch % n == 0)
-    h, _ = dispatch.fitting(axes, dispatch.SEQUENCE_AXES, lambda n: heads % n == 0)
-    operands, results = specs(b, h)
-    return jax.shard_map(
-        partial(_run, bodies, problem), in_specs=(operands,), out_specs=results, check_vma=False
-    )(x)
-
-
-class _Bodies:
-    """Choices with and without the states before the chunks; hashable by identity of its parts."""
-
-    def __init__(self, default, platforms):
-        self.key = (id(default), tuple((name, id(body)) for name, body in platforms))
-        self.choice = {
-            keep: Choice(default[keep], tuple((name, body[keep]) for name, body in platforms))
-            for keep in (False, True)
-        }
-
-    def __hash__(self):
-        return hash(self.key)
-
-    def __eq__(self, other):
-        return isinstance(other, _Bodies) and self.key == other.key
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _run(bodies: _Bodies, problem, x):
-    return tuple(bodies.choice[False].run("forward", problem, x))
-
-
-def _forward(bodies, problem, x):
-    *results, saved = bodies.choice[True].run("forward", problem, x)
-    return tuple(results), (x, saved)
-
-
-def _backward(bodies, problem, residuals, cotangents):
-    x, saved = residuals
-    return (type(x)(*bodies.choice[True].run("backward", problem, x, saved, *cotangents)),)
-
-
-_run.defvjp(_forward, _backward)
+    batch, groups = x.query.shape[:2]
+    b, h, _ = divisions(
+        (x.value, *jax.tree.leaves(x)), "bhl.", batch=lambda n: batch % n == 0,
+        heads=lambda n: groups % n == 0, head_axes=SEQUENCE_AXES,
+    )  # fmt: skip
+    layout = Operands(*(None if t is None else "bh" for t in x))
+    return spread(call, x, layout, ("bhl", "bh"), b, h)

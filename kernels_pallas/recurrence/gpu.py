@@ -25,7 +25,7 @@ from jax import lax
 from kernels_pallas import compat
 from kernels_pallas.attention.tile import quotient
 from kernels_pallas.recurrence import tile
-from kernels_pallas.recurrence.tile import Gradients, Operands, Problem
+from kernels_pallas.recurrence.problem import Gradients, Operands, Problem
 
 STEPS = 16  # done at once
 COLUMNS = 32  # of the values, in one program

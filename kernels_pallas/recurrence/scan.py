@@ -4,58 +4,35 @@ Every body cuts the length into chunks and keeps one state before each chunk for
 `[batch, chunks, state, channels]`; inside a chunk states are formed again.
 """
 
-from functools import partial
-from typing import NamedTuple
-
+import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
 
-from kernels_pallas.dispatch import Body
+from kernels_pallas import dispatch, lazy
+from kernels_pallas.lazy import Body
 from kernels_pallas.recurrence import xla
-from kernels_pallas.recurrence.choice import choose, split
-from kernels_pallas.recurrence.tile import Problem
-
-
-class Operands(NamedTuple):
-    """Arrays; the length is a multiple of the chunk. A, D and the state are float32."""
-
-    x: Float[Array, "batch length channels"]
-    dt: Float[Array, "batch length channels"]
-    A: Float[Array, "channels state"]
-    B: Float[Array, "batch length state"]
-    C: Float[Array, "batch length state"]
-    D: Float[Array, "channels"] | None
-    state: Float[Array, "batch channels state"]
-
-
-class Gradients(NamedTuple):
-    """Of the operands, in their types; None where one is absent."""
-
-    x: Array
-    dt: Array
-    A: Array
-    B: Array
-    C: Array
-    D: Array | None
-    state: Array
+from kernels_pallas.recurrence.choice import kernel
+from kernels_pallas.recurrence.problem import Problem
+from kernels_pallas.recurrence.problem import ScanGradients as Gradients
+from kernels_pallas.recurrence.problem import ScanOperands as Operands
+from kernels_pallas.spread import SEQUENCE_AXES, divisions, spread
 
 
 def _wide(x: Operands):
-    """What `xla` takes: all but D and the state, in float32."""
-    return tuple(t.astype(jnp.float32) for t in x[:5])
+    """What `xla` takes: all but D and the state, in float32 at least."""
+    return tuple(t.astype(x.state.dtype) for t in x[:5])
 
 
-def _xla_forward(keep: bool, problem: Problem, x: Operands):
-    y, *states = xla.selective_scan(*_wide(x), x.state, chunk=problem.chunk, keep=keep)
+def _forward(problem: Problem, x: Operands, keep: bool):
+    y, state, *states = xla.selective_scan(*_wide(x), x.state, chunk=problem.chunk, keep=keep)
     if x.D is not None:
-        y = y + x.D * x.x.astype(jnp.float32)
-    return y.astype(x.x.dtype), *states
+        y = y + x.D * x.x.astype(y.dtype)
+    return (y.astype(x.x.dtype), state), tuple(states)
 
 
-def _xla_backward(problem: Problem, x: Operands, states, d_y, d_final):
-    wide, d_y = _wide(x), d_y.astype(jnp.float32)
-    *grads, d_state = xla.selective_scan_backward(*wide, states, d_y, d_final, chunk=problem.chunk)
+def _backward(problem: Problem, x: Operands, results, saved, cotangents):
+    d_y, d_final = cotangents
+    wide, d_y = _wide(x), d_y.astype(x.state.dtype)
+    *grads, d_state = xla.selective_scan_backward(*wide, *saved, d_y, d_final, chunk=problem.chunk)
     d_D = None
     if x.D is not None:
         grads[0] = grads[0] + x.D * d_y
@@ -64,30 +41,10 @@ def _xla_backward(problem: Problem, x: Operands, states, d_y, d_final):
     return Gradients(*grads, d_D, d_state)
 
 
-def _tpu(which: str, problem: Problem, *arrays, **options):
-    from kernels_pallas.recurrence import scan_tpu
-
-    return getattr(scan_tpu, which)(problem, *arrays, **options)
-
-
-def _gpu(which: str, problem: Problem, *arrays, **options):
-    from kernels_pallas.recurrence import scan_gpu
-
-    return getattr(scan_gpu, which)(problem, *arrays, **options)
-
-
-def _body(run, **options) -> dict[bool, Body]:
-    """By whether the states before the chunks are wanted."""
-    backward = partial(run, "backward", **options)
-    return {
-        keep: Body(partial(run, "forward", keep=keep, **options), backward)
-        for keep in (False, True)
-    }
-
-
-XLA = {keep: Body(partial(_xla_forward, keep), _xla_backward) for keep in (False, True)}
-PALLAS = {"tpu": _body(_tpu), "cuda": _body(_gpu)}
-INTERPRETED = {"tpu": _body(_tpu, interpret=True), "cuda": _body(_gpu, interpret=True)}
+XLA = Body(_forward, _backward)
+MODULES = {"tpu": "scan_tpu", "cuda": "scan_gpu"}
+PALLAS = {name: kernel(MODULES, name, Gradients) for name in MODULES}
+INTERPRETED = {name: kernel(MODULES, name, Gradients, interpret=True) for name in MODULES}
 
 
 def refusal(platform: str, problem: Problem, x: Operands) -> str | None:
@@ -106,16 +63,23 @@ def run(implementation: str | None, problem: Problem, x: Operands):
     Raises:
       ValueError: for an unknown implementation, or one that cannot run the call.
     """
-    bodies = choose(
+    choice = dispatch.choose(
         implementation, "selective_scan", x.x.shape[1],
-        lambda platform: refusal(platform, problem, x), XLA, PALLAS, INTERPRETED,
+        lambda platform: refusal(platform, problem, x),
+        plain=XLA, pallas=PALLAS, interpreted=INTERPRETED,
     )  # fmt: skip
-    if bodies is None:
-        return _xla_forward(False, problem, x)  # derivatives of any order and mode
+    batch, _, channels = x.x.shape
 
-    def specs(b, h):
-        each = Operands(P(b, None, h), P(b, None, h), P(h), P(b), P(b), P(h), P(b, h))
-        each = Operands(*(s if t is not None else None for s, t in zip(each, x, strict=True)))
-        return each, (P(b, None, h), P(b, h))
+    def call(x):
+        batch, length, channels = x.x.shape
+        kept = (batch, length // problem.chunk, x.A.shape[1], channels)
+        state = jax.ShapeDtypeStruct(kept, x.state.dtype)
+        return tuple(lazy.run(choice, problem, x, (x.x, x.state), (state,)))
 
-    return split(bodies, problem, x, x.x.shape[0], x.x.shape[2], specs)
+    b, h, _ = divisions(
+        jax.tree.leaves(x), "blh", batch=lambda n: batch % n == 0,
+        heads=lambda n: channels % n == 0, head_axes=SEQUENCE_AXES,
+    )  # fmt: skip
+    layout = Operands("b.h", "b.h", "h", "b", "b", "h", "bh")
+    layout = Operands(*(s if t is not None else None for s, t in zip(layout, x, strict=True)))
+    return spread(call, x, layout, ("blh", "bh"), b, h)

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas import compat
-from kernels_pallas.recurrence.scan import Gradients, Operands
-from kernels_pallas.recurrence.tile import Problem
+from kernels_pallas.recurrence.problem import Problem
+from kernels_pallas.recurrence.problem import ScanGradients as Gradients
+from kernels_pallas.recurrence.problem import ScanOperands as Operands
 
 CHANNELS = 32  # of a program: one a thread of its warp
 

@@ -21,8 +21,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas import compat
-from kernels_pallas.recurrence.scan import Gradients, Operands
-from kernels_pallas.recurrence.tile import Problem
+from kernels_pallas.recurrence.problem import Problem
+from kernels_pallas.recurrence.problem import ScanGradients as Gradients
+from kernels_pallas.recurrence.problem import ScanOperands as Operands
 
 VMEM_BYTES = 96 << 20
 LANES, ROWS, ROUND = 128, 8, 16

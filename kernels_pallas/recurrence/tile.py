@@ -13,55 +13,17 @@ overflows, and strong decays cost no digits. There is no slicing and no gather, 
 indices, products and reductions, so that the functions and their derivatives lower everywhere.
 """
 
-from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+
+from kernels_pallas.recurrence.problem import Problem
 
 # A decay of e^-10000 is zero; -inf would give 0 * inf in masked sums.
 LOWEST_LOG_DECAY = -1e4
 SOLVE_BLOCK = 16
-
-
-@dataclass(frozen=True)
-class Problem:
-    """The static part of a recurrence; hashable.
-
-    Attributes:
-      chunk: steps that are done at once, a power of two, at least 16.
-      scale: of the output.
-      precision: of the large products; sums of decays and the solve always use the highest.
-    """
-
-    chunk: int = 64
-    scale: float = 1.0
-    precision: lax.PrecisionLike = None
-
-
-class Operands(NamedTuple):
-    """Arrays, heads first; the length is a multiple of the chunk, groups divides heads."""
-
-    query: Float[Array, "batch groups length key_dim"]
-    key: Float[Array, "batch groups length key_dim"]
-    value: Float[Array, "batch heads length value_dim"]
-    log_decay: Float[Array, "batch heads length #key_dim"] | None
-    beta: Float[Array, "batch heads length 1"] | None
-    state: Float[Array, "batch heads key_dim value_dim"]
-
-
-class Gradients(NamedTuple):
-    """Of the operands; None where one is absent."""
-
-    query: Array
-    key: Array
-    value: Array
-    log_decay: Array | None
-    beta: Array | None
-    state: Array
 
 
 def step(problem: Problem, q, k, v, g, beta, state, product=None, vector_scores=None):
@@ -112,7 +74,7 @@ def _product(dtype, precision, a, b, contract):
         b.astype(dtype),
         dims,
         precision=precision,
-        preferred_element_type=jnp.float32,
+        preferred_element_type=jnp.promote_types(dtype, jnp.float32),
     )
 
 
@@ -139,8 +101,8 @@ product_of_one_type.defvjp(_one_type_forward, _one_type_backward)
 
 
 def exact(a, b):
-    """`a b` in full float32."""
-    return _product(jnp.float32, lax.Precision.HIGHEST, a, b, (1, 0))
+    """`a b` in full float32, or float64 of float64."""
+    return _product(b.dtype, lax.Precision.HIGHEST, a, b, (1, 0))
 
 
 def indices(size: int):
@@ -198,7 +160,9 @@ def scores_by_halving(product, q, k, g):
 
 def _same_step(q, k):
     row, column = indices(q.shape[0])
-    return jnp.where(row == column, (q * k).astype(jnp.float32).sum(1, keepdims=True), 0.0)
+    product = q * k
+    product = product.astype(jnp.promote_types(product.dtype, jnp.float32))
+    return jnp.where(row == column, product.sum(1, keepdims=True), 0.0)
 
 
 def _of_level(product, level, q, k, g):
@@ -263,7 +227,7 @@ def inverse(n):
     block = min(SOLVE_BLOCK, size)
     blocks = (size // block, block, size)
     inside = jnp.where(row // block == column // block, n, 0.0)
-    x = (row == column).astype(jnp.float32).reshape(blocks)
+    x = (row == column).astype(n.dtype).reshape(blocks)
     at = lax.broadcasted_iota(jnp.int32, blocks, 1)
 
     def substitute(s, x):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from kernels_pallas import compat
 from kernels_pallas.recurrence import tile
-from kernels_pallas.recurrence.tile import Gradients, Operands, Problem
+from kernels_pallas.recurrence.problem import Gradients, Operands, Problem
 
 VMEM_BYTES = 96 << 20
 

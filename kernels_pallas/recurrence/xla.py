@@ -6,40 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.recurrence import tile
-from kernels_pallas.recurrence.tile import Operands, Problem
+from kernels_pallas.recurrence.problem import Gradients, Operands, Problem
 
 
 def chunked(problem: Problem, x: Operands, *, keep=False):
-    """Output in the value's type, the final state, and with `keep` the state before each chunk.
-
-    On a CPU bfloat16 is computed in float32: its compiler lacks some products of bfloat16.
-    """
-    run = partial(_chunked, problem, keep=keep)
-    if x.value.dtype != jnp.bfloat16:
-        return run(x)
-
-    def on_cpu(x):
-        wide = Operands(*(None if t is None else t.astype(jnp.float32) for t in x))
-        out, *states = run(wide)
-        return out.astype(x.value.dtype), *states
-
-    return jax.lax.platform_dependent(x, cpu=on_cpu, default=run)
-
-
-def _chunked(problem: Problem, x: Operands, *, keep):
-    batch, groups, length, _ = x.query.shape
-    heads = x.value.shape[1]
-    grouped = (batch, groups, heads // groups)
-
-    def by_chunk(t, heads):
-        if t is None:
-            return None
-        t = t.reshape(*heads, length // problem.chunk, problem.chunk, t.shape[-1])
-        return jnp.moveaxis(t, -3, 0)
-
-    one = partial(tile.step, problem)
-    one = jax.vmap(one, in_axes=(None, None, 0, 0, 0, 0))  # heads of one group
-    one = jax.vmap(jax.vmap(one))
+    """Output in the value's type, the final state, and with `keep` the state before each chunk."""
+    one, chunks, grouped = by_chunk(problem, x)
 
     @partial(jax.checkpoint, prevent_cse=False)
     def body(state, chunk):
@@ -47,18 +19,62 @@ def _chunked(problem: Problem, x: Operands, *, keep):
         out = out.astype(x.value.dtype)
         return after, (out, state) if keep else (out,)
 
-    chunks = (
-        by_chunk(x.query, grouped[:2]),
-        by_chunk(x.key, grouped[:2]),
-        by_chunk(x.value, grouped),
-        by_chunk(x.log_decay, grouped),
-        by_chunk(x.beta, grouped),
-    )
+    start = x.state.reshape(*grouped, *x.state.shape[2:])
+    state, (out, *states) = jax.lax.scan(body, start, chunks)
+    states = (_joined(t).reshape(*x.state.shape[:2], -1, *x.state.shape[2:]) for t in states)
+    return steps(out, x.value.shape), state.reshape(x.state.shape), *states
+
+
+def chunked_backward(problem: Problem, x: Operands, states, d_out, d_final) -> Gradients:
+    """Gradients in the operands' types, from the states before the chunks."""
+    one, chunks, grouped = by_chunk(problem, x)
     size = x.state.shape[2:]
-    state, (out, *states) = jax.lax.scan(body, x.state.reshape(*grouped, *size), chunks)
-    out = jnp.moveaxis(out, 0, -3).reshape(x.value.shape)
-    states = (jnp.moveaxis(t, 0, -3).reshape(batch, heads, -1, *size) for t in states)
-    return out, state.reshape(x.state.shape), *states
+    before = jnp.moveaxis(states.reshape(*grouped, -1, *size), -3, 0)
+    d_out = _chunks(d_out, grouped, problem.chunk)
+    wide = x.state.dtype
+
+    def body(d_state, inputs):
+        state, d_out, chunk = inputs
+        _, pull = jax.vjp(one, *chunk, state)
+        *grads, d_state = pull((d_out.astype(wide), d_state))
+        return d_state, grads
+
+    start = d_final.reshape(*grouped, *size)
+    d_state, grads = jax.lax.scan(body, start, (before, d_out, chunks), reverse=True)
+    grads = (
+        None if t is None else steps(g, t.shape).astype(t.dtype)
+        for g, t in zip(grads, x[:5], strict=True)
+    )  # fmt: skip
+    return Gradients(*grads, d_state.reshape(x.state.shape))
+
+
+def by_chunk(problem: Problem, x: Operands):
+    """One chunk of all heads; the operands, chunks first; and the axes of heads in groups."""
+    batch, groups = x.query.shape[:2]
+    grouped = (batch, groups, x.value.shape[1] // groups)
+    one = partial(tile.step, problem)
+    one = jax.vmap(one, in_axes=(None, None, 0, 0, 0, 0))  # heads of one group
+    one = jax.vmap(jax.vmap(one))
+    chunks = tuple(
+        None if t is None else _chunks(t, lead, problem.chunk)
+        for t, lead in zip(x[:5], (grouped[:2],) * 2 + (grouped,) * 3, strict=True)
+    )
+    return one, chunks, grouped
+
+
+def _chunks(t, lead, chunk):
+    """`[batch, heads, length, d]` to `[chunks, batch, groups(, heads of one), chunk, d]`."""
+    t = t.reshape(*lead, t.shape[2] // chunk, chunk, t.shape[-1])
+    return jnp.moveaxis(t, -3, 0)
+
+
+def _joined(t):
+    return jnp.moveaxis(t, 0, -3)
+
+
+def steps(t, shape):
+    """The inverse of `_chunks`."""
+    return _joined(t).reshape(shape)
 
 
 def selective_scan(x, dt, A, B, C, state, *, chunk: int, keep=False):
@@ -70,13 +86,13 @@ def selective_scan(x, dt, A, B, C, state, *, chunk: int, keep=False):
 
     @partial(jax.checkpoint, prevent_cse=False)
     def body(state, inputs):
-        after, y = _scan_chunk(A, state, *inputs)
+        after, y = scan_chunk(A, state, *inputs)
         return after, (y, state) if keep else (y,)
 
-    inputs = tuple(_chunks_first(t, chunk) for t in (x, dt, B, C))
+    inputs = tuple(chunks_first(t, chunk) for t in (x, dt, B, C))
     state, (y, *states) = jax.lax.scan(body, state, inputs)
     states = (t.transpose(1, 0, 3, 2) for t in states)
-    return _steps_second(y), state, *states
+    return steps_second(y), state, *states
 
 
 def selective_scan_backward(x, dt, A, B, C, states, d_y, d_final, *, chunk: int):
@@ -85,19 +101,19 @@ def selective_scan_backward(x, dt, A, B, C, states, d_y, d_final, *, chunk: int)
     def body(carry, inputs):
         d_state, d_A = carry
         state, d_y, *inputs = inputs
-        _, pull = jax.vjp(_scan_chunk, A, state, *inputs)
+        _, pull = jax.vjp(scan_chunk, A, state, *inputs)
         d_A_here, d_state, *grads = pull((d_state, d_y))
         return (d_state, d_A + d_A_here), grads
 
-    steps = (_chunks_first(t, chunk) for t in (d_y, x, dt, B, C))
+    steps = (chunks_first(t, chunk) for t in (d_y, x, dt, B, C))
     inputs = (states.transpose(1, 0, 3, 2), *steps)
     start = (d_final, jnp.zeros_like(A))
     (d_state, d_A), grads = jax.lax.scan(body, start, inputs, reverse=True)
-    d_x, d_dt, d_B, d_C = (_steps_second(g) for g in grads)
+    d_x, d_dt, d_B, d_C = (steps_second(g) for g in grads)
     return d_x, d_dt, d_A, d_B, d_C, d_state
 
 
-def _scan_chunk(A, state, x, dt, B, C):
+def scan_chunk(A, state, x, dt, B, C):
     """The state after a chunk of `[chunk, batch, ...]`, and its outputs."""
     decay = jnp.exp(dt[..., None] * A)
     write = (dt * x)[..., None] * B[:, :, None, :]
@@ -108,12 +124,14 @@ def _scan_chunk(A, state, x, dt, B, C):
     return h[-1], jnp.einsum("lben,lbn->lbe", h, C)
 
 
-def _chunks_first(t, chunk):
+def chunks_first(t, chunk):
+    """`[batch, length, ...]` to `[chunks, chunk, batch, ...]`."""
     t = jnp.moveaxis(t, 1, 0)
     return t.reshape(-1, chunk, *t.shape[1:])
 
 
-def _steps_second(t):
+def steps_second(t):
+    """The inverse of `chunks_first`."""
     return jnp.moveaxis(t.reshape(-1, *t.shape[2:]), 0, 1)
 
 
@@ -123,8 +141,8 @@ def tree_ssd(x, dt, A, B, C, parents, state):
     Causal decay becomes decay along the path: from node j to its descendant i, the sum of log
     decays of the nodes after j on the path, zero weight where j is no ancestor of i.
     """
-    ancestor = ancestors(parents).astype(jnp.float32)
-    strict = ancestor - jnp.eye(len(parents))
+    ancestor = ancestors(parents).astype(x.dtype)
+    strict = ancestor - jnp.eye(len(parents), dtype=ancestor.dtype)
     log_decay = dt * A  # [batch, nodes, heads]
     along = jnp.einsum("ir,rj,brh->bhij", ancestor, strict, log_decay, precision="highest")
     decay = jnp.exp(along) * ancestor

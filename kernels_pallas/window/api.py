@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from kernels_pallas import dispatch
 from kernels_pallas.attention.choice import choose
 from kernels_pallas.attention.core import attend
 from kernels_pallas.attention.problem import Operands, Problem
-from kernels_pallas.scores import MASKED
+from kernels_pallas.dispatch import stated_precision
+from kernels_pallas.spread import HEAD_AXES, divisions
 from kernels_pallas.window import core
 
 
@@ -41,7 +41,7 @@ def window_attention(
         -100), or booleans, True where visible. A constant: it gets no gradient.
       scale: of the raw scores; `head_dim ** -0.5` if None.
       implementation: None (by the platform that is compiled for), "xla", "pallas_tpu" or
-        "pallas_gpu". Second derivatives need "xla".
+        "pallas_gpu".
       precision: of the matrix products, as in `jax.lax.dot_general`; where the TPU kernel has
         windows in lanes (`window/tpu_lanes.py`) there are none, and all is float32.
 
@@ -53,52 +53,37 @@ def window_attention(
       ValueError: if shapes do not fit, with the sizes.
     """
     fused = key is None and value is None
-    qkv = query
+    given = (query,) if fused else (query, key, value)
     if fused:
         query, key, value = _unpack(query, num_heads)
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if t is not None and not jnp.issubdtype(t.dtype, jnp.floating):
+            raise TypeError(f"{name} is {t.dtype}; expected floats.")
     _check(query, key, value, num_heads, bias, mask)
     windows, queries, heads, head_dim = query.shape
-    problem = Problem(scale=head_dim**-0.5 if scale is None else float(scale), precision=precision)
-    x = Operands(*(t.transpose(0, 2, 1, 3) for t in (query, key, value)), bias=_join(bias, mask))
-    choice = choose(implementation, problem, x, "window_attention")
-
-    def in_general():
-        out, _ = attend(choice, problem, x)
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    problem = Problem(scale=scale, precision=stated_precision(precision))
+    mask = None if mask is None else jax.lax.stop_gradient(mask)
+    masks = 1 if mask is None else mask.shape[0]
+    b, h, _ = divisions(
+        given, "bl." if fused else "blh.",
+        batch=lambda n: windows % n == 0 and windows // n % masks == 0,
+        heads=lambda n: heads % n == 0,
+        head_axes=HEAD_AXES,
+    )  # fmt: skip
+    if h:
+        x = Operands(*(t.transpose(0, 2, 1, 3) for t in (query, key, value)),
+                     bias=core.join(bias, mask))  # fmt: skip
+        out, _ = attend(choose(implementation, problem, x, "window_attention"), problem, x)
         out = out.transpose(0, 2, 1, 3)
-        return out.reshape(windows, queries, -1) if fused else out
-
-    def by_window():  # heads packed in the last axis
-        packed = (t.reshape(windows, t.shape[1], -1) for t in (query, key, value))
-        arrays = (qkv,) if fused else tuple(packed)
-        out = core.attend(core.pallas_tpu(heads), problem, core.Windows(arrays, bias, mask))
-        return out if fused else out.reshape(windows, queries, heads, -1)
-
-    if _heads_are_split(heads):
-        return in_general()
-    if implementation == "pallas_tpu":
-        return by_window()
-    if "tpu" in dict(choice.platforms):
-        return jax.lax.platform_dependent(tpu=by_window, default=in_general)
-    return in_general()
-
-
-def _heads_are_split(heads):
-    axes = dispatch.mesh_axes()
-    return dispatch.fitting(axes, dispatch.HEAD_AXES, lambda n: heads % n == 0)[1] > 1
-
-
-def _join(bias, mask):
-    """Bias and mask as one `[masks or 1, heads or 1, queries, keys]`."""
-    if bias is not None:
-        bias = bias[None]
-    if mask is None:
-        return bias
-    mask = jax.lax.stop_gradient(mask)[:, None]
-    if bias is None:
-        return mask
-    if mask.dtype == bool:
-        return jnp.where(mask, bias, jnp.asarray(MASKED, bias.dtype))
-    return bias + mask.astype(bias.dtype)
+    else:
+        if not fused:
+            one = jnp.result_type(*given)
+            given = tuple(t.reshape(*t.shape[:2], -1).astype(one) for t in given)
+        x = core.Windows(given, bias, mask)
+        out = core.attend(core.choose(implementation, problem, heads, x), problem, heads, x, b)
+        out = out.astype(value.dtype)
+    return out.reshape(windows, queries, *((-1,) if fused else (heads, value.shape[-1])))
 
 
 def _unpack(qkv, num_heads):

@@ -178,7 +178,8 @@ def test_programs_for_tpu_are_exported_from_any_host():
 def test_programs_for_cuda_are_exported_from_any_host():
     """JAX promises no compatibility of Triton calls between its versions; one has to allow them."""
     t = jax.ShapeDtypeStruct((1, 2048, 2, 64), jnp.bfloat16)
-    function = jax.jit(jax.grad(lambda q: kernels_pallas.attention(q, q, q, mask=Causal()).sum()))
+    call = partial(kernels_pallas.attention, mask=Causal(), implementation="pallas_gpu")
+    function = jax.jit(jax.grad(lambda q: call(q, q, q).sum()))
     allowed = [jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
     with aot.described_gpu():
         exported = jax.export.export(function, platforms=["cuda"], disabled_checks=allowed)(t)

@@ -9,7 +9,7 @@ from test_recurrence import delta_arrays, gla_arrays, near, normal, ssd_arrays
 import kernels_pallas
 from kernels_pallas import aot, compat
 from kernels_pallas.recurrence import tpu
-from kernels_pallas.recurrence.tile import Operands, Problem
+from kernels_pallas.recurrence.problem import Operands, Problem
 
 needs_libtpu = pytest.mark.skipif(not aot.can_compile_for_tpu(), reason="libtpu is not installed")
 

@@ -11,8 +11,9 @@ from test_recurrence import near, normal
 import kernels_pallas
 from kernels_pallas import aot, compat
 from kernels_pallas.recurrence import scan_tpu
-from kernels_pallas.recurrence.scan import XLA, Operands
-from kernels_pallas.recurrence.tile import Problem
+from kernels_pallas.recurrence.problem import Problem
+from kernels_pallas.recurrence.problem import ScanOperands as Operands
+from kernels_pallas.recurrence.scan import XLA
 
 needs_libtpu = pytest.mark.skipif(not aot.can_compile_for_tpu(), reason="libtpu is not installed")
 needs_triton = pytest.mark.skipif(
@@ -64,11 +65,11 @@ def test_the_strict_interpreter_finds_no_race_and_no_stray_access():
     problem, strict = Problem(chunk=16), compat.strict_interpreter()
     *got, states = scan_tpu.forward(problem, x, keep=True, interpret=strict)
     assert not compat.races_found()
-    *want, want_states = XLA[True].forward(problem, x)
+    want, (want_states,) = XLA.forward(problem, x, True)
     cotangents = [jnp.ones_like(t) for t in want]
     got += scan_tpu.backward(problem, x, states, *cotangents, interpret=strict)
     assert not compat.races_found()
-    want += XLA[True].backward(problem, x, want_states, *cotangents)
+    want += XLA.backward(problem, x, want, (want_states,), cotangents)
     for a, b in zip(got, want, strict=True):
         near(a, b, 4e-6)
 

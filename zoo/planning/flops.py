@@ -3,7 +3,7 @@
 XLA's own cost analysis counts the body of a loop once, whatever the number of iterations, and does
 not look into kernels. Here the body of a `scan` counts as often as it runs, a Pallas kernel as
 often as its grid has cells (also where it skips one), and of code that depends on the platform the
-branch of the one asked for.
+branch of the one asked for; so it does of the kernels' calls, which hold no program before that.
 """
 
 import math
@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jax.extend
 import numpy as np
+
+from kernels_pallas import lazy
 
 
 def count_flops(jaxpr: Any, platform: str = "tpu") -> float:
@@ -37,6 +39,8 @@ def count_flops(jaxpr: Any, platform: str = "tpu") -> float:
             total += _product(equation)
         elif name == "conv_general_dilated":
             total += _convolution(equation)
+        elif name == lazy.call_p.name:
+            total += count_flops(lazy.program(equation, platform), platform)
         elif name == "cond":
             branches = params["branches"]
             known = platforms.get(_source(jaxpr, equation.invars[0]))
