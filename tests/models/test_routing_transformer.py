@@ -1,0 +1,162 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from model_helpers import assert_trees_close, documented_shapes, feature_shapes, filled
+
+import zoo
+from zoo.layers.attention import attention_weights
+from zoo.models.language import routing_transformer
+from zoo.models.language.routing_transformer import kmeans_step, members, routed_attention, unit
+
+
+def tokens(batch=2, length=48, seed=0):
+    return np.random.default_rng(seed).integers(97, size=(batch, length)).astype(np.int32)
+
+
+def heads(seed, length=32, dim=8):
+    return jax.random.normal(jax.random.key(seed), (2, 3, length, dim))
+
+
+NO_MEMORY = (jnp.zeros((3, 1, 0, 8)),) * 2
+
+
+def test_shapes_are_those_of_the_docstring():
+    name, table = documented_shapes(routing_transformer.__doc__)
+    shapes = feature_shapes(zoo.create(name))
+    assert {k: shapes[k] for k in table} == table
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_one_cluster_of_all_tokens_is_full_attention(causal):
+    q, k, v = heads(0), heads(1), heads(2)
+    at = members(unit(q), unit(heads(3, 1))[0], 32)
+    got = routed_attention(q, k, v, at, at, NO_MEMORY, causal=causal, shared=False)
+    bias = jnp.where(np.tri(32, dtype=bool) | (not causal), 0.0, -1e30)[None, None]
+    weights = attention_weights(q.swapaxes(1, 2), k.swapaxes(1, 2), bias=bias)
+    want = jnp.einsum("bnqk,bnkd->bnqd", weights, v) / (1 + 1e-5)
+    assert_trees_close(got, want, 1e-5)
+
+
+def test_members_never_look_forward():
+    """With the clusters held fixed, what a token gets does not depend on later values."""
+    q, k, v = heads(0), heads(1), heads(2)
+    means = unit(heads(3, 4))[0]
+    at = members(unit(q), means, 8)
+    memory = (jnp.zeros((3, 4, 0, 8)),) * 2
+
+    def attended(v):
+        return routed_attention(q, k, v, at, at, memory, causal=True, shared=True)
+
+    reached = jax.jit(jax.jacobian(lambda v: attended(v)[0, 0].sum(-1)))(v)[:, 0, 0]
+    reached = np.abs(reached).max(-1) > 0
+    assert reached.any() and not np.triu(reached, 1).any()
+
+
+def test_the_step_of_the_means_is_that_of_a_loop():
+    x, means = unit(heads(0)), unit(heads(1, 5))[0]
+    want = np.array(means)
+    for h in range(3):
+        sums, counts = np.zeros((5, 8)), np.zeros(5)
+        for b in range(2):
+            for vector in np.asarray(x[b, h]):
+                nearest = np.argmax(np.asarray(means[h]) @ vector)
+                sums[nearest] += vector
+                counts[nearest] += 1
+        for c in np.flatnonzero(counts):
+            want[h, c] = sums[c] / np.linalg.norm(sums[c])
+    assert_trees_close(kmeans_step(x, means), want, 1e-5)
+
+
+def test_means_move_in_training_towards_their_tokens():
+    """The loss falls, and every mean has tokens, from where `place_means` puts them."""
+    model = zoo.create("routing_transformer_test", depth=1, local_heads=0)
+    variables, x = filled(model), tokens(4, 64)
+    run = jax.jit(lambda v: model.apply(v, x, train=True, method="features", mutable="batch_stats"))
+    losses = []
+    for _ in range(60):
+        out, changed = run(variables)
+        variables |= changed
+        losses.append(float(out["aux_loss"]))
+    assert losses[-1] < losses[0]
+    placed = jax.jit(lambda v: model.apply(v, x, method="place_means", mutable="batch_stats"))
+    out, changed = placed(variables)
+    assert out["aux_loss"] < losses[-1]
+    means = changed["batch_stats"]["layers_0"]["attention"]["means"]
+    assert_trees_close(jnp.linalg.norm(means, axis=-1), jnp.ones(means.shape[:2]), 1e-5)
+    assert_trees_close(
+        jax.jit(lambda v: model.apply(v, x, method="features")["aux_loss"])(variables | changed),
+        out["aux_loss"],
+        1e-5,
+    )
+
+
+def test_means_stay_where_nothing_may_change():
+    model = zoo.create("routing_transformer_test")
+    variables, x = filled(model), tokens()
+    run = jax.jit(lambda v: model.apply(v, x, mutable="batch_stats")[1])
+    assert_trees_close(run(variables)["batch_stats"], variables["batch_stats"], 0)
+
+
+@pytest.mark.slow
+def test_a_far_token_is_found_by_routing_and_not_by_windows():
+    """Copy what followed a mark 200 tokens before; windows of 32 see 63."""
+    optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0, 3e-3, 50, 400))
+
+    def batch(key):
+        a, b = jax.random.split(key)
+        word = jax.random.randint(a, (8,), 0, 8)
+        x = jax.random.randint(b, (8, 256), 10, 14)
+        return x.at[:, 20].set(8).at[:, 21].set(word).at[:, 224].set(8), word
+
+    def accuracy(local_heads, steps):
+        model = zoo.create(
+            "routing_transformer_test", vocab_size=14, depth=2, max_length=256, window=32,
+            local_window=32, local_heads=local_heads, shift_tokens=True,
+        )  # fmt: skip
+
+        def loss(params, stats, key):
+            x, word = batch(key)
+            out, changed = model.apply(
+                {"params": params, **stats}, x, train=True, method="features", mutable="batch_stats"
+            )
+            logits = out["logits"][:, 224]
+            right = (logits.argmax(-1) == word).mean()
+            each = optax.softmax_cross_entropy_with_integer_labels(logits, word)
+            return each.mean() + out["aux_loss"], (right, changed)
+
+        @jax.jit
+        def train(params, stats):
+            def step(carry, i):
+                params, stats, state = carry
+                key = jax.random.fold_in(jax.random.key(1), i)
+                grads, (right, stats) = jax.grad(loss, has_aux=True)(params, stats, key)
+                updates, state = optimizer.update(grads, state)
+                return (optax.apply_updates(params, updates), stats, state), right
+
+            start = (params, stats, optimizer.init(params))
+            return jax.lax.scan(step, start, jnp.arange(steps))[1]
+
+        x = batch(jax.random.key(0))[0]
+        variables = jax.jit(model.init)(jax.random.key(0), x)
+        placed = model.apply(variables, x, method="place_means", mutable="batch_stats")[1]
+        return train(variables["params"], dict(placed))[-20:].mean()
+
+    assert accuracy(0, 400) > 0.9
+    assert accuracy(4, 60) < 0.4
+
+
+@pytest.mark.parametrize(
+    "fields, sentence",
+    [
+        ({"max_length": 32}, "reads at most 32 tokens, not 48"),
+        ({"window": 24}, "max_length=64 should be a multiple of window=24"),
+        ({"local_heads": (2,)}, "should be 0 to 4 heads for each of 2 layers"),
+        ({"norm": "x"}, "norm='x' is none of 'layer'"),
+    ],
+)
+def test_what_does_not_fit_is_one_sentence(fields, sentence):
+    model = zoo.create("routing_transformer_test", **fields)
+    with pytest.raises(ValueError, match=sentence):
+        jax.eval_shape(lambda: model.init(jax.random.key(0), tokens()))
