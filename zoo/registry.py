@@ -58,6 +58,7 @@ SYSTEMS: dict[str, tuple[str, ...]] = {
     "zoo.models.language.byte_transformer": ("byte_transformer_*",),
     "zoo.models.language.nprf": ("nprf_*",),
     "zoo.models.language.combiner": ("combiner_*",),
+    "zoo.models.language.extractors": ("extractors_*",),
     "zoo.models.incontext.algoformer": ("algoformer_*", "looped_*"),
     "zoo.models.incontext.icl_boolean": ("icl_boolean_*",),
     "zoo.models.incontext.icl_sequential": ("icl_sequential_*",),

@@ -1,0 +1,304 @@
+"""Extractors: learned weighted sums of all tokens so far, in place of self-attention.
+
+Chen, "Attention Is Not All You Need Anymore", arXiv 2308.07661. No official code was found, and
+this file is a reconstruction: of the four extractors the abstract describes, only the SHE with
+absolute slots (and its scaling) agrees with public code, a JAX module by another author. The
+formulas of HE, WE and ME, the relative slots and where the weights start are ours. For tokens
+x_1 ... x_T of d channels, one head, no biases, no softmax, and a slot for each of L places:
+
+    e_t = sum_(i <= t) x_i (*) W_slot(t, i);   out_t = (x_t W_adj) * e_t        ME: out_t = e_t
+
+    SHE  super high   W: d x d matrices     (L + 1) d^2 weights
+    HE   higher       w: d numbers          d^2 + L d
+    WE   worthwhile   s: one number         d^2 + L
+    ME   minimalist   s: one number         L
+
+slot(t, i) is the distance t - i ("relative", which commutes with shifts), or the place i
+("absolute", a running sum). `scale=True` divides e_t by sqrt(t), as that module does for the
+sequel's improvement. Relative sums are convolutions: one of the matrices for SHE, through the fast
+Fourier transform for the others. A text longer than L is an error.
+
+    x = x + extractor(LN(x));   x = x + W2 gelu(W1 LN(x));   logits = W LN(x)
+
+    features            extractors_she
+    embed               256  128    for 256 tokens
+    layer0              256  128    up to layer3
+    last_hidden_state   256  128    behind the last LayerNorm
+    logits              256  256
+"""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from zoo.checkpoints.rules import Rule, Rules, dense_rules, norm_rules
+from zoo.layers.causal import check_tokens
+from zoo.layers.dense import Dense
+from zoo.layers.norm import LayerNorm
+from zoo.layers.partition import constrain
+from zoo.layers.residual import ResidualLayer, init, mlp_rules
+from zoo.system import System, Variant
+
+KINDS = ("she", "he", "we", "me")
+INDICES = ("relative", "absolute")
+
+Tokens = Float[Array, "batch length channels"]
+
+
+def extract(
+    x: Tokens,
+    weights: Float[Array, "slots *rest"],
+    *,
+    index: str = "relative",
+    scale: bool = False,
+) -> Tokens:
+    """E of the module, in float32.
+
+    Args:
+      x: the tokens.
+      weights: of each slot a matrix `[slots, channels, channels]`, numbers `[slots, channels]`, or
+        one number `[slots]`.
+      index: "relative" or "absolute".
+      scale: whether e_t is divided by the root of t, counted from 1.
+
+    Raises:
+      ValueError: if there are more tokens than slots.
+    """
+    length = x.shape[1]
+    if length > weights.shape[0]:
+        raise ValueError(
+            f"There are {weights.shape[0]} slots, too few for {length} tokens; cut the text, or "
+            "create the model with more max_length."
+        )
+    x, w = x.astype(jnp.float32), weights[:length].astype(jnp.float32)
+    if index == "absolute":
+        each = jnp.einsum("bld,lde->ble", x, w) if w.ndim == 3 else x * w.reshape(length, -1)
+        y = jnp.cumsum(each, axis=1)
+    elif w.ndim == 3:
+        y = jax.lax.conv_general_dilated(
+            x, w[::-1], (1,), [(length - 1, 0)], dimension_numbers=("NWC", "WIO", "NWC")
+        )
+    else:
+        size = 2 * length
+        product = jnp.fft.rfft(x, size, axis=1) * jnp.fft.rfft(w.reshape(length, -1), size, axis=0)
+        y = jnp.fft.irfft(product, size, axis=1)[:, :length]
+    if scale:
+        y = y * (np.arange(1, length + 1, dtype=np.float32) ** -0.5)[:, None]
+    return y
+
+
+class Extractor(nn.Module):
+    """One extractor; attributes are those of `Extractors`.
+
+    Its state is the running sum of the absolute slots, or the last tokens of the relative ones.
+    """
+
+    kind: str = "she"
+    max_length: int = 256
+    index: str = "relative"
+    scale: bool = False
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    def init_state(self, batch: int, channels: int) -> dict[str, Array]:
+        """The state before the first token."""
+        shape = (
+            (batch, channels) if self.index == "absolute" else (batch, self.max_length, channels)
+        )
+        return {"sum": jnp.zeros(shape, jnp.float32), "position": jnp.zeros((), jnp.int32)}
+
+    @nn.compact
+    def __call__(
+        self, x: Tokens, context: dict | None = None, train: bool = False
+    ) -> Tokens | tuple[dict, Tokens]:
+        """The mixed tokens; with `context["state"]`, of one token: the next state, and it mixed."""
+        channels = x.shape[-1]
+        rest = {"she": (channels, channels), "he": (channels,), "we": (), "me": ()}[self.kind]
+        start = nn.initializers.normal(self.max_length**-0.5)
+        if self.kind == "she":
+            start = nn.initializers.lecun_normal(batch_axis=(0,))
+        weights = self.param("extract", start, (self.max_length, *rest), self.param_dtype)
+        state = (context or {}).get("state")
+        if state is None:
+            y = extract(x, weights, index=self.index, scale=self.scale)
+        else:
+            state, y = self._step(state, x[:, 0].astype(jnp.float32), weights.astype(jnp.float32))
+            y = y[:, None]
+        y = y.astype(self.dtype)
+        if self.kind != "me":
+            adjust = Dense(
+                channels, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype,
+                kernel_init=nn.initializers.lecun_normal(), name="adjust",
+            )  # fmt: skip
+            y = adjust(x) * y
+        return y if state is None else (state, y)
+
+    def _step(self, state: dict, x: Array, weights: Array) -> tuple[dict, Array]:
+        at = state["position"]
+        if self.index == "absolute":
+            w = jnp.take(weights, at, axis=0, mode="fill", fill_value=jnp.nan)
+            total = state["sum"] + (jnp.einsum("bd,de->be", x, w) if w.ndim == 2 else x * w)
+            kept = y = total
+        else:
+            kept = jnp.roll(state["sum"], 1, axis=1).at[:, 0].set(x)
+            form = "bld,lde->be" if weights.ndim == 3 else "bld,ld->bd"
+            w = weights if weights.ndim > 1 else weights[:, None] * jnp.ones(x.shape[-1])
+            y = jnp.einsum(form, kept, w)
+            y = jnp.where(at < self.max_length, y, jnp.nan)
+        if self.scale:
+            y = y * jax.lax.rsqrt(at + 1.0)
+        return {"sum": kept, "position": at + 1}, y
+
+
+class Extractors(nn.Module):
+    """A language model with an extractor in place of attention.
+
+    `init_state(batch, length)` and `step(state, tokens)` (through `apply(..., method="step")`) give
+    the same logits token by token as a call on the whole sequence.
+
+    Attributes:
+      vocab_size: words.
+      embed_dim: channels.
+      max_length: L, the slots.
+      kind: "she", "he", "we" or "me".
+      index: "relative" or "absolute".
+      scale: whether sums are divided by the root of the number of tokens so far.
+      dropout: rate in the MLPs.
+    """
+
+    vocab_size: int = 256
+    embed_dim: int = 128
+    depth: int = 4
+    max_length: int = 256
+    kind: str = "she"
+    index: str = "relative"
+    scale: bool = False
+    dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    def example_inputs(
+        self, batch_size: int = 1, length: int = 256
+    ) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of the arguments of `__call__` for sequences of `length` tokens."""
+        shape = (batch_size, min(length, self.max_length))
+        return {"tokens": jax.ShapeDtypeStruct(shape, jnp.int32)}
+
+    def init_state(self, batch: int, length: int) -> tuple[dict[str, Array], ...]:
+        """The state before the first token.
+
+        Raises:
+          ValueError: if `length` is more than there are slots.
+        """
+        self._check(length)
+        return (self._mixer().init_state(batch, self.embed_dim),) * self.depth
+
+    def __call__(
+        self, tokens: Int[Array, "batch length"], train: bool = False
+    ) -> Float[Array, "batch length vocab_size"]:
+        """Logits of the next token at each position.
+
+        Raises:
+          ValueError: if shapes or fields do not fit.
+        """
+        return self.features(tokens, train)["logits"]
+
+    def features(self, tokens: Int[Array, "batch length"], train: bool = False) -> dict[str, Array]:
+        """Every named intermediate (see the table above)."""
+        return self._run(None, tokens, train)[1]
+
+    def step(
+        self, state: tuple, tokens: Int[Array, "batch length"]
+    ) -> tuple[tuple, Float[Array, "batch length vocab_size"]]:
+        """Continue by one token: the state after it, and its logits (NaN past the last slot)."""
+        if tokens.shape[1] != 1:
+            raise ValueError(f"Extractors steps by one token at a time, not {tokens.shape[1]}.")
+        state, out = self._run(state, tokens, False)
+        return state, out["logits"]
+
+    @nn.compact
+    def _run(
+        self, state: tuple | None, tokens: Array, train: bool
+    ) -> tuple[tuple | None, dict[str, Array]]:
+        tokens, _ = check_tokens(self, tokens)
+        self._check(tokens.shape[1])
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        x = nn.Embed(self.vocab_size, self.embed_dim, embedding_init=init, name="embed", **types)(
+            tokens
+        )
+        out, after = {"embed": constrain(x, "batch", "length", "channels")}, []
+        for i in range(self.depth):
+            layer = ResidualLayer(
+                self._mixer(), self.embed_dim, dropout=self.dropout, name=f"layers_{i}", **types
+            )
+            if state is None:
+                x = layer(x, {}, train)
+            else:
+                now, y = layer.attend(x, {"state": state[i]}, train)
+                x = x + y
+                x = x + layer.feed(x, {}, train)
+                after.append(now)
+            out[f"layer{i}"] = x
+        x = out["last_hidden_state"] = LayerNorm(epsilon=1e-5, name="norm", **types)(x)
+        x = Dense(self.vocab_size, use_bias=False, kernel_init=init, name="head", **types)(x)
+        out["logits"] = constrain(x, "batch", "length", "vocab")
+        return (None if state is None else tuple(after)), out
+
+    def _mixer(self) -> Extractor:
+        return Extractor(
+            self.kind, self.max_length, self.index, self.scale, self.dtype, self.param_dtype,
+            parent=None,
+        )  # fmt: skip
+
+    def _check(self, length: int) -> None:
+        for field, known in (("kind", KINDS), ("index", INDICES)):
+            if getattr(self, field) not in known:
+                names = ", ".join(map(repr, known))
+                raise ValueError(f"{field}={getattr(self, field)!r} is none of {names}.")
+        if length > self.max_length:
+            raise ValueError(
+                f"There are {self.max_length} slots, too few for {length} tokens; cut the text, or "
+                "create the model with more max_length."
+            )
+
+
+_OURS = "layers_{i}"
+
+LAYOUTS = {
+    # Nobody published a file: these names are ours.
+    "zoo": Rules(
+        [
+            Rule("embed.weight", "embed/embedding"),
+            *norm_rules("layers.{i}.norm1", f"{_OURS}/norm1"),
+            Rule("layers.{i}.extractor.weight", f"{_OURS}/attention/extract"),
+            *dense_rules("layers.{i}.extractor.adjust", f"{_OURS}/attention/adjust"),
+            *norm_rules("layers.{i}.norm2", f"{_OURS}/norm2"),
+            *mlp_rules("layers.{i}.mlp", f"{_OURS}/mlp"),
+            *norm_rules("norm", "norm"),
+            *dense_rules("head", "head"),
+        ],
+        fresh=("head/*",),
+    )
+}
+
+_COMMON = partial(
+    Variant,
+    module=Extractors,
+    task="language_modelling",
+    paper="Attention Is Not All You Need Anymore, arXiv 2308.07661",
+    code="none found; a reconstruction from the abstract",
+    licence="none: no published weights",
+)
+
+VARIANTS: dict[str, Variant] = {
+    **{f"extractors_{kind}": _COMMON(fields=dict(kind=kind)) for kind in KINDS},
+    "extractors_test": _COMMON(
+        fields=dict(vocab_size=97, embed_dim=32, depth=2, max_length=64, scale=True)
+    ),
+}
+
+SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS)
