@@ -51,7 +51,8 @@ def test_the_transform_is_the_quadratic_form(length):
     rows = jax.random.normal(jax.random.key(4), (16, 8))
     for causal in (False, True):
         got = nprf_attention(q, k, v, b, rows, causal=causal)
-        assert_trees_close(got, quadratic(q, k, v, b, rows, causal), 1e-5)
+        # Each sum is rounded by those of the whole text.
+        assert_trees_close(got, quadratic(q, k, v, b, rows, causal), 2e-7 * max(length, 50))
 
 
 def test_a_grid_has_an_offset_for_rows_and_columns():

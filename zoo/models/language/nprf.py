@@ -41,6 +41,8 @@ from zoo.layers.residual import ResidualLayer, init, mlp_rules
 from zoo.system import System, Variant
 
 Heads = Float[Array, "batch *grid heads head_dim"]
+NEAR = 32
+"""Offsets that a sequence sums directly."""
 
 
 def positive_features(
@@ -55,14 +57,56 @@ def positive_features(
 
 
 def toeplitz_product(
-    table: Float[Array, "heads *offsets"], x: Float[Array, "batch *grid heads columns"]
+    table: Float[Array, "heads *offsets"],
+    x: Float[Array, "batch *grid heads columns"],
+    causal: bool = False,
 ) -> Float[Array, "batch *grid heads columns"]:
     """`y_i = sum_j table[j - i + L - 1] x_j` for each head, by a transform along each axis.
+
+    In a sequence, offsets up to `NEAR` are summed directly: the first tokens of a causal model sum
+    few terms, which a transform of the whole text would round away.
 
     Args:
       table: a number for each offset, key minus query, `2 L - 1` along an axis of L tokens.
       x: float32.
+      causal: whether the table is zero for keys behind the query.
     """
+    if len(x.shape) > 4:
+        return _transformed(table, x)
+    length = x.shape[1]
+    size = min(length, NEAR)
+    offset = np.arange(1 - length, length)
+    near = _banded(jnp.where(np.abs(offset) <= size, table, 0), x, size, causal)
+    if length <= size:
+        return near
+    far = _transformed(jnp.where(np.abs(offset) <= size, 0, table), x)
+    if causal:  # exactly zero, and not what rounding leaves
+        far = jnp.where((np.arange(length) > size)[:, None, None], far, 0)
+    return near + far
+
+
+def _banded(table: Array, x: Array, size: int, causal: bool) -> Array:
+    """The product for a table of offsets up to `size`, in blocks of `size` and their neighbours."""
+    length = x.shape[1]
+    blocks = jnp.pad(x, ((0, 0), (0, -length % size), (0, 0), (0, 0)))
+    blocks = blocks.reshape(x.shape[0], -1, size, *x.shape[2:])
+    sides = ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0))
+    around = jnp.pad(blocks, sides)
+    count = blocks.shape[1]
+    shifts = (-1, 0) if causal else (-1, 0, 1)
+    at = np.arange(size)
+    total = 0
+    for shift in shifts:
+        offset = at[None] - at[:, None] + shift * size
+        inside = (np.abs(offset) < length) & (np.abs(offset) <= size)
+        matrix = jnp.where(inside, table[:, np.where(inside, offset, 0) + length - 1], 0)
+        others = around[:, 1 + shift : 1 + shift + count]
+        total = total + jnp.einsum("hqk,bnkhf->bnqhf", matrix, others)
+    return total.reshape(x.shape[0], -1, *x.shape[2:])[:, :length]
+
+
+def _transformed(table: Array, x: Array) -> Array:
+    """The product by the fast Fourier transform along each axis."""
     grid = x.shape[1:-2]
     sizes = [_fast(2 * length - 1) for length in grid]
     for axis, (length, size) in enumerate(zip(grid, sizes, strict=True), 1):
@@ -132,7 +176,7 @@ def nprf_attention(
     wide = jnp.concatenate([value.astype(jnp.float32), ones], -1)
     features, columns = k.shape[-1], wide.shape[-1]
     both = (k[..., :, None] * wide[..., None, :]).reshape(*k.shape[:-1], -1)
-    sums = toeplitz_product(table, both).reshape(*k.shape[:-1], features, columns)
+    sums = toeplitz_product(table, both, causal).reshape(*k.shape[:-1], features, columns)
     y = jnp.einsum("...m,...md->...d", q, sums)
     below = y[..., -1:]
     space = tuple(range(1, below.ndim - 2))
