@@ -20,8 +20,8 @@ Three published forms disagree: epsilon 1e-12 and erf in the GELU (Hugging Face,
 1e-5 and erf (the unit test), 1e-6 and tanh (the CUDA kernels): `epsilon` and `activation`.
 
     features            byte_transformer_base
-    packed_hidden       128  768    behind the embedding's norm and 12 layers, for 128 tokens
-    last_hidden_state   128  768
+    packed_hidden            768    for each row, 128 without padding
+    last_hidden_state   128  768    for 128 tokens
     pooled                   768
     logits              128  768
 """
@@ -250,9 +250,9 @@ class ByteTransformer(nn.Module):
                 mixer, self.mlp_dim, self.activation, self.epsilon, self.dropout,
                 name=f"layers_{i}", **types,
             )(x, places, mask, train)  # fmt: skip
-        x = jnp.where(mask.sum() > rows, jnp.nan, x[0])
-        out = {"packed_hidden": x}
-        x = unpack(x, places, batch, length)
+        full = mask.sum() > rows
+        out = {"packed_hidden": jnp.where(full, jnp.nan, x[0])}
+        x = jnp.where(full, jnp.nan, unpack(x[0], places, batch, length))
         out["last_hidden_state"] = out["logits"] = x
         if self.pooler:
             dense = Dense(self.embed_dim, kernel_init=init, name="pooler", **types)
