@@ -3,7 +3,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from model_helpers import assert_trees_close, documented_shapes, feature_shapes, filled, sin_loss
+from model_helpers import (
+    assert_trees_close,
+    documented_shapes,
+    feature_shapes,
+    filled,
+    filled_state_dict,
+    sin_loss,
+)
 
 import zoo
 from zoo.layers.attention import Attention, attention_weights
@@ -71,11 +78,22 @@ def test_equal_tokens_have_places_only_behind_the_softmax():
 
 
 def test_padding_changes_nothing():
-    model = zoo.create("urpe_test", use_positions=True)
+    model = zoo.create("urpe_test", use_positions=True, head=None)
     variables, x = filled(model), tokens(length=29)
     padded = np.pad(x, ((0, 0), (0, 11)), constant_values=1)
     call = jax.jit(model.apply)
     assert_trees_close(call(variables, padded)[:, :29], call(variables, x), 1e-5)
+
+
+def test_the_word_head_of_a_file_is_its_embedding():
+    model = zoo.create("urpe_test")
+    state = filled_state_dict(model)
+    with pytest.raises(ValueError, match="tied tensors differ in value"):
+        zoo.convert(model, state)
+    state["encoder.lm_head.weight"] = state["encoder.sentence_encoder.embed_tokens.weight"]
+    assert zoo.export(model, zoo.convert(model, state)).keys() == state.keys()
+    encoder = model.clone(head=None)
+    assert not any("lm_head" in name for name in zoo.export(encoder, filled(encoder)))
 
 
 def test_buckets_grow_with_the_distance():

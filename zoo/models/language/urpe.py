@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from zoo.checkpoints.rules import Rule, Rules, dense_rules, norm_rules, tied
+from zoo.checkpoints.rules import Rule, Rules, Transform, dense_rules, norm_rules, tied
 from zoo.layers.causal import check_tokens
 from zoo.layers.dense import Dense
 from zoo.layers.mlp import Mlp
@@ -362,8 +362,12 @@ def _layout(prefix: str = "") -> Rules:
     theirs, ours = f"{prefix}layers.{{i}}", "layers_{i}"
     words = f"{prefix}embed_tokens.weight"
     heads = [
-        Rule((words, "encoder.lm_head.weight"), "embed/embedding", tied),
-        Rule("encoder.lm_head.bias", "predictions/bias"),
+        # In one rule, so that the embedding has its second name only beside a head.
+        Rule(
+            (words, "encoder.lm_head.bias", "encoder.lm_head.weight"),
+            ("embed/embedding", "predictions/bias"),
+            Transform(lambda xs: [*tied.forward([xs[0], xs[2]]), xs[1]], lambda xs: [*xs, xs[0]]),
+        ),
         *dense_rules("encoder.lm_head.dense", "predictions/transform"),
         *norm_rules("encoder.lm_head.layer_norm", "predictions/norm"),
     ]
