@@ -37,7 +37,8 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
         shift_tokens="shift_tokens",
         reversible="reversible",
     )
-    fields.setdefault("local_heads", 0)
+    for name, value in (("local_heads", 0), ("local_window", None), ("memory_slots", 0)):
+        fields.setdefault(name, value)
     if isinstance(fields["local_heads"], list):
         fields["local_heads"] = tuple(fields["local_heads"])
     # The language model does not hand its commitment factor on.

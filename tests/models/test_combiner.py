@@ -122,7 +122,7 @@ def test_the_cost_is_far_below_that_of_full_attention():
         logsparse_attention,
         lambda q, k, v: axial_attention(q, k, v, 64),
     ):
-        assert flops(run) < 0.15 * whole
+        assert flops(run) < 0.1 * whole
 
 
 @pytest.mark.slow
