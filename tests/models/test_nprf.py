@@ -78,12 +78,10 @@ def test_more_features_come_nearer_to_softmax():
         rows = jax.random.normal(key, (count, 8))
         return jnp.sqrt(((nprf_attention(q, k, v, b, rows) - exact) ** 2).mean())
 
-    keys = jax.random.split(jax.random.key(4), 20)
-    few, many = (
-        jax.jit(jax.vmap(lambda key, n=n: error(key, n)))(keys).mean() for n in (256, 4096)
-    )
+    keys = jax.random.split(jax.random.key(4), 12)
+    few, many = (jax.jit(jax.vmap(lambda key, n=n: error(key, n)))(keys).mean() for n in (64, 1024))
     assert 3 < few / many < 5.5
-    assert many < 0.02
+    assert many < 0.05
 
 
 def test_positions_that_say_nothing_leave_linear_attention():

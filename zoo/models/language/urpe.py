@@ -291,7 +291,11 @@ class Urpe(nn.Module):
         out["last_hidden_state"] = out["logits"] = x
         if self.head is not None:
             head = MaskedLMHead(
-                self.vocab_size, ACTIVATIONS[self.activation], 1e-5, name="predictions", **types
+                self.vocab_size,
+                activation=ACTIVATIONS[self.activation],
+                epsilon=1e-5,
+                name="predictions",
+                **types,
             )
             out["logits"] = head(x, embed.attend)
         return out
