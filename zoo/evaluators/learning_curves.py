@@ -4,6 +4,7 @@ Writes `learning_curves.json` and `learning_curves.png` into the run directory, 
 set of prompts the mean of each curve from `after` on, as `set/learner`.
 """
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -49,8 +50,6 @@ class LearningCurves(Evaluator):
         self, program: Any, variables: Mapping[str, Any], data: Any, folder: Path
     ) -> dict[str, float]:
         """The two files, and a number for each curve."""
-        import dataclasses
-
         curves: dict[str, dict[str, list[float]]] = {}
         for name, source in {"standard": data.eval, **self.sets}.items():
             few = dataclasses.replace(data, eval=_First(source, self.prompts))

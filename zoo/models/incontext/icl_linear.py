@@ -25,6 +25,8 @@ error vanishes for long prompts as long as the covariance stays, and does not wh
     prediction          20
 """
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -55,7 +57,7 @@ def attend(
     return tokens + jnp.einsum("...ij,...jc,dc->...id", scores, tokens, pv) / examples
 
 
-def start_kq(scale: float):
+def start_kq(scale: float) -> Callable[..., Array]:
     """`scale` times a multiple of the identity of Frobenius norm 1 on the features, 0 elsewhere."""
 
     def start(key: Array, shape: tuple[int, int], dtype: jnp.dtype = jnp.float32) -> Array:
@@ -65,7 +67,7 @@ def start_kq(scale: float):
     return start
 
 
-def start_pv(scale: float):
+def start_pv(scale: float) -> Callable[..., Array]:
     """`scale` in the last place, 0 elsewhere."""
     return lambda key, shape, dtype=jnp.float32: jnp.zeros(shape, dtype).at[-1, -1].set(scale)
 
