@@ -92,7 +92,8 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
 
     def outputs(variables: dict) -> golden.Outputs:
         out = run(variables)
-        return out | {"last_hidden_state": out["norm"], "pooler_output": out["pooled"]}
+        every = {"features": out["norm"], "last_hidden_state": out["norm"]}
+        return out | every | {"pooler_output": out["pooled"]}
 
     return model, outputs
 
