@@ -73,6 +73,8 @@ SYSTEMS: dict[str, tuple[str, ...]] = {
     "zoo.models.timeseries.s_mamba": ("s_mamba_*",),
     "zoo.models.timeseries.gateformer": ("gateformer_*",),
     "zoo.models.timeseries.patchtst": ("patchtst_*",),
+    "zoo.models.graph.graphgps": ("graphgps_*",),
+    "zoo.models.graph.graphtrans": ("graphtrans_*",),
     "zoo.models.graph.graphormer": ("graphormer_*",),
     "zoo.models.signal.lmuformer": ("lmuformer_*",),
     "zoo.models.signal.spiking": ("slmu_rnn_*", "attn_ms_*", "spiking_*"),

@@ -1,0 +1,73 @@
+"""GraphGPS of rampasek/GraphGPS."""
+
+from collections.abc import Callable
+from typing import Any
+
+import golden
+import jax
+import numpy as np
+from golden_systems._graphs import padded
+
+import zoo
+from zoo.layers.graph import ATOM_NUMBERS, BOND_NUMBERS
+from zoo.models.graph.graphgps import return_chances
+
+LOCAL = {"GINE": "gine", "GIN": "gin", "CustomGatedGCN": "gated", "None": "none"}
+
+
+def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
+    """The network; the positions it is given must be those that we compute."""
+    config = case.config
+    fields = config.rename(
+        embed_dim="dim",
+        depth="layers",
+        num_heads="heads",
+        num_classes="dim_out",
+        pool="pool",
+        activation="act",
+        head_layers="layers_post_mp",
+    )
+    local, _, attention = config.take("layer_type", "GINE+Transformer").partition("+")
+    if local not in LOCAL or attention not in ("Transformer", "None"):
+        raise golden.Unsupported(f"its layers are of {local} and {attention}")
+    fields |= {"local": LOCAL[local], "attend": attention == "Transformer"}
+    kinds = config.take("enc", "dict")
+    config.expect(enc=("dict", "mol"), batch_norm=True, layer_norm=False)
+    numbers = (config.take("node_types", 28),), (config.take("edge_types", 4),)
+    if kinds == "mol":
+        numbers = tuple(
+            tuple(case.shapes[f"encoder.{which}_encoder.{place}_embedding_list.{k}.weight"][0]
+                  for k in range(len(sizes)))
+            for which, place, sizes in (("node", "encoder1.atom", ATOM_NUMBERS),
+                                        ("edge", "bond", BOND_NUMBERS))
+        )  # fmt: skip
+    fields |= {"node_numbers": numbers[0], "edge_numbers": numbers[1]}
+    fields |= {"walk_steps": config.take("rw", 20), "position_dim": config.take("dim_pe", 28)}
+    config.ignore("class", "sizes", "damp", "dropout", "attn_dropout")
+    inputs, real = padded(case)
+    steps, largest = fields["walk_steps"], inputs["nodes"].shape[1]
+    inputs["walks"] = np.zeros((*inputs["nodes"].shape[:2], steps), np.float32)
+    for graph, edges in enumerate(inputs["edges"]):
+        there = edges[edges[:, 1] < largest].T
+        inputs["walks"][graph] = return_chances(there, largest, steps)
+    if "pe" in case.names:
+        given = case.input("pe")
+        if not np.allclose(inputs["walks"][real], given, atol=1e-6):
+            raise golden.Unsupported("its positions are not the chances of a random walk")
+        inputs["walks"][real] = given
+    model = zoo.info("graphgps_zinc").create(
+        **fields, max_nodes=largest, max_edges=inputs["edges"].shape[1]
+    )
+    run = jax.jit(lambda variables: model.apply(variables, **inputs, method="features"))
+
+    def outputs(variables: dict) -> golden.Outputs:
+        out = run(variables)
+        last = out[f"layer{model.depth - 1}"] if model.depth else out["embed"]
+        return {"y": out["logits"], "nodes": np.asarray(last)[real]}
+
+    return model, outputs
+
+
+def made_by(case: golden.Case) -> bool:
+    """Whether the header names the repository."""
+    return "rampasek/GraphGPS" in case.source

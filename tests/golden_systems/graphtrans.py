@@ -1,0 +1,73 @@
+"""GraphTrans of ucbrise/graphtrans."""
+
+from collections.abc import Callable
+from typing import Any
+
+import golden
+import jax
+import numpy as np
+from golden_systems._graphs import padded
+
+import zoo
+from zoo.layers.graph import ATOM_NUMBERS, BOND_NUMBERS
+
+
+def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
+    """The network, from the arguments of its scripts."""
+    config = case.config
+    fields = config.rename(
+        virtual_node="gnn_virtual_node",
+        gnn_depth="gnn_num_layer",
+        gnn_dim="gnn_emb_dim",
+        jump="gnn_JK",
+        residual="gnn_residual",
+        gnn="gnn_type",
+        positions="pos_encoder",
+        embed_dim="d_model",
+        num_heads="nhead",
+        mlp_dim="dim_feedforward",
+        activation="transformer_activation",
+        depth="num_encoder_layers",
+        norm_input="transformer_norm_input",
+        pool="graph_pooling",
+        num_classes="num_tasks",
+    )
+    fields["num_heads_out"] = config.take("max_seq_len") or 0
+    config.expect(
+        pretrained_gnn=None, freeze_gnn=None, num_encoder_layers_masked=0,
+        transformer_prenorm=(False, True), node_encoder=("mol", "tud"),
+    )  # fmt: skip
+    config.ignore("gnn_dropout", "transformer_dropout", "class", "sizes")
+    inputs, real = padded(case)
+    longest = config.take("max_input_len", 1000)
+    if longest < inputs["nodes"].shape[1]:
+        raise golden.Unsupported(f"its graphs are cut to {longest} nodes")
+    tables = config.take("node_encoder", "mol") == "mol"
+    if tables:
+        bond = "gnn_node.convs.0.edge_encoder.bond_embedding_list.{}.weight"
+        atom = "gnn_node.node_encoder.atom_embedding_list.{}.weight"
+        fields["node_numbers"] = tuple(
+            case.shapes[atom.format(k)][0] for k in range(len(ATOM_NUMBERS))
+        )
+        fields["edge_numbers"] = tuple(
+            case.shapes[bond.format(k)][0] for k in range(len(BOND_NUMBERS))
+        )
+    else:
+        fields |= {"node_numbers": (), "node_features": inputs["nodes"].shape[-1]}
+        inputs["nodes"] = inputs["nodes"].astype(np.float32)
+        inputs["edge_features"] = np.zeros((*inputs["edges"].shape[:2], 1), np.int32)
+    model = zoo.info("graphtrans_nci1").create(
+        **fields, max_nodes=inputs["nodes"].shape[1], max_edges=inputs["edges"].shape[1]
+    )
+    run = jax.jit(lambda variables: model.apply(variables, **inputs, method="features"))
+
+    def outputs(variables: dict) -> golden.Outputs:
+        out = run(variables)
+        return {"y": out["logits"], "gnn_node": np.asarray(out["nodes"])[real]}
+
+    return model, outputs
+
+
+def made_by(case: golden.Case) -> bool:
+    """Whether the header names the repository."""
+    return "ucbrise/graphtrans" in case.source
