@@ -440,8 +440,8 @@ def _rep(theirs: str, ours: str, size: int) -> list[Rule]:
 def _model() -> Rules:
     """Names of our own: no file of FMViT is published."""
     rules = [*dense_rules("head", "head")]
-    for name in ("embed", "downsample"):
-        rules += _rep(f"{name}.{{i}}.", f"{name}_{{i}}/", 3)
+    for theirs, ours in (("embed", "embed"), ("merge", "downsample")):
+        rules += _rep(f"{theirs}.{{i}}.", f"{ours}_{{i}}/", 3)
     theirs, ours = "stages.{s}.{i}.", "stages_{s}/layers_{i}/"
     for name in ("local", "bands"):
         rules += _rep(f"{theirs}{name}.", f"{ours}{name}/", 3)
