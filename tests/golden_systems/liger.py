@@ -13,7 +13,11 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     """The language model; the class that the header names says which recurrence."""
     config = case.config
     fields = llama.fields(config)
-    fields["window"] = fields.get("window") or 64
+    fields["window"] = 64  # whatever sliding window the base has
+    for name in ("window_size", "window"):
+        fields |= config.rename(window=name)
+    for ours, theirs in (("qkv_bias", "q_proj"), ("out_bias", "o_proj")):  # Qwen's has the first
+        fields[ours] = any(name.endswith(f"{theirs}.bias") for name in case.shapes)
     text = f"{case.source} {config.entries.get('model_type', '')} {config.entries.get('kind', '')}"
     text = text.lower()
     kinds = {"hgrn2": "hgrn2", "gsa": "gsa", "slot": "gsa"}
