@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from kernels_pallas.attention.choice import choose
 from kernels_pallas.attention.core import attend
 from kernels_pallas.attention.problem import Operands, Problem, capture
 from kernels_pallas.dispatch import stated_precision
-from kernels_pallas.masks import Full
+from kernels_pallas.masks import Causal, Full
 from kernels_pallas.scores import Score, Softmax
 
 
@@ -108,17 +109,19 @@ def attention(
         raise ValueError(f"sinks need Softmax, not {score}.")
     segments = _segments(query_segments, key_segments, lengths, batch, queries, keys)
     wide = jnp.promote_types(value.dtype, jnp.float32)
+    if isinstance(mask, Causal) and isinstance(mask.offset, jax.Array):
+        mask, query_offset = Causal(), query_offset + mask.offset
     mask, captured, arrays = capture(None if isinstance(mask, Full) else mask, *["int32"] * 2)
     modify, more, arrays_too = capture(score.modify, wide, "int32", "int32")
     captured = tuple(jnp.asarray(t) for t in (*captured, *more)) or None
-    static = isinstance(query_offset, int)
+    static = isinstance(query_offset, int | np.integer)
     problem = Problem(
         mask=mask,
         score=score if modify is score.modify else replace(score, modify=modify),
         scale=head_dim**-0.5 if scale is None else float(scale),
         dropout=float(dropout),
         precision=stated_precision(precision),
-        offset=query_offset if static else 0,
+        offset=int(query_offset) if static else 0,
         arrays=arrays or arrays_too,
     )
     x = Operands(

@@ -119,7 +119,7 @@ def capture(function: Callable | None, *types):
     Returns:
       The function or a `Captured`; the traced values; whether it closes over arrays at all.
     """
-    if function is None or isinstance(function, Mask):
+    if function is None or (isinstance(function, Mask) and _is_static(function)):
         return function, [], False
     examples = [jax.ShapeDtypeStruct((), dtype) for dtype in types]
     closed = jax.make_jaxpr(function)(*examples)
@@ -127,6 +127,15 @@ def capture(function: Callable | None, *types):
     if any(isinstance(t, jax.core.Tracer) for t in values):
         return Captured(closed.jaxpr, len(values)), values, True
     return function, [], any(jnp.ndim(t) > 0 for t in values)
+
+
+def _is_static(mask: Mask) -> bool:
+    """Whether a declarative mask holds plain numbers only."""
+    try:
+        hash(mask)
+    except TypeError:
+        return False
+    return True
 
 
 class Operands(NamedTuple):

@@ -26,6 +26,7 @@ from kernels_pallas.attention.problem import Gradients, Operands, Problem
 from kernels_pallas.attention.tile import (
     FULL,
     PARTIAL,
+    SKIP,
     Axis,
     Tile,
     additive,
@@ -90,6 +91,8 @@ class _Call:
             other = index[i * self.visits + visit]
             at = ((b if self.dynamic else 0) * self.rows + i) * self.visits + visit
             state = flag[at]
+            if self.dynamic:  # one block stays in place of all that segments rule out
+                other = jax.lax.select(state == SKIP, jnp.int32(0), other)
         if self.by_key:
             return b, h * self.group + quotient(t, self.visits), h, other, i, state
         return b, h, quotient(h, self.group), i, other, state

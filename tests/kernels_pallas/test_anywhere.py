@@ -21,6 +21,11 @@ from kernels_pallas.attention.problem import Operands, Problem
 BODIES = {"xla": xla, **BODIES}
 
 
+def some_slow(cases, slow):
+    """The names of cases, some of them marked slow."""
+    return [pytest.param(n, marks=[pytest.mark.slow] if n in slow else []) for n in cases]
+
+
 def normal(*shape, seed=0, dtype=jnp.float32):
     return jnp.asarray(np.random.default_rng((seed, *shape)).normal(size=shape), dtype)
 
@@ -47,7 +52,7 @@ RAGGED = {
 
 
 @pytest.mark.parametrize("name", BODIES)
-@pytest.mark.parametrize("case", RAGGED)
+@pytest.mark.parametrize("case", some_slow(RAGGED, ["large bias", "modifier"]))
 def test_padded_rows_have_no_weight(name, case):
     options = dict(RAGGED[case])
     negative, large = options.pop("negative", False), options.pop("large", False)
@@ -68,7 +73,7 @@ HIDING = {
 
 
 @pytest.mark.parametrize("name", BODIES)
-@pytest.mark.parametrize("case", HIDING)
+@pytest.mark.parametrize("case", some_slow(HIDING, ["boolean bias", "mask"]))
 def test_what_is_hidden_changes_nothing(name, case):
     """Tokens from 140 on are padding, on both sides."""
     problem, x = operands(queries=150, keys=150, **(HIDING[case] if case == "mask" else {}))
@@ -116,6 +121,7 @@ def test_a_decoding_step_equals_the_row_of_the_full_pass():
     steps = (
         kp.attention(last, q, q, mask=Causal(19), slopes=slopes, score=score),
         kp.attention(last, q, q, mask=Causal(), query_offset=19, slopes=slopes, score=score),
+        jax.jit(lambda n: kp.attention(last, q, q, mask=Causal(n), slopes=slopes, score=score))(19),
         jax.jit(lambda n: kp.attention(last, q, q, mask=Causal(), query_offset=n, slopes=slopes,
                                        score=score))(19),
     )  # fmt: skip
@@ -236,7 +242,9 @@ def test_the_caller_traces_no_body():
 
 # --- what users of peers expect -----------------------------------------------------------------
 @pytest.mark.parametrize("implementation", ["xla", "pallas_tpu", "pallas_gpu"])
-@pytest.mark.parametrize("shape", [(2, 1, 1, 30), (1, 4, 20, 1), (2, 4, 1, 1)])
+@pytest.mark.parametrize(
+    "shape", some_slow([(2, 1, 1, 30), (1, 4, 20, 1), (2, 4, 1, 1)], [(1, 4, 20, 1), (2, 4, 1, 1)])
+)
 def test_a_bias_may_be_shared_by_queries_or_keys(shape, implementation):
     q, k, bias = normal(2, 20, 4, 8), normal(2, 30, 4, 8), normal(*shape)
 
@@ -323,7 +331,7 @@ def packed_calls():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["delta", "gla", "scan"])
+@pytest.mark.parametrize("name", some_slow(["delta", "gla", "scan"], ["gla", "scan"]))
 def test_packed_sequences_have_states_of_their_own(name):
     call, arrays, state = packed_calls()[name]
 
@@ -379,7 +387,7 @@ for name in sys.argv[1:]:
     heads = P("data", *(None,) * (x.ndim - 3), "tensor")
     own = P("data") if b.shape[0] == len(x) and name in ("gla", "delta", "scan") else P()
     for mesh in (explicit, auto):
-        for spec in (P(), P("data"), heads):
+        for spec in (P("data"), heads):
             placed = jax.device_put(x, NamedSharding(mesh, spec)), jax.device_put(
                 b, NamedSharding(mesh, own if spec != P() else P()))
             if mesh is auto:
