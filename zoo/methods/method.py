@@ -97,6 +97,9 @@ class Intercepting(Protocol):
     ) -> Any:
         """What a submodule's call gives, see `nn.intercept_methods`."""
 
+    def layouts(self, layouts: Mapping[str, Rules]) -> Mapping[str, Rules]:
+        """As every method's, see `Method.layouts`."""
+
 
 class Intercepted(nn.Module):
     """A module under whose calls methods listen; its variables keep their paths.
