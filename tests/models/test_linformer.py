@@ -1,7 +1,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from model_helpers import assert_trees_close, documented_shapes, feature_shapes, filled, sin_loss
 
@@ -105,48 +104,6 @@ def test_the_reversible_form_keeps_no_more_for_more_layers():
 
     more = bytes_of(8, True) - bytes_of(2, True)
     assert more < 0.35 * (bytes_of(8, False) - bytes_of(2, False))
-
-
-@pytest.mark.slow
-def test_masked_words_are_learned_as_by_full_attention():
-    """Eight words, eight times over, masked at times: 64 tokens, 16 rows of keys."""
-    optimizer = optax.adam(3e-3)
-
-    def batch(key):
-        a, b = jax.random.split(key)
-        x = jnp.tile(jax.random.randint(a, (16, 8), 1, 12), (1, 8))
-        return jnp.where(jax.random.uniform(b, x.shape) < 0.15, 0, x), x
-
-    def loss_after_training(projected):
-        model = zoo.create("linformer_test", vocab_size=12, projected=projected)
-
-        def loss(variables, key):
-            masked, x = batch(key)
-            each = optax.softmax_cross_entropy_with_integer_labels(
-                model.apply(variables, masked), x
-            )
-            return (each * (masked == 0)).sum() / (masked == 0).sum()
-
-        @jax.jit
-        def train(variables):
-            def step(carry, i):
-                variables, state = carry
-                key = jax.random.fold_in(jax.random.key(1), i)
-                value, grads = jax.value_and_grad(loss)(variables, key)
-                updates, state = optimizer.update(grads, state)
-                return (optax.apply_updates(variables, updates), state), value
-
-            return jax.lax.scan(step, (variables, optimizer.init(variables)), jnp.arange(300))[1]
-
-        variables = jax.jit(model.init)(jax.random.key(0), batch(jax.random.key(0))[0])
-        if projected == 64:
-            for i in range(2):
-                variables["params"][f"layers_{i}"]["attention"] |= dict.fromkeys(
-                    ("project_key", "project_value"), jnp.eye(64)
-                )
-        return train(variables)[-30:].mean()
-
-    assert loss_after_training(16) < loss_after_training(64) + 0.1
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from model_helpers import assert_trees_close, documented_shapes, feature_shapes, filled
 
@@ -133,47 +132,6 @@ def test_heads_make_the_tokens_global_that_the_authors_do():
         call = jax.jit(model.apply)
         assert_trees_close(call(variables, x), call(variables, x, None, want), 0)
         assert np.abs(call(variables, x) - call(variables, x, None, 0 * x)).max() > 1e-3
-
-
-@pytest.mark.slow
-def test_a_token_far_outside_every_window_is_found_through_a_global_one():
-    """The first token must tell what stands 200 tokens on; two windows of 16 reach 16."""
-    model = zoo.create(
-        "longformer_test", depth=1, vocab_size=16, window=16, max_positions=258, max_global=1,
-        head="classification", num_classes=4, dropout=0.0, attention_dropout=0.0,
-    )  # fmt: skip
-    optimizer = optax.adam(1e-2)
-
-    def batch(key):
-        labels = jax.random.randint(key, (8,), 0, 4)
-        x = jnp.full((8, 220), 8).at[:, 200].set(labels + 3)
-        return x, labels
-
-    def accuracy(is_global):
-        def loss(variables, x, y):
-            logits = model.apply(variables, x, None, jnp.zeros_like(x).at[:, 0].set(is_global))
-            right = (logits.argmax(-1) == y).mean()
-            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), right
-
-        @jax.jit
-        def train(variables):
-            def step(carry, i):
-                variables, state = carry
-                grads, right = jax.grad(loss, has_aux=True)(
-                    variables, *batch(jax.random.fold_in(jax.random.key(1), i))
-                )
-                updates, state = optimizer.update(grads, state)
-                return (optax.apply_updates(variables, updates), state), right
-
-            start = (variables, optimizer.init(variables))
-            return jax.lax.scan(step, start, jnp.arange(150))[1]
-
-        return train(jax.jit(model.init)(jax.random.key(0), batch(jax.random.key(0))[0]))[
-            -20:
-        ].mean()
-
-    assert accuracy(1) > 0.95
-    assert accuracy(0) < 0.5
 
 
 @pytest.mark.parametrize(

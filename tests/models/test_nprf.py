@@ -1,7 +1,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from model_helpers import assert_trees_close, documented_shapes, feature_shapes, filled
 
@@ -125,43 +124,6 @@ def test_the_cost_is_nearly_linear_in_the_length():
         return run.lower(x, b).compile().memory_analysis().temp_size_in_bytes
 
     assert bytes_of(8192) < 2.5 * bytes_of(4096)
-
-
-@pytest.mark.slow
-def test_a_fixed_distance_is_learned_through_relative_positions():
-    """Say the token of five steps before; without b, a token knows no distances."""
-    optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0, 1e-2, 30, 400))
-
-    def accuracy(learn_bias):
-        model = zoo.create("nprf_test", vocab_size=12, depth=1, embed_dim=48, features_per_head=16)
-
-        def loss(params, stats, key):
-            x = jax.random.randint(key, (16, 48), 0, 12)
-            logits = model.apply({"params": params, **stats}, x)[:, 5:]
-            right = (logits.argmax(-1) == x[:, :-5]).mean()
-            each = optax.softmax_cross_entropy_with_integer_labels(logits, x[:, :-5])
-            return each.mean(), right
-
-        def still(path, g):
-            return g * (learn_bias or path[-1].key != "relative_bias")
-
-        @jax.jit
-        def train(params, stats):
-            def step(carry, i):
-                params, state = carry
-                key = jax.random.fold_in(jax.random.key(1), i)
-                grads, right = jax.grad(loss, has_aux=True)(params, stats, key)
-                grads = jax.tree_util.tree_map_with_path(still, grads)
-                updates, state = optimizer.update(grads, state)
-                return (optax.apply_updates(params, updates), state), right
-
-            return jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(400))[1]
-
-        variables = jax.jit(model.init)(jax.random.key(0), tokens(1, 48) % 12)
-        return train(variables.pop("params"), variables)[-20:].mean()
-
-    assert accuracy(True) > 0.99
-    assert accuracy(False) < 0.3
 
 
 def test_a_text_that_is_too_long_is_one_sentence():

@@ -3,7 +3,6 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from model_helpers import assert_trees_close, documented_shapes, feature_shapes, filled, sin_loss
 
@@ -163,39 +162,6 @@ def test_padding_and_whole_chunks_change_nothing_that_local_layers_see():
     padded = np.pad(x, ((0, 0), (0, 11)))
     mask = np.arange(40) < np.array([[29], [29]])
     assert_trees_close(call(variables, padded, mask)[:, :29], call(variables, x), 1e-5)
-
-
-@pytest.mark.slow
-def test_a_text_is_repeated_by_its_hashes():
-    """The second half repeats the first: 64 tokens, four rounds; above 95 of 100."""
-    model = zoo.create(
-        "reformer_test", vocab_size=18, attention=("local", "lsh"), num_hashes=4, causal=True,
-        embed_dim=64, axial_dims=(32, 32), head_dim=16, mlp_dim=128,
-    )  # fmt: skip
-    optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0, 4e-3, 50, 700))
-
-    def loss(params, key):
-        a, b = jax.random.split(key)
-        word = jax.random.randint(a, (16, 31), 1, 17)
-        half = jnp.concatenate([jnp.zeros((16, 1), jnp.int32), word], 1)
-        x = jnp.concatenate([half, half], 1)
-        logits = model.apply({"params": params}, x, rngs={"sample": b})[:, 32:-1]
-        right = (logits.argmax(-1) == word).mean()
-        return optax.softmax_cross_entropy_with_integer_labels(logits, word).mean(), right
-
-    @jax.jit
-    def train(params):
-        def step(carry, i):
-            params, state = carry
-            key = jax.random.fold_in(jax.random.key(1), i)
-            grads, right = jax.grad(loss, has_aux=True)(params, key)
-            updates, state = optimizer.update(grads, state)
-            return (optax.apply_updates(params, updates), state), right
-
-        return jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(700))[1]
-
-    params = jax.jit(model.init)(jax.random.key(0), tokens(1, 64) % 18)["params"]
-    assert train(params)[-20:].mean() > 0.95
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from model_helpers import assert_trees_close, documented_shapes, feature_shapes, filled
 
@@ -107,54 +106,6 @@ def test_means_stay_where_nothing_may_change():
     variables, x = filled(model), tokens()
     run = jax.jit(lambda v: model.apply(v, x, mutable="batch_stats")[1])
     assert_trees_close(run(variables)["batch_stats"], variables["batch_stats"], 0)
-
-
-@pytest.mark.slow
-def test_a_far_token_is_found_by_routing_and_not_by_windows():
-    """Copy what followed a mark 200 tokens before; windows of 32 see 63."""
-    optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0, 3e-3, 50, 400))
-
-    def batch(key):
-        a, b = jax.random.split(key)
-        word = jax.random.randint(a, (8,), 0, 8)
-        x = jax.random.randint(b, (8, 256), 10, 14)
-        return x.at[:, 20].set(8).at[:, 21].set(word).at[:, 224].set(8), word
-
-    def accuracy(local_heads, steps):
-        model = zoo.create(
-            "routing_transformer_test", vocab_size=14, depth=2, max_length=256, window=32,
-            local_window=32, local_heads=local_heads, shift_tokens=True,
-        )  # fmt: skip
-
-        def loss(params, stats, key):
-            x, word = batch(key)
-            out, changed = model.apply(
-                {"params": params, **stats}, x, train=True, method="features", mutable="batch_stats"
-            )
-            logits = out["logits"][:, 224]
-            right = (logits.argmax(-1) == word).mean()
-            each = optax.softmax_cross_entropy_with_integer_labels(logits, word)
-            return each.mean() + out["aux_loss"], (right, changed)
-
-        @jax.jit
-        def train(params, stats):
-            def step(carry, i):
-                params, stats, state = carry
-                key = jax.random.fold_in(jax.random.key(1), i)
-                grads, (right, stats) = jax.grad(loss, has_aux=True)(params, stats, key)
-                updates, state = optimizer.update(grads, state)
-                return (optax.apply_updates(params, updates), stats, state), right
-
-            start = (params, stats, optimizer.init(params))
-            return jax.lax.scan(step, start, jnp.arange(steps))[1]
-
-        x = batch(jax.random.key(0))[0]
-        variables = jax.jit(model.init)(jax.random.key(0), x)
-        placed = model.apply(variables, x, method="place_means", mutable="batch_stats")[1]
-        return train(variables["params"], dict(placed))[-20:].mean()
-
-    assert accuracy(0, 400) > 0.9
-    assert accuracy(4, 60) < 0.4
 
 
 @pytest.mark.parametrize(

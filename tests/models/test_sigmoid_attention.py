@@ -1,7 +1,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from model_helpers import assert_trees_close, documented_shapes, feature_shapes, filled, sin_loss
 
@@ -130,38 +129,6 @@ def test_fixed_numbers_of_a_file_are_loaded():
     state["blocks.0.attn.attn_bias"] = np.float32([1.5])
     other = zoo.convert(model, state)
     assert np.abs(jax.jit(model.apply)(other, x) - jax.jit(model.apply)(variables, x)).max() > 0.01
-
-
-@pytest.mark.slow
-def test_a_text_is_learned_as_by_softmax():
-    """Loss after equal steps within 0.05 nats; without b, attention starts larger."""
-    optimizer = optax.adam(3e-3)
-
-    def run(**fields):
-        model = zoo.create(
-            "sigmoid_attention_test", vocab_size=8, train_length=64, layer_scale=None, **fields
-        )
-
-        def loss(params, stats, key):
-            x = jnp.tile(jax.random.randint(key, (16, 8), 0, 8), (1, 8))
-            logits = model.apply({"params": params, **stats}, x)[:, 16:-1]
-            return optax.softmax_cross_entropy_with_integer_labels(logits, x[:, 17:]).mean()
-
-        @jax.jit
-        def train(params, stats):
-            def step(carry, i):
-                params, state = carry
-                key = jax.random.fold_in(jax.random.key(1), i)
-                value, grads = jax.value_and_grad(loss)(params, stats, key)
-                updates, state = optimizer.update(grads, state)
-                return (optax.apply_updates(params, updates), state), value
-
-            return jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(400))[1]
-
-        variables = jax.jit(model.init)(jax.random.key(0), tokens(1, 64) % 8)
-        return train(variables.pop("params"), variables)[-20:].mean()
-
-    assert abs(run() - run(activation="softmax")) < 0.05
 
 
 @pytest.mark.parametrize(
