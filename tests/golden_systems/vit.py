@@ -76,6 +76,17 @@ TIMM_FURTHER = {
             ("large", 14, 336, 1024, 24, 16), ("huge", 14, 224, 1280, 32, 16),
         )
     },
+    **{
+        f"vit_{size}_patch{patch}_clip_quickgelu_{side}": dict(
+            image_size=side, patch_size=patch, embed_dim=width, depth=depth, num_heads=heads,
+            pre_norm=True, epsilon=1e-5, activation="quick_gelu",
+        )
+        for size, patch, side, width, depth, heads in (
+            ("base", 32, 224, 768, 12, 12), ("base", 16, 224, 768, 12, 12),
+            ("large", 14, 224, 1024, 24, 16), ("large", 14, 336, 1024, 24, 16),
+            ("huge", 14, 224, 1280, 32, 16), ("huge", 14, 378, 1280, 32, 16),
+        )
+    },
     "vit_base_patch16_224_miil": dict(qkv_bias=False),
     "vit_small_patch8_224": dict(patch_size=8, embed_dim=384, num_heads=6),
     "vit_large_patch32_224": dict(patch_size=32, embed_dim=1024, depth=24, num_heads=16),
