@@ -135,7 +135,7 @@ def test_scores_are_counted_as_the_kernels_compute_them(monkeypatch):
         {"activation": "geglu"},
         {"activation": "gelu", "qkv_bias": False},
         {"norm_affine": True, "shift_window": False},
-        {"sample_size": 128, "head_dim": 12},
+        {"sample_size": 128, "head_dim": 24},
         {"text_channels": None},
     ],
 )
@@ -152,6 +152,7 @@ def test_what_cannot_be_built_is_said_in_a_sentence(small):
     given = inputs(model)
     cases = (
         (model, given | {"latents": given["latents"][:, :, :6]}, "multiples of"),
+        (model.clone(head_dim=12), given, "num_heads \\* head_dim=24 is no multiple of 16"),
         (model.clone(activation="swish"), given, "activation='swish' is none of"),
         (model.clone(sample_size=128), given, "is told the image's size"),
     )

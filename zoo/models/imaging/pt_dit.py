@@ -354,6 +354,11 @@ class PTDiT(nn.Module):
                 f"{self.in_channels}) whose sides are multiples of {steps} (windows of patches), "
                 f"not {shape}."
             )
+        if self.num_heads * self.head_dim % 16:
+            raise ValueError(
+                f"num_heads * head_dim={self.num_heads * self.head_dim} is no multiple of 16, as "
+                "the sines and cosines of three axes need."
+            )
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation={self.activation!r} is none of {', '.join(ACTIVATIONS)}.")
 

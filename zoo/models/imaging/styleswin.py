@@ -592,7 +592,8 @@ class Discriminator(nn.Module):
             raise ValueError(
                 f"A batch of {batch} cannot be cut into groups of {group}; choose a multiple of it."
             )
-        parts = x.astype(jnp.float32).reshape(group, batch // group, *x.shape[1:])
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        parts = x.astype(wide).reshape(group, batch // group, *x.shape[1:])
         deviation = jnp.sqrt(parts.var(0) + 1e-8).mean((1, 2, 3))
         deviation = jnp.tile(deviation, group)[:, None, None, None]
         return jnp.broadcast_to(deviation, (*x.shape[:3], 1)).astype(x.dtype)
