@@ -31,7 +31,7 @@ Images are scaled by ImageNet's mean and deviation, which `to_pixels` undoes.
     stage5     128 128   256
     stage6     256 256   128
     stage7     256 256   128    the last stage is not doubled
-    image      256 256     3
+    image      256 256   3
 """
 
 from collections.abc import Callable
