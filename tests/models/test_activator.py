@@ -99,4 +99,4 @@ def test_without_mlps_dropout_does_nothing():
     model = zoo.create("activator_test", has_mlp=False, dropout=0.5)
     variables, images = filled(model), random_images(model)
     trained = apply(model, variables, images, train=True, rngs={"dropout": jax.random.key(0)})
-    assert_trees_close(trained, apply(model, variables, images), 1e-6)
+    assert_trees_close(trained, apply(model, variables, images), 1e-5)

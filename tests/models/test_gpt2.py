@@ -87,7 +87,7 @@ def test_no_number_outside_the_vocabulary_passes_unseen(small):
         with pytest.raises(ValueError, match=f"knows the tokens 0 to 96, not {wrong} .text 1, pl"):
             model.apply(variables, bad)
         out = call(variables, bad, mask)  # nobody sees what stands at padding
-        assert_trees_close(out[1, :23], call(variables, x, mask)[1, :23], 1e-6)
+        assert_trees_close(out[1, :23], call(variables, x, mask)[1, :23], 1e-5)
         assert np.isnan(call(variables, bad)[1]).any()  # a compiled program cannot refuse
 
 
