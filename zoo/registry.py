@@ -73,6 +73,7 @@ SYSTEMS: dict[str, tuple[str, ...]] = {
     "zoo.models.timeseries.s_mamba": ("s_mamba_*",),
     "zoo.models.timeseries.gateformer": ("gateformer_*",),
     "zoo.models.timeseries.patchtst": ("patchtst_*",),
+    "zoo.models.control.ebwm": ("ebt_*",),
     "zoo.models.graph.graphgps": ("graphgps_*",),
     "zoo.models.graph.graphtrans": ("graphtrans_*",),
     "zoo.models.graph.graphormer": ("graphormer_*",),

@@ -1,0 +1,118 @@
+"""Energy-based transformers of alexiglad/EBT: the body, and the language model with its steps."""
+
+from collections.abc import Callable
+from typing import Any
+
+import golden
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zoo.models.control.ebwm import EBT, EnergyTransformer, refinement_loss
+
+
+def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
+    """By the class that the case is of."""
+    return _language(case) if "embeddings.weight" in case.shapes else _body(case)
+
+
+def _body(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
+    config = case.config
+    fields = config.rename(
+        embed_dim="dim", depth="n_layers", num_heads="n_heads", epsilon="norm_eps",
+        max_steps="max_mcmc_steps",
+    )  # fmt: skip
+    config.expect(**{"class": ("EBTDefault", "EBTTimeConcat")})
+    config.expect(adaln_zero_init=(False, True), n_kv_heads=None, ebt_act_func="silu")
+    config.ignore("max_seq_len", "weight_initialization", "weight_initialization_gain",
+                  "dyt_alpha_init")  # fmt: skip
+    timed = "time_embeddings.weight" in case.shapes
+    fields["conditioning"] = "time_embed" if timed else "default"
+    fields["norm"] = config.take("ebt_norm", "rms")
+    fields["mlp_ratio"] = config.take("ffn_dim_multiplier") or 1.0
+    both = jnp.asarray(case.uniform("embeddings"))
+    model = EnergyTransformer(**fields, length=both.shape[1] // 2)
+
+    def run(variables: dict) -> golden.Outputs:
+        out = {}
+        for name in case.header["outputs"]:
+            step = int(name.rpartition("step")[2])
+
+            def total(both: Any, step: int = step) -> Any:
+                tokens, candidates = jnp.split(both, 2, 1)
+                energy = model.apply(variables, tokens, candidates, step)
+                return energy.sum(), energy
+
+            slope, energy = jax.jit(jax.grad(total, has_aux=True))(both)
+            out |= {f"energy_step{step}": energy[..., None], f"grad_step{step}": slope}
+        return out
+
+    return model, run
+
+
+def _language(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
+    config = case.config
+    fields = config.rename(
+        vocab_size="vocab", embed_dim="embedding_dim", depth="num_transformer_blocks",
+        num_heads="multiheaded_attention_heads", conditioning="ebt_type", norm="ebt_norm",
+        steps="mcmc_num_steps", alpha="mcmc_step_size", truncate="truncate_mcmc",
+        embeds_by_table="vocab_to_embed_uses_prob_dist", clamp="absolute_clamp",
+        temperature="sharpen_predicted_distribution", last_repeats="randomize_mcmc_num_steps",
+    )  # fmt: skip
+    fields["mlp_ratio"] = config.take("ffn_dim_multiplier") or 1.0
+    fields["detach"] = not config.take("no_mcmc_detach", False)
+    every = config.take("normalize_initial_condition", True)
+    first = config.take("normalize_initial_condition_only_first_step", False)
+    fields["normalise"] = "never" if not every else "first" if first else "every"
+    change = config.take("clamp_futures_grad_max_change", 9.0)
+    fields["clamp_gradient"] = change if config.take("clamp_futures_grad", False) else 0.0
+    soften = config.take("soften_target_prob_dist", 0.0)
+    steps = case.shapes.get("transformer.time_embeddings.weight", (None,))[0]
+    fields["max_steps"] = steps
+    config.expect(
+        langevin_dynamics_noise=0.0, num_modality_processing_mlp_layers=1, ebt_act_func="silu",
+        contrastive_loss=False, execution_mode=("pretrain", "inference"),
+        reconstruction_coeff=1.0,
+    )  # fmt: skip
+    config.ignore(
+        "tokenizer", "mcmc_step_size_learnable", "langevin_dynamics_noise_learnable", "class",
+        "weight_initialization_method", "weight_initialization_gain", "context_length",
+        "batch_size_per_device", "dyt_alpha_init", "debug_unused_parameters",
+        "randomize_mcmc_step_size_scale", "randomize_mcmc_num_steps_min",
+        "randomize_mcmc_num_steps_final_landscape", "denoising_initial_condition",
+        "gaussian_random_noise_scaling", "contrastive_loss_coeff",
+        "discrete_contrastive_loss_true_logit_val",
+    )  # fmt: skip
+    ids = case.input("input_ids").astype(np.int32)
+    model = EBT(**fields, length=ids.shape[1] - 1)
+    start = jnp.asarray(2 * case.uniform("init_logits"))
+
+    def run(variables: dict) -> golden.Outputs:
+        params = {**variables["params"], "alpha": jnp.float32(model.alpha)}
+
+        def loss(params: dict) -> Any:
+            out = model.apply({"params": params}, ids[:, :-1], first=start, method="features")
+            total, each = refinement_loss(
+                out["refined"], ids[:, 1:], truncate=model.truncate, soften=soften
+            )
+            return total, (out, each)
+
+        grads, (out, each) = jax.jit(jax.grad(loss, has_aux=True))(params)
+        total = loss(params)[0]
+        found = {"loss": total, "initial_loss": each[0], "final_step_loss": each[-1]}
+        found["perplexity"] = jnp.exp(each[-1])
+        for k in range(out["refined"].shape[1]):
+            found[f"logits_{k + 1}"] = out["refined"][:, k]
+            found[f"energy_{k}"] = out["energy"][:, k].reshape(-1, 1)
+        found["dloss_dalpha"] = grads["alpha"]
+        for i in range(model.depth):
+            wq = grads["transformer"][f"layers_{i}"]["attention"]["query"]["kernel"]
+            found[f"dloss_dwq{i}"] = wq.T
+        return found
+
+    return model, run
+
+
+def made_by(case: golden.Case) -> bool:
+    """Whether the header names the repository."""
+    return "alexiglad/EBT" in case.source
