@@ -59,6 +59,8 @@ SYSTEMS: dict[str, tuple[str, ...]] = {
     "zoo.models.language.nprf": ("nprf_*",),
     "zoo.models.language.combiner": ("combiner_*",),
     "zoo.models.language.extractors": ("extractors_*",),
+    "zoo.models.control.decision_transformer": ("decision_transformer_*",),
+    "zoo.models.control.gtrxl": ("gtrxl_*",),
     "zoo.models.incontext.algoformer": ("algoformer_*", "looped_*"),
     "zoo.models.incontext.icl_boolean": ("icl_boolean_*",),
     "zoo.models.incontext.icl_sequential": ("icl_sequential_*",),
