@@ -301,4 +301,4 @@ VARIANTS: dict[str, Variant] = {
     ),
 }
 
-SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS)
+SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS, decay=(r".*extract",))

@@ -610,4 +610,6 @@ VARIANTS: dict[str, Variant] = {
     ),
 }  # fmt: skip
 
-SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS, partition=PARTITION)
+SYSTEM = System(
+    variants=VARIANTS, layouts=LAYOUTS, partition=PARTITION, decay=(r".*memory_(key|value)",)
+)

@@ -421,4 +421,6 @@ VARIANTS: dict[str, Variant] = {
     ),
 }  # fmt: skip
 
-SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS, partition=PARTITION)
+SYSTEM = System(
+    variants=VARIANTS, layouts=LAYOUTS, partition=PARTITION, no_decay=("relative_factor",)
+)
