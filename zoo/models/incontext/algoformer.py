@@ -298,6 +298,7 @@ _ALGOFORMER = dict(
     module=AlgoFormer,
     task="in_context_regression",
     paper="AlgoFormer, arXiv 2402.13572",
+    licence="none: no published weights",
 )
 _LOOPED = _ALGOFORMER | dict(
     module=LoopedTransformer,

@@ -246,6 +246,7 @@ _COMMON = dict(
     module=InContextLinear,
     task="in_context_regression",
     paper="Trained Transformers Learn Linear Models In-Context, arXiv 2306.09927",
+    licence="none: no published weights",
 )
 
 VARIANTS: dict[str, Variant] = {

@@ -126,6 +126,7 @@ _COMMON = dict(
     module=InContextUncertainty,
     task="in_context_uncertainty",
     paper="In-Context Uncertainty Quantification, arXiv 2405.15115",
+    licence="none: no published weights",
 )
 
 VARIANTS: dict[str, Variant] = {

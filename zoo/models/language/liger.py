@@ -266,7 +266,7 @@ VARIANTS: dict[str, Variant] = {
     },
     "liger_test": Variant(
         fields=llama.VARIANTS["llama_test"].fields | dict(window=6, slots=4),
-        **_COMMON | dict(licence=""),
+        **_COMMON | dict(licence="none: no published weights"),
     ),
 }
 

@@ -279,7 +279,7 @@ VARIANTS: dict[str, Variant] = {
         fields=dict(
             vocab_size=97, embed_dim=32, depth=2, num_heads=4, num_kv_heads=2, mlp_dim=48,
         ),
-        **_COMMON | dict(licence="", files=()),
+        **_COMMON | dict(licence="none: no published weights", files=()),
     ),
 }  # fmt: skip
 

@@ -470,7 +470,7 @@ VARIANTS: dict[str, Variant] = {
             vocab_size=97, embed_dim=32, depth=2, num_heads=4, mlp_dim=64, max_positions=64,
             word_dim=24,
         ),
-        **_COMMON | dict(licence="", files=()),
+        **_COMMON | dict(licence="none: no published weights", files=()),
     ),
 }  # fmt: skip
 
