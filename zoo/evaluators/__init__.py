@@ -7,13 +7,17 @@ from zoo.evaluators.forecasts import ForecastPlots
 from zoo.evaluators.intervals import ConformalIntervals
 from zoo.evaluators.learning_curves import LearningCurves
 from zoo.evaluators.modes import ModesFound
+from zoo.evaluators.pictures import ForecastClips, RestoredImages, SampledClips
 
 __all__ = [
     "ActivationMaps",
     "AnomalyScores",
     "ConformalIntervals",
     "Evaluator",
+    "ForecastClips",
     "ForecastPlots",
     "LearningCurves",
     "ModesFound",
+    "RestoredImages",
+    "SampledClips",
 ]

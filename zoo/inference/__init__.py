@@ -21,6 +21,7 @@ from zoo.inference.samplers import (
     greedy,
 )
 from zoo.inference.speculate import STREE, Tree, chain, speculate
+from zoo.inference.tiles import in_tiles
 
 __all__ = [
     "DDIM",
@@ -41,6 +42,7 @@ __all__ = [
     "chain",
     "generate",
     "greedy",
+    "in_tiles",
     "sample",
     "speculate",
 ]

@@ -3,8 +3,10 @@
 from zoo.tasks.adversarial import Adversarial
 from zoo.tasks.anomaly_detection import AnomalyDetection
 from zoo.tasks.classification import Classification
+from zoo.tasks.diffusion import Denoising
 from zoo.tasks.distillation import Distillation
 from zoo.tasks.forecasting import DecomposedForecasting, Forecasting
+from zoo.tasks.image_restoration import ImageRestoration
 from zoo.tasks.imputation import Imputation
 from zoo.tasks.in_context import InContext
 from zoo.tasks.language_modelling import LanguageModelling
@@ -12,6 +14,7 @@ from zoo.tasks.masked_language_modelling import MaskedLanguageModelling
 from zoo.tasks.metrics import Mean
 from zoo.tasks.regression import Regression
 from zoo.tasks.task import Aux, Networks, OneNetwork, Phase, Task
+from zoo.tasks.video_prediction import VideoPrediction
 
 __all__ = [
     "Adversarial",
@@ -19,8 +22,10 @@ __all__ = [
     "Aux",
     "Classification",
     "DecomposedForecasting",
+    "Denoising",
     "Distillation",
     "Forecasting",
+    "ImageRestoration",
     "Imputation",
     "InContext",
     "LanguageModelling",
@@ -31,4 +36,5 @@ __all__ = [
     "Phase",
     "Regression",
     "Task",
+    "VideoPrediction",
 ]

@@ -1,0 +1,122 @@
+"""Pictures and clips for the eye: restored images beside the truth, forecast frames as a GIF."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from zoo.evaluators.evaluator import Evaluator, some_examples
+
+
+def grid(
+    rows: Sequence[Float[np.ndarray, "count height width channels"]],
+) -> Float[np.ndarray, "high wide 3"]:
+    """Rows of equally large images, white lines between, as uint8."""
+    lines = []
+    for row in rows:
+        row = np.clip(np.asarray(row, np.float32), 0, 1)
+        row = np.broadcast_to(row, (*row.shape[:-1], 3))
+        row = np.pad(row, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=1.0)
+        lines.append(np.concatenate(list(row), 1))
+    return np.round(np.concatenate(lines, 0) * 255).astype(np.uint8)
+
+
+def enlarged(image: np.ndarray, times: int) -> Any:
+    """A Pillow image with each pixel so many times as wide and high."""
+    from PIL import Image
+
+    return Image.fromarray(image.repeat(times, 0).repeat(times, 1))
+
+
+def save_gif(path: Path, frames: Sequence[np.ndarray], times: int = 4, rate: float = 4.0) -> None:
+    """An endless animation of uint8 frames `[height, width, 3]`."""
+    first, *rest = (enlarged(frame, times) for frame in frames)
+    first.save(path, save_all=True, append_images=rest, duration=round(1000 / rate), loop=0)
+
+
+@dataclass(frozen=True)
+class RestoredImages(Evaluator):
+    """`restored.png`: bicubic enlargement, the restored image and the truth, one above the other.
+
+    Attributes:
+      every: steps between pictures; 0 is at the end only.
+      count: held-out examples.
+    """
+
+    every: int = 0
+    count: int = 6
+
+    def run(
+        self, program: Any, variables: Mapping[str, Any], data: Any, folder: Path
+    ) -> dict[str, float]:
+        """Draws; gives no number."""
+        import jax
+
+        batch = some_examples(data, list(range(self.count)))
+        said = jax.device_get(program.predict(variables, batch))["image"]
+        plain = jax.image.resize(batch["images"], said.shape, "bicubic")
+        enlarged(grid([plain, said, batch["target"]]), 3).save(folder / "restored.png")
+        return {}
+
+
+@dataclass(frozen=True)
+class ForecastClips(Evaluator):
+    """`forecast.gif`: clips as they went on above, as they were forecast below.
+
+    Attributes:
+      every: steps between clips; 0 is at the end only.
+      count: held-out examples.
+    """
+
+    every: int = 0
+    count: int = 6
+
+    def run(
+        self, program: Any, variables: Mapping[str, Any], data: Any, folder: Path
+    ) -> dict[str, float]:
+        """Draws; gives no number."""
+        import jax
+
+        batch = some_examples(data, list(range(self.count)))
+        said = jax.device_get(program.predict(variables, batch))["frames"]
+        truth = np.concatenate([batch["frames"], batch["target"]], 1)
+        ours = np.concatenate([batch["frames"], said], 1)
+        frames = [grid([truth[:, t], ours[:, t]]) for t in range(truth.shape[1])]
+        save_gif(folder / "forecast.gif", frames)
+        return {}
+
+
+@dataclass(frozen=True)
+class SampledClips(Evaluator):
+    """`samples.gif`: held-out clips above, below what is sampled where they are masked.
+
+    Attributes:
+      every: steps between samples; 0 is at the end only.
+      count: held-out examples.
+    """
+
+    every: int = 0
+    count: int = 6
+
+    def run(
+        self, program: Any, variables: Mapping[str, Any], data: Any, folder: Path
+    ) -> dict[str, float]:
+        """The squared error of the masked part, and that of repeating the last frame before it."""
+        import jax
+
+        batch = some_examples(data, list(range(self.count)))
+        said = jax.device_get(program.predict(variables, batch))["samples"]
+        truth = batch["latents"]
+        pair = [(x + 1) / 2 for x in (truth, said)]
+        save_gif(folder / "samples.gif", [grid([x[:, t] for x in pair])
+                                          for t in range(truth.shape[1])])  # fmt: skip
+        mask = batch["mask"][..., None]
+        last = (1 - mask).reshape(*mask.shape[:2], -1).all(-1).argmin(1) - 1
+        repeated = truth[np.arange(len(truth)), last][:, None]
+        return {
+            "sample_mse": float(((said - truth) ** 2 * mask).sum() / mask.sum()),
+            "last_frame_mse": float(((repeated - truth) ** 2 * mask).sum() / mask.sum()),
+        }
