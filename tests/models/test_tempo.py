@@ -242,7 +242,7 @@ def test_it_beats_the_season_before_on_a_trend_with_a_season():
     "fields, shape, sentence",
     [
         ({}, (1, 31, 2), r"takes series of shape \(batch, 32, variates\), not"),
-        ({"prompts": ((1, 2), (1, 3), (1,))}, (1, 32, 2), "three of one length, not"),
+        ({"prompts": ((1, 2), (1, 3), (1,))}, (1, 32, 2), "of one length or none at all, not"),
         ({"stride": 1}, (1, 32, 2), "3 tokens of a prompt and 26 patches are 87, more than the 64"),
         ({"patch_length": 33}, (1, 32, 2), "holds no patch of 33"),
     ],
