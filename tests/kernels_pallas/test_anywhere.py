@@ -23,7 +23,7 @@ BODIES = {"xla": xla, **BODIES}
 
 def some_slow(cases, slow):
     """The names of cases, some of them marked slow."""
-    return [pytest.param(n, marks=[pytest.mark.slow] if n in slow else []) for n in cases]
+    return [pytest.param(n, marks=[pytest.mark.variants] if n in slow else []) for n in cases]
 
 
 def normal(*shape, seed=0, dtype=jnp.float32):
@@ -403,7 +403,7 @@ print("equal")
 
 @pytest.mark.parametrize(
     "names",
-    ["attention", pytest.param("window neighborhood gla delta scan", marks=pytest.mark.slow)],
+    ["attention", pytest.param("window neighborhood gla delta scan", marks=pytest.mark.variants)],
 )
 def test_values_and_gradients_are_equal_on_any_mesh(names):
     flags = "--xla_force_host_platform_device_count=4"

@@ -97,7 +97,7 @@ print("equal")
 """
 
 
-@pytest.mark.slow  # test_anywhere has the same on fewer devices
+@pytest.mark.variants  # test_anywhere has the same on fewer devices
 def test_results_do_not_depend_on_the_mesh():
     environment = {
         **os.environ,

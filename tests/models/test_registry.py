@@ -33,9 +33,9 @@ MATRIX = re.compile(r"(^|/)(qkv|query|key|value|out|up|gate|down)/kernel$")
 OUTPUTS = ("logits", "forecast", "image", "prediction")
 KINDS = ("bert_test", "dlinear_test", "fmvit_test", "gla_test", "informer_test", "swin_test",
          "vit_test")  # fmt: skip
-"""Of each kind one: what compiles a program more is run of these by default, of all as slow."""
+"""Of each kind one: what compiles a program more is run of these, of all with `-m variants`."""
 SOME_SMALL = [
-    name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in SMALL
+    name if name in KINDS else pytest.param(name, marks=pytest.mark.variants) for name in SMALL
 ]
 PUBLISHED = [name for name in NAMES if zoo.info(name).params]
 
@@ -201,8 +201,11 @@ def test_bfloat16_is_near_float32(name):
     assert_trees_close(jax.tree.map(lambda x: x.astype(jnp.float32), rough), exact, 4e-2)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n in KINDS else pytest.mark.variants)
+     for n in SMALL],
+)  # fmt: skip
 def test_an_exported_program_gives_the_same_outputs(name):
     model, variables = initialised(name)
     inputs = example(model)
@@ -241,20 +244,24 @@ def test_nnx_gives_the_same_outputs(name):
     assert_trees_close(output, output_in(features_of(name)(variables, inputs)), 1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("part", range(PARTS))
-def test_eight_devices_give_what_one_gives(part):
-    """Every small model, its parameters placed on a fake mesh of 2 x 2 x 2, in fresh processes."""
+@pytest.mark.parametrize(
+    "names",
+    [pytest.param(KINDS, marks=pytest.mark.slow, id="kinds"),
+     *(pytest.param(SMALL[i::PARTS], marks=pytest.mark.variants, id=f"{i}")
+       for i in range(PARTS))],
+)  # fmt: skip
+def test_eight_devices_give_what_one_gives(names):
+    """Small models, their parameters placed on a fake mesh of 2 x 2 x 2, in fresh processes."""
     flags = f"--xla_force_host_platform_device_count=8 {os.environ.get('XLA_FLAGS', '')}"
     done = subprocess.run(
-        [sys.executable, __file__, *SMALL[part::PARTS]],
+        [sys.executable, __file__, *names],
         env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu",
              "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == SMALL[part::PARTS]
+    assert done.stdout.split() == list(names)
 
 
 def compare_on_eight_devices(names):

@@ -20,28 +20,28 @@ def config(name):
     return pytest.mark.parametrize("reached", [name], indirect=True)
 
 
-@pytest.mark.slow
+@pytest.mark.variants
 @config("linear")
 def test_linear_functions_are_learned(reached):
     assert reached["standard/prediction"] < 0.15
     assert reached["standard/averaging"] > 0.45
 
 
-@pytest.mark.slow
+@pytest.mark.variants
 @config("conjunctions")
 def test_conjunctions_are_learned_nearly_as_well_as_can_be(reached):
     assert reached["standard/prediction"] > reached["standard/bayes"] - 0.06
     assert reached["standard/prediction"] > reached["standard/nearest"] + 0.06
 
 
-@pytest.mark.slow
+@pytest.mark.variants
 @config("parities")
 def test_parities_are_not(reached):
     assert reached["standard/prediction"] < 0.6
     assert reached["standard/bayes"] > 0.98
 
 
-@pytest.mark.slow
+@pytest.mark.variants
 @config("teaching")
 def test_teaching_sequences_shorten_learning(reached):
     assert reached["taught/prediction"] > 0.98
