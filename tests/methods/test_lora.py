@@ -1,5 +1,6 @@
 """LoRA on any model: nothing at first, two thin matrices a target, gone after merging."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +10,7 @@ from model_helpers import assert_trees_close
 
 import zoo
 from zoo.methods import LoRA, adapt_all, wrap_all
+from zoo.methods.lora import adapter, with_adapter
 from zoo.tasks.apply import zeros_like_inputs
 
 
@@ -86,3 +88,53 @@ def test_targets_that_match_nothing_are_refused():
     variables = jax.jit(model.init)(jax.random.key(0), **zeros_like_inputs(model))
     with pytest.raises(ValueError, match=r"targets 'attn' match no dense map of VisionTransf"):
         LoRA(targets="attn").adapt(model, variables, jax.random.key(0))
+
+
+def test_an_adapter_goes_through_both_namings_and_into_another_model():
+    model, method = zoo.create("vit_test"), LoRA(rank=2, targets=r".*/(qkv|up)")
+    variables = jax.jit(model.init)(jax.random.key(0), **zeros_like_inputs(model))
+    adapted = moved(method.adapt(model, variables, jax.random.key(1)))
+    other = method.adapt(model, variables, jax.random.key(2))
+    module = method.wrap(model)
+    for naming, name in (
+        ("peft", "base_model.model.blocks.0.attn.qkv.lora_A.weight"),
+        ("loralib", "blocks.0.attn.qkv.lora_A"),
+    ):
+        state = adapter(module, adapted, naming)
+        assert len(state) == 4 * model.depth
+        assert state[name].shape == (2, model.embed_dim)
+        loaded = flatten_dict(with_adapter(module, other, state)["params"])
+        for path, leaf in flatten_dict(adapted["params"]).items():
+            np.testing.assert_array_equal(loaded[path], leaf)
+    with pytest.raises(ValueError, match="give its rank and targets"):
+        with_adapter(module, other, {"blocks.0.attn.proj.lora_A": np.zeros((2, 3))})
+
+
+def test_magnitudes_start_at_nothing_and_merge():
+    layer = nn.Dense(5)
+    x = jax.random.normal(jax.random.key(0), (3, 4))
+    variables = layer.init(jax.random.key(1), x)
+    method = LoRA(rank=2, targets=".*", magnitude=True)
+    module = method.wrap(layer)
+    _, made = module.apply(variables, x, rngs={"params": jax.random.key(2)}, mutable="params")
+    wanted = layer.apply(variables, x)
+    adapted = {"params": made["params"]}
+    np.testing.assert_allclose(module.apply(adapted, x), wanted, atol=1e-5)
+    adapted = moved(adapted)
+    adapted["params"]["dora_magnitude"] = 2 * adapted["params"]["dora_magnitude"]
+    plain, merged = method.merge(module, adapted)
+    got = module.apply(adapted, x)
+    assert np.abs(got - wanted).max() > 0.1
+    np.testing.assert_allclose(plain.apply(merged, x), got, atol=1e-5)
+
+
+def test_a_tied_embedding_and_a_convolution_merge():
+    cases = (nn.Embed(7, 4), jnp.arange(5)), (nn.Conv(6, (3, 3)), jnp.ones((1, 5, 5, 2)))
+    for layer, x in cases:
+        method = LoRA(rank=2, targets=".*")
+        module = method.wrap(layer)
+        variables = layer.init(jax.random.key(1), x)
+        _, made = module.apply(variables, x, rngs={"params": jax.random.key(2)}, mutable="params")
+        adapted = {"params": jax.tree.map(lambda leaf: leaf + 0.1, made["params"])}
+        plain, merged = method.merge(module, adapted)
+        np.testing.assert_allclose(plain.apply(merged, x), module.apply(adapted, x), atol=1e-4)

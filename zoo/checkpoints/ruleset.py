@@ -72,8 +72,16 @@ class Rule:
         """The transform for this model."""
         transform = self.transform
         if not isinstance(transform, Transform):
-            transform = transform(model)
+            transform = transform(_without_methods(model))
         return transform.bound(len(self.sources), len(self.targets))
+
+
+def _without_methods(model: nn.Module) -> nn.Module:
+    """The architecture itself, whose fields say the sizes."""
+    from zoo.system import wrapped
+
+    inner = wrapped(model)
+    return model if inner is None else _without_methods(inner)
 
 
 @dataclass(frozen=True)
