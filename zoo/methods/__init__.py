@@ -2,6 +2,17 @@
 
 from zoo.methods.lora import LoRA
 from zoo.methods.method import Method, adapt_all, wrap_all
+from zoo.methods.prompts import Prompts
+from zoo.methods.quiet_attention import QuietAttention
 from zoo.methods.sigma_reparam import SigmaReparam, WithoutNorms
 
-__all__ = ["LoRA", "Method", "SigmaReparam", "WithoutNorms", "adapt_all", "wrap_all"]
+__all__ = [
+    "LoRA",
+    "Method",
+    "Prompts",
+    "QuietAttention",
+    "SigmaReparam",
+    "WithoutNorms",
+    "adapt_all",
+    "wrap_all",
+]
