@@ -35,6 +35,7 @@ from zoo.checkpoints.ruleset import Rule, Rules
 from zoo.checkpoints.transforms import Transform, chain, conv, elementwise, identity
 from zoo.layers.patch import PatchEmbed
 from zoo.methods.method import Method, Variables, intercepted, unwrap
+from zoo.tasks.apply import zeros_like_inputs
 
 NORMS = (nn.LayerNorm, nn.BatchNorm, nn.GroupNorm, nn.InstanceNorm, nn.RMSNorm)
 MAPS = (nn.Dense, nn.Conv, PatchEmbed)
@@ -151,8 +152,6 @@ class WithoutNorms(Method):
                                if p in wanted})  # fmt: skip
 
     def _variables(self, module: nn.Module, rng: Any) -> Any:
-        from zoo.tasks.apply import zeros_like_inputs
-
         return self.wrap(module).init(rng, **zeros_like_inputs(module))
 
     def intercept(

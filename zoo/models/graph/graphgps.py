@@ -112,7 +112,7 @@ class GatedMessages(nn.Module):
     ) -> tuple[Float[Array, "batch nodes channels"], Float[Array, "batch edges channels"]]:
         """The nodes and the edges, renewed."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        a, b, c, d, e = (partial(Dense(x.shape[-1], name=name, **types)) for name in "ABCDE")
+        a, b, c, d, e = (Dense(x.shape[-1], name=name, **types) for name in "ABCDE")
         gate = at_nodes(d(x), target) + at_nodes(e(x), source) + c(edge)
         share = nn.sigmoid(gate)
         total = partial(sum_at_nodes, target=target, size=x.shape[1])
