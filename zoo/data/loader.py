@@ -8,6 +8,8 @@ of processes does not change it.
 Evaluation: every example once, in order; the last batch is padded and `valid` says what counts.
 """
 
+import collections
+import concurrent.futures
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -46,6 +48,7 @@ class Data:
       repeats: copies of each training example in a row of the stream, each transformed anew
         (repeated augmentation, Hoffer et al., arXiv 1901.09335; DeiT: 3); an epoch is that longer.
       threads: threads that read and transform ahead, per process.
+      test: examples by which nothing is chosen, measured once, at the end.
     """
 
     train: Source
@@ -57,6 +60,27 @@ class Data:
     eval_batch_size: int | None = None
     repeats: int = 1
     threads: int = 2
+    test: Source | None = None
+
+    def __post_init__(self) -> None:
+        """Number the classes of held-out folders and tables as the training source has them."""
+        classes = _classes(self.train)
+        for name in ("eval", "test"):
+            source = getattr(self, name)
+            if (
+                classes
+                and hasattr(source, "numbered_as")
+                and _classes(source) not in (None, classes)
+            ):
+                object.__setattr__(self, name, source.numbered_as(classes))
+
+
+def _classes(source: Any) -> tuple[str, ...] | None:
+    """Names of a source's classes, if it has any and is there."""
+    try:
+        return getattr(source, "classes", None)
+    except OSError:
+        return None
 
 
 class _Repeated(grain.MapDataset):
@@ -79,10 +103,10 @@ class _Repeated(grain.MapDataset):
 class _Share(grain.MapDataset):
     """The contiguous share of one process in every group of `group` elements."""
 
-    def __init__(self, parent: grain.MapDataset, group: int, index: int, count: int):
+    def __init__(self, parent: grain.MapDataset, group: int, index: int, count: int, start: int):
         super().__init__(parent)
         self.group, self.share = group, group // count
-        self.first = index * self.share
+        self.first = start + index * self.share
 
     def __len__(self) -> int:
         return len(self._parent) // self.group * self.share
@@ -95,9 +119,17 @@ class _Share(grain.MapDataset):
 
 
 def train_iterator(
-    data: Data, seed: int, process_index: int = 0, process_count: int = 1
+    data: Data, seed: int, process_index: int = 0, process_count: int = 1, start: int = 0
 ) -> grain.DatasetIterator:
     """Endless batches of this process; `get_state()` and `set_state(s)` make it resumable.
+
+    Args:
+      data: what is read.
+      seed: of order and augmentation.
+      process_index: which process this is.
+      process_count: of so many.
+      start: examples of the stream, over all processes, that come before the first batch: a run
+        that goes on with another batch size neither repeats nor leaves out any.
 
     Raises:
       ValueError: if the processes (and pairs) do not divide the batch, or there are no examples.
@@ -120,7 +152,8 @@ def train_iterator(
             )
         stream = stream.batch(2, batch_fn=_stack).random_map(_compose(data.pair_transforms))
         group //= 2
-    share = _Share(stream, group, process_index, process_count)
+        start //= 2
+    share = _Share(stream, group, process_index, process_count, start)
     joined = _join if data.pair_transforms else _collate
     batches = share.batch(group // process_count, batch_fn=joined)
     options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=2 * data.threads)
@@ -143,15 +176,27 @@ def eval_batches(
     if total == 0:
         raise ValueError(f"{data.eval!r} has no examples to evaluate on.")
     transform = _compose(data.eval_transforms)
-    for start in range(process_index * local, total + process_index * local, size):
-        indices = np.arange(start, start + local)
-        valid = indices < total
-        rng = np.random.default_rng(0)
-        examples = [transform(data.eval[int(i)], rng) for i in indices[valid]]
-        if not examples:  # this process has only padding in the last batch
-            examples = [transform(data.eval[0], rng)]
-        examples += examples[:1] * (local - len(examples))
-        yield {**_collate(examples), "valid": valid}
+
+    def read(index: int) -> Example:
+        return transform(data.eval[index], np.random.default_rng(0))
+
+    starts = range(process_index * local, total + process_index * local, size)
+    ahead: collections.deque = collections.deque()
+    pool = concurrent.futures.ThreadPoolExecutor(max(1, data.threads), "evaluation")
+    try:
+        for start in (*starts, None, None):
+            if start is not None:
+                # of a process that has only padding in the last batch, the first example
+                indices = [i for i in range(start, start + local) if i < total] or [0]
+                valid = np.arange(start, start + local) < total
+                ahead.append(([pool.submit(read, i) for i in indices], valid))
+            if ahead and (start is None or len(ahead) > 2):
+                futures, valid = ahead.popleft()
+                examples = [future.result() for future in futures]
+                examples += examples[:1] * (local - len(examples))
+                yield {**_collate(examples), "valid": valid}
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def example_batch(data: Data) -> dict[str, np.ndarray]:
@@ -160,6 +205,8 @@ def example_batch(data: Data) -> dict[str, np.ndarray]:
     A source that has `example()` is not read: that gives what its examples look like.
     """
     rng = np.random.default_rng(0)
+    if not hasattr(data.train, "example") and not len(data.train):
+        raise ValueError(f"{data.train!r} has no examples to train on.")
     example = data.train.example() if hasattr(data.train, "example") else data.train[0]
     transform = _compose(data.train_transforms)
     examples = [transform(dict(example), rng) for _ in range(2)]

@@ -1,17 +1,21 @@
-"""Where examples come from: arrays, folders of images, prepared TFDS sets.
+"""Where examples come from: arrays, handwritten digits, prepared TFDS sets.
+
+    data = Data(Arrays(image=images, label=labels), Arrays(image=others, label=their_labels))
+    data = Data(Tfds("mnist"), Tfds("mnist", "test"))
 
 A source is a frozen dataclass with `len` and indexing. An image example is
 `{"image": uint8 [height, width, channels], "label": int}`.
 """
 
+import contextlib
 import functools
+import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
+from zoo.data.images import ImageFolder  # noqa: F401 (configs of older runs name it here)
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,11 @@ class Arrays:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {key: value[index] for key, value in self.arrays.items()}
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """The labels of all examples, if they have any."""
+        return self.arrays.get("label")
 
 
 @dataclass(frozen=True)
@@ -66,57 +75,6 @@ class Digits:
         order = order[:1437] if self.split == "train" else order[1437:]
         images = np.round(digits.images[order] * (255 / 16)).astype(np.uint8)
         return images[..., None], digits.target[order].astype(np.int32)
-
-
-@dataclass(frozen=True)
-class ImageFolder:
-    """A folder with one folder of image files per class; classes are numbered by sorted name.
-
-    Files are decoded when they are read, to RGB.
-
-    Raises:
-      FileNotFoundError: if there is no such folder, or no image in a folder of it.
-    """
-
-    path: str | Path
-
-    def __post_init__(self):
-        root = Path(self.path)
-        if not root.is_dir():
-            raise FileNotFoundError(f"There is no folder {str(root)!r} to read images from.")
-        if not self.files:
-            raise FileNotFoundError(
-                f"{str(root)!r} holds no images; expected one folder per class with files that end "
-                f"in {', '.join(IMAGE_SUFFIXES)}."
-            )
-
-    @functools.cached_property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the classes, by number."""
-        return tuple(sorted(p.name for p in Path(self.path).iterdir() if p.is_dir()))
-
-    @functools.cached_property
-    def files(self) -> tuple[tuple[Path, int], ...]:
-        """All files with the number of their class."""
-        return tuple(
-            (file, label)
-            for label, name in enumerate(self.classes)
-            for file in sorted((Path(self.path) / name).rglob("*"))
-            if file.suffix.lower() in IMAGE_SUFFIXES
-        )
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        from PIL import Image, UnidentifiedImageError
-
-        file, label = self.files[index]
-        try:
-            with Image.open(file) as image:
-                return {"image": np.asarray(image.convert("RGB")), "label": label}
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{str(file)!r} is not a readable image: {error}.") from None
 
 
 @dataclass(frozen=True)
@@ -152,25 +110,50 @@ class Tfds:
 
     @functools.cached_property
     def _rows(self) -> Any:
-        import tensorflow_datasets as tfds
-
+        try:
+            import tensorflow_datasets as tfds
+        except ImportError:
+            raise FileNotFoundError(
+                f"The TFDS set {self.name!r} needs the package tensorflow_datasets: "
+                "pip install tensorflow_datasets"
+            ) from None
         try:
             return tfds.data_source(
                 self.name, split=self.split, data_dir=self.data_dir, download=False
             )
-        except (
-            AssertionError,
-            FileNotFoundError,
-            NotImplementedError,
-            ValueError,
-            tfds.core.DatasetNotFoundError,
-        ) as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        except ImportError as error:
             raise FileNotFoundError(
-                f"The TFDS set {self.name!r} (split {self.split!r}) cannot be read from "
-                f"{self.data_dir or 'the default folder'}: {first} Prepare it with "
-                "`tfds build --file_format=array_record`, which random access needs."
+                f"The TFDS set {self.name!r} needs a package that is not installed ({error})."
             ) from None
+        except tfds.core.DatasetNotFoundError:
+            raise FileNotFoundError(
+                f"TFDS knows no set {self.name!r}; tensorflow.org/datasets/catalog lists them."
+            ) from None
+        except Exception as error:  # the library raises many kinds, KeyError for an absent file
+            raise FileNotFoundError(self._absent(error)) from None
+
+    def _absent(self, error: Exception) -> str:
+        """What to run, or which splits there are."""
+        import tensorflow_datasets as tfds
+
+        where = self.data_dir or "the default folder"
+        with contextlib.suppress(Exception):
+            about = tfds.builder(self.name, data_dir=self.data_dir)
+            splits = sorted(about.info.splits)
+            name = re.split(r"[\[+]", self.split)[0]
+            if splits and name not in splits:
+                return (
+                    f"The TFDS set {self.name!r} has no split {self.split!r}; it has "
+                    f"{', '.join(splits)}."
+                )
+        place = f" --data_dir={self.data_dir}" if self.data_dir else ""
+        lines = str(error).strip().splitlines()
+        reason = f" ({lines[0].rstrip('.')})" if lines and not isinstance(error, KeyError) else ""
+        return (
+            f"The TFDS set {self.name!r} is not prepared in {where}{reason}; run: tfds build "
+            f"{self.name} --file_format=array_record{place} (pip install tensorflow first), and "
+            "give that folder as data_dir if it is not the default."
+        )
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -120,6 +120,7 @@ class TextTable:
       text: the column of texts.
       label: the column of labels; None if there is none.
       pair: a column of second texts; None if there is none.
+      names: of the classes, by number; None: the labels of the file, sorted.
 
     Raises:
       FileNotFoundError: if there is no such file.
@@ -130,6 +131,7 @@ class TextTable:
     text: str = "text"
     label: str | None = "label"
     pair: str | None = None
+    names: tuple[str, ...] | None = None
 
     @functools.cached_property
     def rows(self) -> list[dict[str, str]]:
@@ -149,7 +151,27 @@ class TextTable:
     @functools.cached_property
     def classes(self) -> tuple[str, ...]:
         """The labels, by number."""
-        return tuple(sorted({row[self.label] for row in self.rows})) if self.label else ()
+        if not self.label:
+            return ()
+        found = tuple(sorted({row[self.label] for row in self.rows}))
+        if unknown := [n for n in found if self.names is not None and n not in self.names]:
+            raise ValueError(
+                f"{str(self.path)!r} has a label {unknown[0]!r}, which is none of the classes "
+                f"{', '.join(self.names or ())}."
+            )
+        return found if self.names is None else self.names
+
+    def numbered_as(self, classes: Sequence[str]) -> "TextTable":
+        """The same file with the numbers of other classes, of which it may lack some."""
+        return TextTable(self.path, self.text, self.label, self.pair, tuple(classes))
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """The labels of all texts, as numbers."""
+        if not self.label:
+            return None
+        number = {name: i for i, name in enumerate(self.classes)}
+        return np.array([number[row[self.label]] for row in self.rows], np.int32)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from zoo.data.sources import IMAGE_SUFFIXES
+from zoo.data.images import IMAGE_SUFFIXES, hidden, read_image
 
 Example = dict[str, Any]
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm")
@@ -30,13 +30,7 @@ class FrameFiles:
 
     def read(self, indices: Sequence[int]) -> np.ndarray:
         """These frames, `uint8 [frames, height, width, 3]`."""
-        from PIL import Image
-
-        frames = []
-        for index in indices:
-            with Image.open(self.files[index]) as image:
-                frames.append(np.asarray(image.convert("RGB")))
-        return np.stack(frames)
+        return np.stack([read_image(self.files[index]) for index in indices])
 
 
 @dataclass(frozen=True)
@@ -98,11 +92,29 @@ class ClipFolder:
     """
 
     path: str | Path
+    names: tuple[str, ...] | None = None
+    """Of the classes, by number; None: those of the folders, sorted."""
 
     @functools.cached_property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes, by number."""
-        return tuple(sorted(p.name for p in Path(self.path).iterdir() if p.is_dir()))
+        folders = (p for p in Path(self.path).iterdir() if p.is_dir() and not hidden(p.name))
+        found = tuple(sorted(p.name for p in folders))
+        if unknown := [n for n in found if self.names is not None and n not in self.names]:
+            raise ValueError(
+                f"{str(self.path)!r} has a folder {unknown[0]!r}, which is none of the classes "
+                f"{', '.join(self.names or ())}."
+            )
+        return found if self.names is None else self.names
+
+    def numbered_as(self, classes: Sequence[str]) -> "ClipFolder":
+        """The same folder with the numbers of other classes, of which it may lack some."""
+        return ClipFolder(self.path, tuple(classes))
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The number of the class of each video."""
+        return np.array([label for _, label in self.videos], np.int32)
 
     @functools.cached_property
     def videos(self) -> tuple[tuple[Any, int], ...]:
@@ -111,11 +123,14 @@ class ClipFolder:
             raise FileNotFoundError(f"There is no folder {str(self.path)!r} to read videos from.")
         found = []
         for label, name in enumerate(self.classes):
-            for entry in sorted((Path(self.path) / name).iterdir()):
+            folder = Path(self.path) / name
+            for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
+                if hidden(entry.name):
+                    continue
                 if entry.suffix.lower() in VIDEO_SUFFIXES:
                     found.append((VideoFile(entry), label))
                 elif entry.is_dir():
-                    files = sorted(f for f in entry.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES)
+                    files = sorted(f for f in entry.iterdir() if _is_frame(f))
                     found += [(FrameFiles(tuple(files)), label)] if files else []
         if not found:
             raise FileNotFoundError(
@@ -130,6 +145,10 @@ class ClipFolder:
     def __getitem__(self, index: int) -> Example:
         clip, label = self.videos[index]
         return {"clip": clip, "label": label}
+
+
+def _is_frame(file: Path) -> bool:
+    return file.suffix.lower() in IMAGE_SUFFIXES and not hidden(file.name)
 
 
 def read_frames(clip: Any, indices: Sequence[int]) -> np.ndarray:

@@ -11,6 +11,7 @@ where the code divides the KL by the number of logits, which the mean over the b
 (`KL` is summed over classes and averaged over examples, divided by the number of classes).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from zoo.tasks.apply import apply_model
-from zoo.tasks.classification import class_metrics, cross_entropy
+from zoo.tasks.classification import Classification, class_metrics, cross_entropy
 from zoo.tasks.metrics import Mean
 from zoo.tasks.task import Aux, Batch, Networks, Phase, Task, Variables, of_network
 
@@ -43,6 +44,13 @@ class Distillation(Task):
     temperature: float = 3.0
     label_smoothing: float = 0.0
     phases: ClassVar[tuple[Phase, ...]] = (Phase("train", ("student",)),)
+    metric: ClassVar[str] = "accuracy"
+
+    def check(
+        self, networks: Networks, batch: Mapping[str, Any], outputs: Mapping[str, Any]
+    ) -> None:
+        """As `Classification` does for the student."""
+        Classification().check(networks["student"], batch, outputs)
 
     def loss(
         self,

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -41,6 +41,7 @@ class Forecasting(OneNetwork):
     """
 
     target: Literal["all", "last"] = "all"
+    metric: ClassVar[str] = "mse"
 
     def predict(
         self, networks: nn.Module, variables: Variables, batch: Batch

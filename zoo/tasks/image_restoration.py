@@ -6,7 +6,7 @@ Grey images are their own luma.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -83,6 +83,7 @@ class ImageRestoration(OneNetwork):
 
     error: Literal["absolute", "squared"] = "absolute"
     crop: int = 0
+    metric: ClassVar[str] = "psnr"
 
     def measure(
         self, network: nn.Module, output: Any, batch: Batch, train: bool

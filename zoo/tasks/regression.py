@@ -24,6 +24,7 @@ class Regression(OneNetwork):
 
     error: Literal["absolute", "squared"] = "absolute"
     penalties: tuple[tuple[str, float], ...] = ()
+    metric: ClassVar[str] = "mae"
     method: ClassVar[str] = "features"
 
     def loss(

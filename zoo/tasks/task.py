@@ -25,7 +25,7 @@ import flax.linen as nn
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from zoo.tasks.apply import apply_model, zeros_like_inputs
+from zoo.tasks.apply import apply_model, check_inputs, zeros_like_inputs
 from zoo.tasks.metrics import Mean
 
 Networks = nn.Module | Mapping[str, nn.Module]
@@ -80,9 +80,27 @@ class Task:
 
     Attributes:
       phases: what happens in a step, in order.
+      metric: the one by which checkpoints are compared; see `lower_is_better`.
     """
 
     phases: ClassVar[tuple[Phase, ...]] = (Phase(),)
+    metric: ClassVar[str] = "loss"
+
+    def check(
+        self, networks: Networks, batch: Mapping[str, Any], outputs: Mapping[str, Any]
+    ) -> None:
+        """Refuse a batch that does not fit, on the host, before a device sees it.
+
+        Args:
+          networks: of the config.
+          batch: of NumPy arrays.
+          outputs: shapes of what `predict` gives, or nothing where it gives nothing.
+
+        Raises:
+          ValueError: one sentence that names what does not fit.
+        """
+        if isinstance(networks, nn.Module):
+            check_inputs(networks, batch)
 
     def init(self, networks: Networks, rng: PRNGKeyArray) -> dict[str, Any]:
         """First variables of the networks, from the shapes of their `example_inputs`."""
@@ -180,6 +198,12 @@ class OneNetwork(Task):
     ) -> tuple[Any, dict[str, Any]]:
         """Output of `method` and changed collections: in training if there is a key."""
         return apply_model(network, variables, batch, rng, rng is not None, method=self.method)
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether a small value of a metric of this name is good: losses and errors."""
+    words = ("loss", "error", "mse", "mae", "perplexity", "distance", "rate", "threshold", "fid")
+    return any(word in metric.rpartition("/")[2].lower() for word in words)
 
 
 def of_network(variables: Variables, name: str) -> dict[str, Any]:
