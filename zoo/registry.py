@@ -79,6 +79,7 @@ SYSTEMS: dict[str, tuple[str, ...]] = {
     "zoo.models.graph.graphgps": ("graphgps_*",),
     "zoo.models.graph.graphtrans": ("graphtrans_*",),
     "zoo.models.graph.graphormer": ("graphormer_*",),
+    "zoo.models.motion.story_to_motion": ("story_to_motion_*",),
     "zoo.models.signal.lmuformer": ("lmuformer_*",),
     "zoo.models.signal.spiking": ("slmu_rnn_*", "attn_ms_*", "spiking_*"),
     "zoo.models.signal.dynamicformer": ("dynamicformer_*",),

@@ -1,0 +1,1 @@
+"""Human motion: skeletons, motion matching, a scheduler of stories, and endless playing."""
