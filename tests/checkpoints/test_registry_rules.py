@@ -12,7 +12,8 @@ from model_helpers import representatives
 import zoo
 from zoo.checkpoints.files import Tensor
 from zoo.checkpoints.leaves import model_leaves, nested
-from zoo.checkpoints.plan import choose_layout, make_plan
+from zoo.checkpoints.naming import find
+from zoo.checkpoints.plan import make_plan
 from zoo.checkpoints.rules import convert, export, manifest
 from zoo.checkpoints.ruleset import matches
 from zoo.layers.stack import stack_layers
@@ -83,7 +84,7 @@ def round_trip(name: str, layout: str | None = None, **fields) -> None:
     model = zoo.create(name, **fields)
     layouts = system(model).layouts
     source = official(model, layout)
-    rules = layouts[choose_layout(layouts, source, model_leaves(model))]
+    rules = layouts[find(layouts, source, model_leaves(model)).layout]
     derived = {n for n in source if matches(rules.derived, n)}
     variables = convert(layouts, source, model)
     assert_same_bits(export(layouts, variables, model, layout), source, derived)
@@ -95,10 +96,11 @@ def test_every_leaf_is_filled_once_and_every_name_used_once(name):
     layouts, leaves = system(model).layouts, model_leaves(model)
     for layout in layouts_of(model):
         source = official(model, layout)
-        found = choose_layout(layouts, source, leaves)
-        steps, fresh = make_plan(layouts, found, source, leaves, model, adapt=False)
+        naming = find(layouts, source, leaves)
+        found, plan = naming.layout, make_plan(layouts, naming, leaves, model, adapt=False)
+        steps, fresh = plan.steps, plan.fresh
         filled = [path for step in steps for path in step.targets]
-        used = [source_name for step in steps for source_name in step.sources]
+        used = [naming.original[n] for step in steps for n in step.sources]
         assert sorted(filled) == sorted(leaves.unrolled) and not fresh
         assert len(set(used)) == len(used)
         left = set(source) - set(used)

@@ -3,20 +3,26 @@
     state = open_checkpoint("swin_tiny_patch4_window7_224.pth")
     state["head.weight"].shape, state["head.weight"].read()
 
-Formats: `.safetensors`; torch's `.pth`, `.pt`, `.bin` (no torch needed); `.npz`; Hugging Face
-directories and their sharded `*.index.json`. The format is told from the contents, not the name.
+Formats: `.safetensors`; torch's `.pth`, `.pt`, `.bin` (no torch needed); `.npz`; Flax's
+`.msgpack`; Hugging Face directories and their sharded `*.index.json`. The format is told from the
+contents, not the name.
 Nothing in a file is ever run, and what a file claims is checked before memory is taken for it.
 """
 
 import os
+import queue
 import re
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
+from zoo.checkpoints.msgpack_file import read_msgpack
 from zoo.checkpoints.npz_file import read_npz
 from zoo.checkpoints.safetensors_file import parse_json, read_safetensors, save_safetensors
 from zoo.checkpoints.tensor import (
     CheckpointError,
+    StateDict,
     Tensor,
     UnsafeCheckpoint,
     file_size,
@@ -26,6 +32,7 @@ from zoo.checkpoints.torch_file import read_torch
 
 __all__ = [
     "CheckpointError",
+    "StateDict",
     "Tensor",
     "UnsafeCheckpoint",
     "is_orbax",
@@ -34,34 +41,41 @@ __all__ = [
     "save_safetensors",
 ]
 
+T = TypeVar("T")
 MAX_INDEX = 64 << 20  # bytes of an index.json
-_WHOLE = ("model.safetensors", "pytorch_model.bin")
+_WHOLE = ("model.safetensors", "pytorch_model.bin", "flax_model.msgpack")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _WRAPPING = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
+HUB_SECONDS = 5.0  # after which a hub that does not answer is given up
 
 
-def open_checkpoint(path: str | os.PathLike) -> Mapping[str, Tensor]:
+def open_checkpoint(path: str | os.PathLike, weights: str | None = None) -> StateDict:
     """The tensors of a published checkpoint by their official names, none of them read yet.
 
-    The weights inside a training checkpoint (`model`, `state_dict`, ...) are found, and a prefix
-    `module.` that all names share is dropped.
+    The weights inside a training checkpoint (`model`, `state_dict`, ...) are found.
 
     Args:
       path: a file, a Hugging Face directory, or an index of shards.
+      weights: which set, where a file holds several: `raw`, `averaged`, `teacher`, `student`, or
+        the name of its entry. Without a choice the published one is taken, and `notes` says so.
 
     Raises:
       FileNotFoundError: if there is none.
       UnsafeCheckpoint: if the file asks for what published weights never need.
       CheckpointError: if it is broken, truncated or of an unknown format.
+      ValueError: if the file does not hold these weights.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"There is no checkpoint {str(path)!r}.")
-    tensors = _open_directory(path) if path.is_dir() else _open_file(path)
+    tensors = _open_directory(path, weights) if path.is_dir() else _open_file(path, weights)
+    notes = list(getattr(tensors, "notes", ()))
+    chosen = getattr(tensors, "chosen", False)
     for prefix in _WRAPPING:
         if tensors and all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return tensors
+            notes.append(f"The prefix {prefix!r} was stripped of the file's names.")
+    return StateDict(tensors, tuple(notes), chosen)
 
 
 def is_orbax(path: str | os.PathLike) -> bool:
@@ -103,14 +117,17 @@ def resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> Path:
             f"There is no file {text!r}; to fetch it from the hub, pip install huggingface_hub."
         ) from None
     revision = revision or pinned or None
-    try:
-        files = huggingface_hub.HfApi().list_repo_files(name, revision=revision)
-        weights = "*.safetensors" if any(f.endswith(".safetensors") for f in files) else "*.bin"
+
+    def fetched() -> Path:
+        listed = _in_time(lambda: huggingface_hub.HfApi().list_repo_files(name, revision=revision))
+        weights = "*.safetensors" if any(f.endswith(".safetensors") for f in listed) else "*.bin"
+        patterns = [weights, f"{weights}.index.json", "*.json"]
         return Path(
-            huggingface_hub.snapshot_download(
-                name, revision=revision, allow_patterns=[weights, f"{weights}.index.json", "*.json"]
-            )
+            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns)
         )
+
+    try:
+        return fetched()
     except Exception as error:  # the hub's client raises whatever its transport raises
         raise FileNotFoundError(
             f"There is no file {text!r}, and the hub gave none of that name "
@@ -118,7 +135,27 @@ def resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> Path:
         ) from None
 
 
-def _open_file(path: Path) -> Mapping[str, Tensor]:
+def _in_time(ask: Callable[[], T]) -> T:
+    """The answer, or TimeoutError after `HUB_SECONDS`: the hub's client tries again for longer."""
+    answer: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            answer.put((True, ask()))
+        except Exception as error:
+            answer.put((False, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        done, value = answer.get(timeout=HUB_SECONDS - 0.5)
+    except queue.Empty:
+        raise TimeoutError(f"no answer in {HUB_SECONDS:g} seconds") from None
+    if done:
+        return value
+    raise value
+
+
+def _open_file(path: Path, weights: str | None = None) -> Mapping[str, Tensor]:
     size = file_size(path)
     if size == 0:
         raise CheckpointError(f"{path}: the file is empty.")
@@ -126,28 +163,36 @@ def _open_file(path: Path) -> Mapping[str, Tensor]:
     if path.name.endswith(".index.json"):
         return _open_index(path)
     if start[:4] == b"PK\x03\x04":
-        return read_npz(path) if path.suffix == ".npz" else read_torch(path)
+        return read_npz(path) if path.suffix == ".npz" else read_torch(path, weights)
+    text = start[1:2] > b"\xa0" and start[1:2] < b"\xc0"  # a map whose first key is a short text
+    if path.suffix == ".msgpack" or (b"\x80" < start[:1] < b"\x90" and text and size > 64):
+        return read_msgpack(path)
     if start[:1] == b"\x80" and path.suffix != ".safetensors":
-        return read_torch(path)
+        return read_torch(path, weights)
     if path.suffix == ".safetensors" or start[8:] == b"{":
         return read_safetensors(path)
     if start[:5] == b"<html" or start[:9].lower() == b"<!doctype" or start[:7] == b"version":
         raise CheckpointError(f"{path}: a web page or a Git LFS pointer, not the weights.")
     raise CheckpointError(
         f"{path}: no checkpoint that is known here; it should be a safetensors file, a torch file, "
-        "an .npz archive or a Hugging Face folder."
+        "an .npz archive, Flax's .msgpack or a Hugging Face folder."
     )
 
 
-def _open_directory(folder: Path) -> Mapping[str, Tensor]:
+def _open_directory(folder: Path, weights: str | None) -> Mapping[str, Tensor]:
     for name in _WHOLE:
         for candidate in (folder / name, folder / f"{name}.index.json"):
             if candidate.exists():
-                return _open_file(candidate)
-    for suffix in (".safetensors", ".bin", ".pth", ".pt", ".npz"):
+                return _open_file(candidate, weights)
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{folder}: an adapter (PEFT), not the weights of a model. Load the base model's file, "
+            "add zoo.methods.lora.LoRA, and read the adapter with zoo.methods.lora.with_adapter."
+        )
+    for suffix in (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".npz", ".msgpack"):
         found = [p for p in _children(folder) if p.suffix == suffix]
         if len(found) == 1:
-            return _open_file(found[0])
+            return _open_file(found[0], weights)
     names = ", ".join(p.name for p in _children(folder)[:8]) or "nothing"
     raise CheckpointError(
         f"{folder}: no weights that are known here (one of {', '.join(_WHOLE)}, their index, or a "

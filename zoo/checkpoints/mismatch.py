@@ -38,19 +38,19 @@ class CheckpointMismatch(ValueError):
         self.misshapen = tuple(misshapen)
         lines = [headline]
         if missing:
-            lines.append(f"Missing ({len(missing)}): {_listed(_grouped(missing))}.")
+            lines.append(f"Missing ({len(missing)}): {listed(grouped(missing))}.")
         if unexpected:
             named = [
                 text + _closest(first, missing) for text, first in _groups_with_first(unexpected)
             ]
-            lines.append(f"Unexpected ({len(unexpected)}): {_listed(named)}.")
+            lines.append(f"Unexpected ({len(unexpected)}): {listed(named)}.")
         if misshapen:
             by_name = {m.name: m for m in misshapen}
             named = [
                 f"{text} has {by_name[first].has}, wants {by_name[first].wants}"
                 for text, first in _groups_with_first([m.name for m in misshapen])
             ]
-            lines.append(f"Misshapen ({len(misshapen)}): {_listed(named)}.")
+            lines.append(f"Misshapen ({len(misshapen)}): {listed(named)}.")
         if hint:
             lines.append(hint)
         super().__init__("\n  ".join(lines))
@@ -74,11 +74,13 @@ def _span(names: Sequence[str]) -> str:
     return f"{len(names)} tensors, {first} to {last}"
 
 
-def _grouped(names: Iterable[str]) -> list[str]:
+def grouped(names: Iterable[str]) -> list[str]:
+    """Names that differ in numbers only, as one text each."""
     return [text for text, _ in _groups_with_first(names)]
 
 
-def _listed(items: Sequence[str]) -> str:
+def listed(items: Sequence[str]) -> str:
+    """The first `SHOWN` items and how many there are more."""
     more = f", and {len(items) - SHOWN} more groups" if len(items) > SHOWN else ""
     return ", ".join(items[:SHOWN]) + more
 

@@ -2,15 +2,18 @@
 
 A pickle is a program for a small stack machine. This one knows the opcodes that torch's files are
 made of and treats what they name (`GLOBAL`) as mere symbols from a short list: tensor rebuilding,
-storages, containers, and a few configuration classes whose contents become an inert `Placeholder`.
-Any other symbol, opcode or call is refused by name, before anything is built from it. Work and
-memory are bounded by the length of the pickle.
+storages and containers. What else stands beside weights (settings, versions, histories, partial
+functions) becomes an inert `Placeholder`: classes of any library, and a few of Python's own. All
+other names of Python's own library, all calls of functions and all other opcodes are refused by
+name, before anything is built from them. Work and memory are bounded by the length of the pickle.
 
 Opcodes: the table of Python's `pickletools`. What torch writes: `torch/serialization.py` and
 `torch/_utils.py` of PyTorch (BSD-3).
 """
 
+import re
 import struct
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -60,8 +63,11 @@ class TensorRef:
     strides: tuple[int, ...]
 
 
+@dataclass(frozen=True, eq=False)
 class Placeholder:
-    """An object of an admitted class, of which nothing is kept."""
+    """An object of an admitted class, of which nothing is kept but the class's name."""
+
+    kind: str = "an object"
 
 
 _STORAGES = {
@@ -99,6 +105,29 @@ _INERT = {  # configuration and numbers beside the weights in official training 
     ("pathlib", "PosixPath"),
     ("pathlib", "PurePosixPath"),
     ("pathlib", "WindowsPath"),
+    ("pathlib", "PureWindowsPath"),
+    ("pathlib", "Path"),
+    ("pathlib._local", "PosixPath"),
+    ("pathlib._local", "WindowsPath"),
+    ("datetime", "datetime"),
+    ("datetime", "date"),
+    ("datetime", "time"),
+    ("datetime", "timedelta"),
+    ("datetime", "timezone"),
+    ("time", "struct_time"),
+    ("collections", "deque"),
+    ("collections", "UserDict"),
+    ("functools", "partial"),
+    ("decimal", "Decimal"),
+    ("fractions", "Fraction"),
+    ("uuid", "UUID"),
+    ("copyreg", "_reconstructor"),
+    ("copy_reg", "_reconstructor"),
+    ("random", "Random"),
+    ("re", "_compile"),
+    ("numpy.random._pickle", "__randomstate_ctor"),
+    ("numpy.random._pickle", "__generator_ctor"),
+    ("numpy.random._pickle", "__bit_generator_ctor"),
     ("torch", "device"),
     ("numpy", "dtype"),
     ("numpy", "ndarray"),
@@ -117,12 +146,43 @@ _TYPES = {  # named as arguments, never called
     *(
         (builtins, name)
         for builtins in ("builtins", "__builtin__")
-        for name in ("dict", "list", "int", "float", "str", "object")
+        for name in (
+            "dict", "list", "int", "float", "str", "object", "bool", "bytes", "complex", "tuple",
+            "slice", "range", "bytearray", "type",
+        )
     ),
-}
+}  # fmt: skip
+_GETATTR = {("builtins", "getattr"), ("__builtin__", "getattr")}  # a method that is named
+_CALLABLE = {(b, n) for b in ("builtins", "__builtin__") for n in ("slice", "range", "complex")}
+_OUTSIDE = set(sys.stdlib_module_names) | {
+    "__builtin__", "__builtins__", "commands", "copy_reg", "cPickle", "exceptions", "StringIO",
+    "cloudpickle", "dill", "joblib", "pip", "setuptools", "pkg_resources", "distutils", "IPython",
+    "ipykernel", "nose", "py", "pytest", "_pytest", "numpy", "jax", "tensorflow",
+}  # fmt: skip
+"""Where nothing is admitted but what is listed above: what can do harm if it is ever called."""
+_CLASS = re.compile(r"_*[A-Z]\w*")
 
 
-_KEY_TYPES = (str, int, float, bytes, Symbol, type(None))
+def _is_class(module: str, name: str) -> bool:
+    """Whether a name reads like a class of some library, which may be kept as a placeholder."""
+    root = module.partition(".")[0]
+    if root == "numpy" and module in ("numpy.dtypes", "numpy"):
+        return bool(_CLASS.fullmatch(name))
+    if root in _OUTSIDE or module.startswith(("torch.jit", "torch.package", "torch.hub")):
+        return False
+    return all(_CLASS.fullmatch(part) for part in name.split(".")) and module != "torch"
+
+
+def _is_named(module: str, name: str) -> bool:
+    """Whether a name may stand as an argument: a class, or a function that is never called."""
+    if _is_class(module, name) or module == "torch.nn.functional":
+        return True
+    root, parts = module.partition(".")[0], name.split(".")
+    plain = all(part.isidentifier() and not part.startswith("__") for part in parts)
+    return plain and root not in (*_OUTSIDE, "torch") and len(parts) <= 2
+
+
+_KEY_TYPES = (str, int, float, bytes, Symbol, Placeholder, type(None))
 
 
 class PickleMachine:
@@ -238,6 +298,8 @@ class PickleMachine:
             or pair in _INERT
             or pair in _TYPES
             or pair in _UNTYPED
+            or pair in _GETATTR
+            or _is_named(module, name)
             or (module == "torch" and (name in _STORAGES or name in DTYPES))
         )
         if not known:
@@ -257,8 +319,11 @@ class PickleMachine:
         if not isinstance(function, Symbol) or not isinstance(args, tuple):
             self._refuse(f"a call of {_brief(function)}")
         pair = (function.module, function.name)
-        if pair in _INERT:
-            return Placeholder()
+        if pair in _INERT or pair in _TYPES & _CALLABLE or _is_class(*pair):
+            return Placeholder(str(function))
+        if pair in _GETATTR and len(args) == 2 and isinstance(args[0], Symbol):
+            if _is_named(args[0].module, f"{args[0].name}.{args[1]}"):
+                return Placeholder(f"{args[0]}.{args[1]}")
         if pair not in _CALLS:
             self._refuse(f"a call of {function}")
         return _CALLS[pair](self, *args)
@@ -524,6 +589,7 @@ _ACTIONS: dict[int, Callable[[PickleMachine], Any]] = {
         b"\x93": lambda m: m._stack_global(),
         b"R": lambda m: m._reduce(),
         b"\x81": lambda m: m._newobj(),
+        b"\x92": lambda m: (m._pop(), m._newobj()),  # NEWOBJ_EX: keywords are of no use here
         b"b": lambda m: m._build(),
         b"Q": lambda m: m._persistent(),
     }.items()

@@ -1,7 +1,8 @@
 """Which rules fill which leaves, decided from names and shapes before anything is read."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -9,33 +10,17 @@ import numpy as np
 
 from zoo.checkpoints.leaves import Leaves
 from zoo.checkpoints.mismatch import CheckpointMismatch, Misfit
-from zoo.checkpoints.ruleset import LazyTensor, Rules, Step, make_step, matches, steps_for
+from zoo.checkpoints.ruleset import LazyTensor, Rules, Step, make_step, steps_for
+from zoo.checkpoints.settings import settings_that_fit
+
+if TYPE_CHECKING:
+    from zoo.checkpoints.naming import Naming
 
 
-def choose_layout(layouts: Mapping[str, Rules], tensors: Mapping[str, Any], leaves: Leaves) -> str:
-    """The layout whose rules know most of these names; of equals, the first that fits best.
-
-    Two layouts may have the same names for matrices that one of them keeps transposed.
-    """
-    matched = {name: match(rules, tensors, leaves)[0] for name, rules in layouts.items()}
-
-    def known(name: str) -> int:
-        used = {source for step in matched[name] for source in step.sources}
-        return len(used) + sum(
-            matches(layouts[name].derived, tensor) for tensor in tensors if tensor not in used
-        )
-
-    counts = {name: known(name) for name in layouts}
-    best = [name for name in layouts if counts[name] == max(counts.values())]
-    if len(best) == 1:
-        return best[0]
-    return max(best, key=lambda name: sum(_fits(step, tensors, leaves) for step in matched[name]))
-
-
-def _fits(step: Step, tensors: Mapping[str, Any], leaves: Leaves) -> bool:
+def fits(step: Step, tensors: Mapping[str, Any], leaves: Leaves) -> bool:
     """Whether what a step makes of these tensors has the shapes of its leaves."""
     try:
-        made = step.transform.forward([_fake(tuple(tensors[name].shape)) for name in step.sources])
+        made = step.transform.forward([fake(tuple(tensors[name].shape)) for name in step.sources])
     except (ValueError, IndexError):
         return False
     return [x.shape for x in made] == [leaves.unrolled[path].shape for path in step.targets]
@@ -69,30 +54,45 @@ def match(
     return steps, [step for step in incomplete if filled.isdisjoint(step.targets)]
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What to do with a file's tensors.
+
+    Attributes:
+      steps: they fill the model.
+      fresh: leaves to initialise.
+      dropped: tensors of a head that this model does not have.
+    """
+
+    steps: list[Step]
+    fresh: list[str]
+    dropped: list[str]
+
+
 def make_plan(
     layouts: Mapping[str, Rules],
-    layout: str,
-    tensors: Mapping[str, LazyTensor],
+    naming: "Naming",
     leaves: Leaves,
     model: nn.Module,
     adapt: bool,
-) -> tuple[list[Step], list[str]]:
+) -> Plan:
     """The steps that fill the model and the leaves to initialise, or `CheckpointMismatch`."""
-    rules = layouts[layout]
+    rules, tensors = layouts[naming.layout], naming.tensors
     steps, incomplete = match(rules, tensors, leaves)
     misshapen: list[Misfit] = []
-    fits: list[Step] = []
+    fit: list[Step] = []
     fresh: list[str] = []
+    dropped: list[str] = []
     remedies: list[str] = []  # what adapt=True would do, one for each problem it would solve
     problems = 0
     for step in steps:
         misfits, remedy = _misfits(step, tensors, leaves, rules)
         if not misfits or (adapt and remedy == "resize"):
-            fits.append(step)
+            fit.append(step)
         elif adapt and remedy == "fresh":
             fresh += step.targets
         else:
-            misshapen += misfits
+            misshapen += [m._replace(name=naming.original.get(m.name, m.name)) for m in misfits]
             problems += len(step.targets)
             if remedy:
                 remedies += [f"{remedy} {path}" for path in step.targets]
@@ -105,9 +105,10 @@ def make_plan(
             continue
         if _belongs_to_absent_head(name, rules, leaves):
             if adapt:
+                dropped.append(naming.original[name])
                 continue
             remedies.append(f"drop {name}")
-        unexpected.append(name)
+        unexpected.append(naming.original[name])
     missing = []
     for path in leaves.unrolled:
         if path in filled:
@@ -119,17 +120,48 @@ def make_plan(
             remedies.append(f"fresh {path}")
         missing.append(path)
     if not (missing or unexpected or misshapen):
-        return fits, fresh
+        return Plan(fit, fresh, dropped)
 
     named = _official_names(missing, rules, leaves, incomplete, tensors)
     problems += len(missing) + len(unexpected)
+    hints = []
+    if used:
+        settings = settings_that_fit(layouts, naming, model, problems)
+        hints += [settings] if settings else []
+        hints += [] if adapt else [_adapt_hint(remedies, problems, bool(settings))]
+        if unexpected and not (missing or misshapen):
+            pattern = _pattern_for(unexpected)
+            hints.append(f"If the model does not need what is unexpected: ignore=({pattern!r},).")
+        elif unexpected and missing:
+            hints.append("If names differ only: rename={'THEIRS*': 'OURS*'}.")
     raise CheckpointMismatch(
-        _headline(model, layouts, layout, tensors, used),
-        missing=named,
+        _headline(model, layouts, naming, used),
+        missing=[naming.prefix + name for name in named],
         unexpected=unexpected,
         misshapen=misshapen,
-        hint="" if adapt or not used else _adapt_hint(remedies, problems),
+        hint="\n  ".join(filter(None, hints)),
     )
+
+
+def problems_of(rules: Rules, tensors: Mapping[str, LazyTensor], leaves: Leaves) -> int:
+    """How many leaves and tensors do not fit."""
+    steps, _ = match(rules, tensors, leaves)
+    used = {name for step in steps for name in step.sources}
+    filled = {path for step in steps for path in step.targets}
+    return (
+        sum(len(s.targets) for s in steps if not fits(s, tensors, leaves))
+        + sum(path not in filled for path in leaves.unrolled)
+        + sum(name not in used and not rules.is_ignored(name) for name in tensors)
+    )
+
+
+def _pattern_for(names: Sequence[str]) -> str:
+    """A pattern with `*` that all these names match: the one name, or what they begin with."""
+    if len(names) == 1:
+        return names[0]
+    columns = list(zip(*names, strict=False))
+    count = next((i for i, letters in enumerate(columns) if len(set(letters)) > 1), len(columns))
+    return f"{names[0][:count]}*"
 
 
 def _misfits(
@@ -144,7 +176,7 @@ def _misfits(
         for name in step.sources
     )
     try:
-        got = [x.shape for x in step.transform.forward([_fake(s) for s in shapes])]
+        got = [x.shape for x in step.transform.forward([fake(s) for s in shapes])]
     except (ValueError, IndexError):
         got = None
     if got == [w.shape for w in wanted] and kinds_fit:
@@ -154,7 +186,7 @@ def _misfits(
             f"The transform of {step.rule.source!r} gives {len(got)} arrays, not {len(wanted)}."
         )
     try:
-        back = [x.shape for x in step.transform.inverse([_fake(w.shape) for w in wanted])]
+        back = [x.shape for x in step.transform.inverse([fake(w.shape) for w in wanted])]
     except (ValueError, IndexError):
         back = [w.shape for w in wanted][: len(shapes)]
     misfits = [
@@ -172,9 +204,35 @@ def _misfits(
         return misfits, ""
     if got is not None:
         triples = zip(step.targets, wanted, got, strict=True)
-        if all(rules.resizer(path) for path, w, g in triples if g != w.shape):
+        if all(
+            rules.resizer(path) or kernel_resizer(g, w.shape, leaves.model)
+            for path, w, g in triples
+            if g != w.shape
+        ):
             return misfits, "resize"
     return misfits, "fresh" if all(rules.is_fresh(path) for path in step.targets) else ""
+
+
+def kernel_resizer(
+    has: tuple[int, ...], wants: tuple[int, ...], model: nn.Module
+) -> Callable[[np.ndarray], np.ndarray] | None:
+    """How the first convolution's kernel is made for another number of channels, or for clips.
+
+    timm's way with channels: a single one takes the sum over the file's, more take them in turn,
+    scaled to the same total. A kernel of images is inflated over time as in I3D and Video Swin: the
+    same in each frame, divided by their number.
+    """
+    channels = getattr(model, "in_channels", None)
+    if len(has) >= 3 and len(wants) == len(has) + 1 and wants[1:] == has:
+        frames = wants[0]
+        return lambda x: np.repeat(x[None] / frames, frames, 0)
+    if len(has) < 3 or len(has) != len(wants) or channels != wants[-2] or has[-2] == wants[-2]:
+        return None
+    if has[:-2] != wants[:-2] or has[-1] != wants[-1]:
+        return None
+    if channels == 1:
+        return lambda x: x.sum(-2, keepdims=True)
+    return lambda x: np.take(x, np.arange(channels) % has[-2], -2) * (has[-2] / channels)
 
 
 def _described(shape: tuple[int, ...], dtype: Any, kinds_fit: bool) -> str:
@@ -215,13 +273,9 @@ def _official_names(
 
 
 def _headline(
-    model: nn.Module,
-    layouts: Mapping[str, Rules],
-    layout: str,
-    tensors: Mapping[str, Any],
-    used: set[str],
+    model: nn.Module, layouts: Mapping[str, Rules], naming: "Naming", used: set[str]
 ) -> str:
-    kind = type(model).__name__
+    kind, tensors = type(model).__name__, naming.tensors
     if not tensors:
         return f"The checkpoint holds no tensors, so it cannot fill {kind}."
     if not used:
@@ -230,13 +284,14 @@ def _headline(
             f"This is no checkpoint of {kind}: none of its {len(tensors)} names ({some}, ...) "
             f"is in a layout known for it ({known})."
         )
+    under = f", names under {naming.prefix!r}" if naming.prefix else ""
     return (
-        f"The checkpoint does not fit {kind} as it is configured "
-        f"(layout {layout!r}, {len(used)} of {len(tensors)} tensors have a place)."
+        f"The checkpoint does not fit {kind} as it is configured (layout {naming.layout!r}{under}, "
+        f"{len(used)} of {len(tensors)} tensors have a place)."
     )
 
 
-def _adapt_hint(remedies: Sequence[str], problems: int) -> str:
+def _adapt_hint(remedies: Sequence[str], problems: int, second: bool) -> str:
     if not remedies:
         return ""
     does = {
@@ -246,9 +301,11 @@ def _adapt_hint(remedies: Sequence[str], problems: int) -> str:
     }
     actions = [text for verb, text in does.items() if any(r.startswith(verb) for r in remedies)]
     extent = "adapt=True would" if len(remedies) >= problems else "adapt=True would, in part,"
-    return f"{extent} {' and '.join(actions)}, as the official code does."
+    loses = "; the file's trained head would be lost" if any("head" in a for a in actions) else ""
+    loses = loses if second else ""
+    return f"{extent} {' and '.join(actions)}, as the official code does{loses}."
 
 
-def _fake(shape: tuple[int, ...]) -> np.ndarray:
+def fake(shape: tuple[int, ...]) -> np.ndarray:
     """An array of this shape with one byte behind it."""
     return np.broadcast_to(np.zeros((), np.int8), shape)

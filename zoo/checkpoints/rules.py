@@ -21,6 +21,7 @@ the published state dict bit for bit. Both are strict: every tensor of the file 
 leaf of the model is filled once, and `CheckpointMismatch` names all that is wrong at once.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,8 +33,10 @@ import numpy as np
 
 from zoo.checkpoints.leaves import Leaves, Slot, flat_leaves, initialise, model_leaves, nested
 from zoo.checkpoints.mismatch import CheckpointMismatch, Misfit
+from zoo.checkpoints.naming import find
 from zoo.checkpoints.patterns import compile_pattern
-from zoo.checkpoints.plan import choose_layout, make_plan
+from zoo.checkpoints.plan import kernel_resizer, make_plan
+from zoo.checkpoints.report import Report
 from zoo.checkpoints.ruleset import (
     LazyTensor,
     Rule,
@@ -42,6 +45,7 @@ from zoo.checkpoints.ruleset import (
     batch_norm_rules,
     conv_rules,
     dense_rules,
+    matches,
     norm_rules,
     steps_for,
 )
@@ -74,6 +78,7 @@ __all__ = [
     "conv",
     "conv_rules",
     "convert",
+    "convert_with_report",
     "dense_rules",
     "elementwise",
     "export",
@@ -101,35 +106,73 @@ def convert(
     adapt: bool = False,
     sharding: Placement = None,
     rng: jax.Array | None = None,
+    weights: str | None = None,
+    ignore: Sequence[str] = (),
+    rename: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """A published state dict as the model's variables, streamed one leaf at a time.
 
     Types are kept as in the file, so that `export` gives the bits back (float64 becomes float32
-    unless JAX's x64 mode is on).
+    unless JAX's x64 mode is on); a model whose `param_dtype` is not float32 gets that type.
 
     Args:
-      layouts: layout name -> rules; the one that knows most of the file's names is used.
+      layouts: layout name -> rules; the one that knows most of the file's names is used, under the
+        prefix under which it does (`zoo.checkpoints.naming`).
       source: name -> array or lazy tensor.
       model: the module to fill, in either form (`scan_layers`).
       adapt: resize what differs in shape where the rules say how, start heads afresh.
       sharding: where leaves go: None, a `Sharding`, or `f(path, shape) -> Sharding`, with paths as
         rules name them.
       rng: for leaves started afresh; default `jax.random.key(0)`.
+      weights: which set, where the names hold several (`teacher`, `student`, `averaged`, `raw`, or
+        a prefix).
+      ignore: patterns (with `*`) of names that are left aside.
+      rename: pattern -> name, each with as many `*`: the file's names are changed before all else.
 
     Returns:
       Variables for `model.apply`: `{"params": ..., maybe "batch_stats": ...}`.
 
     Raises:
       CheckpointMismatch: naming all missing, unexpected and misshapen tensors.
+      ValueError: for an adapter without its model, or a set of weights that is not there.
+    """
+    return convert_with_report(
+        layouts, source, model, adapt=adapt, sharding=sharding, rng=rng, weights=weights,
+        ignore=ignore, rename=rename,
+    )[0]  # fmt: skip
+
+
+def convert_with_report(
+    layouts: Mapping[str, Rules],
+    source: Mapping[str, LazyTensor | np.ndarray],
+    model: nn.Module,
+    *,
+    adapt: bool = False,
+    sharding: Placement = None,
+    rng: jax.Array | None = None,
+    weights: str | None = None,
+    ignore: Sequence[str] = (),
+    rename: Mapping[str, str] | None = None,
+    param_dtype: Any = None,
+) -> tuple[dict[str, Any], Report]:
+    """`convert`, which see for the arguments, with the account of what was done.
+
+    The leaves get the type `param_dtype`; None: as `convert` says.
     """
     tensors = {name: _tensor(value) for name, value in source.items()}
+    _check_adapter(tensors, layouts, model)
+    tensors = renamed(tensors, rename or {})
+    ignored = [name for name in tensors if matches(ignore, name)]
     leaves = model_leaves(model)
-    layout = choose_layout(layouts, tensors, leaves)
-    steps, fresh = make_plan(layouts, layout, tensors, leaves, model, adapt)
-    rules = layouts[layout]
+    naming = find(layouts, {n: t for n, t in tensors.items() if n not in ignored}, leaves, weights)
+    plan = make_plan(layouts, naming, leaves, model, adapt)
+    rules, tensors = layouts[naming.layout], naming.tensors
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
-    store = _Store(leaves, sharding)
-    for step in sorted(steps, key=lambda s: leaves.slots[s.targets[0]].path):
+    if param_dtype is None and getattr(model, "param_dtype", jnp.float32) != jnp.float32:
+        param_dtype = model.param_dtype
+    store = _Store(leaves, sharding, param_dtype)
+    resized = {}
+    for step in sorted(plan.steps, key=lambda s: leaves.slots[s.targets[0]].path):
         arrays = [tensors[name].read() for name in step.sources]
         try:
             values = step.transform.forward(arrays)
@@ -139,17 +182,68 @@ def convert(
         for path, value in zip(step.targets, values, strict=True):
             wanted = leaves.unrolled[path].shape
             if value.shape != wanted:
+                resized[path] = (value.shape, wanted)
                 resizer = rules.resizer(path)
-                assert resizer is not None, path  # the plan has refused it otherwise
-                value = np.asarray(resizer(value, wanted, leaves.model, shapes), value.dtype)
+                if resizer is not None:
+                    made = resizer(value, wanted, leaves.model, shapes)
+                else:
+                    kernel = kernel_resizer(value.shape, wanted, leaves.model)
+                    assert kernel is not None, path  # the plan has refused it otherwise
+                    made = kernel(value)
+                value = np.asarray(made, value.dtype)
                 if value.shape != wanted:
                     raise ValueError(f"{path} was resized to {value.shape}, not to {wanted}.")
             store.put(path, value)
         del values, value
     rng = jax.random.key(0) if rng is None else rng
-    for path, leaf in initialise(leaves.model, fresh, rng).items():
+    for path, leaf in initialise(leaves.model, plan.fresh, rng).items():
         store.put(path, np.asarray(leaf))
-    return store.variables()
+    report = Report(
+        naming.layout, naming.prefix, (*ignored, *naming.aside), tuple(plan.fresh), resized,
+        tuple(plan.dropped), naming.notes,
+    )  # fmt: skip
+    return store.variables(), report
+
+
+def renamed(tensors: Mapping[str, LazyTensor], rename: Mapping[str, str]) -> dict[str, LazyTensor]:
+    """Tensors under other names: what a `*` of a pattern matched stands for the `*` of the name.
+
+    Raises:
+      ValueError: if a pattern and its name differ in the number of `*`, or two names become one.
+    """
+    for old, new in rename.items():
+        if old.count("*") != new.count("*"):
+            raise ValueError(f"rename needs as many * in {new!r} as in {old!r}.")
+    result: dict[str, LazyTensor] = {}
+    for name, tensor in tensors.items():
+        for old, new in rename.items():
+            found = re.fullmatch("(.*)".join(re.escape(piece) for piece in old.split("*")), name)
+            if found is not None:
+                pieces = new.split("*")
+                name = pieces[0] + "".join(
+                    map("".join, zip(found.groups(), pieces[1:], strict=True))
+                )
+                break
+        if name in result:
+            raise ValueError(f"Two tensors of the file would be called {name!r}: change rename.")
+        result[name] = tensor
+    return result
+
+
+def _check_adapter(
+    tensors: Mapping[str, Any], layouts: Mapping[str, Rules], model: nn.Module
+) -> None:
+    """An adapter (LoRA and its kind) holds differences, not a model's weights."""
+    marks = ("lora_", "base_model.model.", "prompt_embeddings", "ia3_", "adapter_")
+    names = [n for n in tensors if any(mark in n for mark in marks)]
+    adds = any("lora_" in p.text for r in layouts.values() for x in r.rules for p in x.sources)
+    if names and 2 * len(names) > len(tensors) and not adds:
+        raise ValueError(
+            f"This is an adapter (PEFT or LoRA, {len(tensors)} tensors such as {names[0]!r}), not "
+            f"the weights of {type(model).__name__}. Load the base model's file first, add the "
+            "method zoo.methods.lora.LoRA, and read the adapter with "
+            "zoo.methods.lora.with_adapter(module, variables, state)."
+        )
 
 
 def export(
@@ -269,8 +363,8 @@ def _derived(
 class _Store:
     """Collects leaves on their devices; rows of a stacked leaf wait until it is complete."""
 
-    def __init__(self, leaves: Leaves, sharding: Placement) -> None:
-        self._leaves, self._sharding = leaves, sharding
+    def __init__(self, leaves: Leaves, sharding: Placement, dtype: Any = None) -> None:
+        self._leaves, self._sharding, self._dtype = leaves, sharding, dtype
         self._done: dict[str, jax.Array] = {}
         self._open: dict[str, tuple[np.ndarray, int]] = {}
 
@@ -297,6 +391,8 @@ class _Store:
 
     def _place(self, path: str, value: np.ndarray) -> jax.Array:
         dtype = jax.dtypes.canonicalize_dtype(value.dtype)
+        if self._dtype is not None and jnp.issubdtype(dtype, jnp.floating):
+            dtype = jnp.dtype(self._dtype)
         if value.dtype != dtype or not value.flags.c_contiguous:
             value, source = aligned_empty(value.shape, dtype), value
             value[...] = source

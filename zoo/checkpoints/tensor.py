@@ -1,7 +1,7 @@
 """A tensor inside a file that has not been read yet, and the errors of files."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,6 +39,21 @@ class Tensor:
           CheckpointError: if the file changed, or its contents do not match their checksum.
         """
         return self._read()
+
+
+class StateDict(dict[str, Tensor]):
+    """A file's tensors by name.
+
+    Attributes:
+      notes: sentences on what was chosen in the file.
+      chosen: whether it was one of several sets of weights.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], notes: tuple[str, ...] = (), chosen: bool = False
+    ) -> None:
+        super().__init__(tensors)
+        self.notes, self.chosen = notes, chosen
 
 
 def read_bytes(path: Path, offset: int, count: int) -> np.ndarray:

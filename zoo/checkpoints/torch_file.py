@@ -9,6 +9,7 @@ The object's pickle is read as data (`pickle_machine`); tensors stay in the file
 asked for, and what they claim is checked against the file before anything is allocated.
 """
 
+import re
 import zlib
 from collections.abc import Mapping
 from functools import partial
@@ -17,11 +18,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from zoo.checkpoints.pickle_machine import MAX_PICKLE, PickleMachine, StorageRef, TensorRef
+from zoo.checkpoints.pickle_machine import (
+    MAX_PICKLE,
+    PickleMachine,
+    Placeholder,
+    StorageRef,
+    TensorRef,
+)
+from zoo.checkpoints.sets import choose_set, kind_of, set_note
 from zoo.checkpoints.stored_zip import read_directory
 from zoo.checkpoints.tensor import (
     DTYPES,
     CheckpointError,
+    StateDict,
     Tensor,
     UnsafeCheckpoint,
     as_array,
@@ -32,7 +41,7 @@ from zoo.checkpoints.tensor import (
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_VERSION = 1001
-WRAPPERS = (  # entries of training checkpoints that hold the weights, in order of preference
+WRAPPERS = (  # entries of training checkpoints that hold the weights
     "model",
     "state_dict",
     "model_state_dict",
@@ -41,12 +50,14 @@ WRAPPERS = (  # entries of training checkpoints that hold the weights, in order 
     "net",
     "network",
     "weights",
-    "params_ema",
     "params",
-    "model_ema",
-    "state_dict_ema",
-    "ema",
+    "state",
 )
+_NO_WEIGHTS = re.compile(
+    r".*optim.*|.*schedul.*|lr_.*|.*scaler.*|amp|.*rng.*|callbacks|loops|hyper_parameters|args"
+    r"|config|.*history.*|.*meters?|sampler.*|.*_opt|opt(_.*)?|grad.*"
+)
+_DEEPEST = 6
 
 
 class _Extent(NamedTuple):
@@ -57,23 +68,29 @@ class _Extent(NamedTuple):
     crc: int
 
 
-def read_torch(path: Path) -> dict[str, Tensor]:
-    """The state dict in a torch file, lazy; see `state_dict_of` for where it is looked for.
+def read_torch(path: Path, weights: str | None = None) -> StateDict:
+    """The state dict in a torch file, lazy; see `state_dicts_of` for where it is looked for.
+
+    Args:
+      path: the file.
+      weights: which set of weights, where there are several: `raw`, `averaged`, `teacher`,
+        `student`, or the name of an entry.
 
     Raises:
+      ValueError: if there is no such set.
       UnsafeCheckpoint: if it holds anything but tensors, containers and plain values.
       CheckpointError: if it is truncated, inconsistent or no torch file.
     """
     size = file_size(path)
     start = read_bytes(path, 0, min(size, 4)).tobytes()
     if start == b"PK\x03\x04":
-        return _read_zip(path, size)
+        return _read_zip(path, size, weights)
     if start[:1] == b"\x80":
-        return _read_legacy(path, size)
+        return _read_legacy(path, size, weights)
     raise CheckpointError(f"{path}: neither a zip file nor a pickle, so it is no torch file.")
 
 
-def _read_zip(path: Path, size: int) -> dict[str, Tensor]:
+def _read_zip(path: Path, size: int, weights: str | None) -> StateDict:
     members = read_directory(path)
     roots = [name[: -len("data.pkl")] for name in members if name.endswith("/data.pkl")]
     if len(roots) != 1:
@@ -109,13 +126,10 @@ def _read_zip(path: Path, size: int) -> dict[str, Tensor]:
                 f"the file holds {member.size}."
             )
         extents[key] = _Extent(member.offset, member.size, member.crc)
-    return {
-        name: _lazy(path, size, extents, text == b"big", ref)
-        for name, ref in state_dict_of(found, path).items()
-    }
+    return _state_dict(found, path, size, extents, text == b"big", weights)
 
 
-def _read_legacy(path: Path, size: int) -> dict[str, Tensor]:
+def _read_legacy(path: Path, size: int, weights: str | None) -> StateDict:
     data = read_bytes(path, 0, min(size, MAX_PICKLE)).tobytes()
     magic = PickleMachine(data, str(path))
     if magic.run() != LEGACY_MAGIC:
@@ -152,52 +166,85 @@ def _read_legacy(path: Path, size: int) -> dict[str, Tensor]:
             raise CheckpointError(f"{path}: the file ends inside storage {key[:50]!r}.")
         extents[key] = _Extent(at, nbytes, 0)
         at += nbytes
-    return {
-        name: _lazy(path, size, extents, big_endian, ref)
-        for name, ref in state_dict_of(found, path).items()
-    }
+    return _state_dict(found, path, size, extents, big_endian, weights)
 
 
 def _bytes(storage: StorageRef) -> int:
     return storage.count * (DTYPES[storage.dtype].itemsize if storage.dtype else 1)
 
 
-def state_dict_of(found: Any, path: Path) -> dict[str, TensorRef]:
-    """The tensors by name in what a file holds: the object itself, or an entry known to hold them.
+def _state_dict(
+    found: Any,
+    path: Path,
+    size: int,
+    extents: Mapping[str, _Extent],
+    big_endian: bool,
+    weights: str | None,
+) -> StateDict:
+    """The set of weights asked for, or the one that is taken without a choice."""
+    sets = state_dicts_of(found, path)
+    kinds = {entry: kind_of(entry) for entry in sets}
+    chosen = choose_set(kinds, weights, str(path)) if len(sets) > 1 else next(iter(sets))
+    several = len(set(kinds.values())) > 1
+    return StateDict(
+        {name: _lazy(path, size, extents, big_endian, r) for name, r in sets[chosen].items()},
+        (set_note(kinds, chosen, path.name),) if several and weights is None else (),
+        len(sets) > 1,
+    )
+
+
+def state_dicts_of(found: Any, path: Path) -> dict[str, dict[str, TensorRef]]:
+    """The sets of weights in what a file holds, by the entry that holds them ("" for the object).
+
+    Entries that are known to hold weights (`WRAPPERS`) and those of averages, teachers and students
+    are sets of their own; dictionaries below any other name make names with dots. What an optimizer
+    keeps is no weight, and a few tensors beside a set (the best accuracy) are none, either.
 
     Raises:
       CheckpointError: if there are none.
     """
-    level, seen = [found], {id(found), id(None)}
-    for _ in range(4):
-        below = []
-        for value in filter(_is_dict, level):
-            inner = [value[key] for key in WRAPPERS if id(value.get(key)) not in seen]
-            seen.update(map(id, inner))
-            below += inner
-        # A tensor beside the weights' entry (the best accuracy) does not make a state dict.
-        holders = [value for value in below if _holds_tensors(value)] or [
-            value for value in level if _holds_tensors(value)
-        ]
-        if holders:
-            return {
-                name: ref
-                for name, ref in holders[0].items()
-                if isinstance(name, str) and isinstance(ref, TensorRef)
-            }
-        level = below
-    kind = type(found).__name__
+    sets: dict[str, dict[str, TensorRef]] = {}
+    seen: set[int] = set()
+
+    def walk(value: Any, entry: tuple[str, ...], prefix: str, depth: int) -> None:
+        if not isinstance(value, dict) or id(value) in seen or depth > _DEEPEST:
+            return
+        seen.add(id(value))
+        for name, item in value.items():
+            if not isinstance(name, str):
+                continue
+            if isinstance(item, TensorRef):
+                sets.setdefault("/".join(entry), {}).setdefault(prefix + name, item)
+        for name, item in value.items():
+            if not isinstance(name, str) or _NO_WEIGHTS.fullmatch(name.lower()):
+                continue
+            holds = name in WRAPPERS or kind_of(name) != "raw"
+            if holds and not prefix:
+                walk(item, (*entry, name), "", depth + 1)
+            else:
+                walk(item, entry, f"{prefix}{name}.", depth + 1)
+
+    walk(found, (), "", 0)
+    if any(entry and kind_of(entry) == "raw" for entry in sets):
+        sets.pop("", None)  # the best accuracy, beside the weights
+    most = max(map(len, sets.values()), default=0)
+    if most:
+        return {entry: refs for entry, refs in sets.items() if 4 * len(refs) >= most}
+    kind = f"a {type(found).__name__}"
     if isinstance(found, dict):
         kind = f"a dict with the keys {', '.join(str(key)[:50] for key in list(found)[:5])}"
-    raise CheckpointError(f"{path}: there is no state dict in it, only {kind}.")
+    held = [found] if isinstance(found, Placeholder) else _below(found)
+    kinds = {ascii(v.kind[:200])[1:-1]: None for v in held if isinstance(v, Placeholder)}
+    if kinds:
+        kind = f"objects of {', '.join(list(kinds)[:3])}"
+    raise CheckpointError(
+        f"{path}: there is no state dict in it, only {kind}. Save model.state_dict() where it was "
+        "made."
+    )
 
 
-def _is_dict(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
-def _holds_tensors(value: Any) -> bool:
-    return isinstance(value, dict) and any(isinstance(v, TensorRef) for v in value.values())
+def _below(found: Any) -> list[Any]:
+    return list(found.values()) if isinstance(found, dict) else []
 
 
 def _lazy(
