@@ -4,9 +4,10 @@ import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from methods.test_lora import moved
 
 import zoo
-from zoo.methods import QuietAttention
+from zoo.methods import LoRA, QuietAttention, adapt_all, wrap_all
 from zoo.methods.quiet_attention import quantised
 from zoo.tasks.apply import zeros_like_inputs
 
@@ -50,3 +51,16 @@ def test_a_grid_keeps_its_own_numbers_and_errs_by_half_a_step(symmetric):
     assert np.abs(y - x).max() <= step * 0.5001
     again = quantised(y, x.min(), x.max(), symmetric=symmetric)[0]
     np.testing.assert_allclose(again, y, atol=1e-6)
+
+
+def test_lora_of_attention_is_seen_by_another_softmax_in_either_order():
+    model, inputs, variables = made("bert_test")
+    outputs = []
+    for methods in ((LoRA(2), QuietAttention(gamma=-0.1)), (QuietAttention(gamma=-0.1), LoRA(2))):
+        adapted = moved(adapt_all(model, variables, methods, jax.random.key(1)))
+        wrapped = wrap_all(model, methods)
+        outputs.append(jax.jit(lambda v, w=wrapped: w.apply(v, **inputs))(adapted))
+    without = QuietAttention(gamma=-0.1).wrap(model)
+    plain = jax.jit(lambda v: without.apply(v, **inputs))(variables)
+    assert np.abs(outputs[0] - plain).max() > 1e-2
+    assert np.abs(outputs[1] - plain).max() > 1e-2

@@ -8,8 +8,9 @@ than the one that the module computed: that is dead code, which the compiler rem
     context = mix(Heads(...))                          in place of the module's own
     y = out(context)
 
-Known are `zoo.layers.attention.Attention` (its mask is the argument `visible`) and OPT's causal
-`SeparateAttention`; a module with other masks, biases or rotations is refused.
+Known are `zoo.layers.attention.Attention` (its mask is the argument `visible`) and the causal ones
+of GPT-2 (`CausalAttention`) and OPT (`SeparateAttention`); a module with other masks, biases or
+rotations is refused.
 """
 
 from collections.abc import Callable
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from zoo.layers.attention import Attention
+from zoo.methods.method import outermost
 
 
 class Heads(NamedTuple):
@@ -50,7 +52,8 @@ class Heads(NamedTuple):
 
 def is_attention(module: nn.Module) -> bool:
     """Whether `rewritten` knows it."""
-    return isinstance(module, Attention) or type(module).__name__ == "SeparateAttention"
+    causal = type(module).__name__ in ("SeparateAttention", "CausalAttention")
+    return isinstance(module, Attention) or causal
 
 
 def _plain(child: nn.Module, call: Callable, args: tuple, kwargs: dict) -> Array:
@@ -73,8 +76,7 @@ def rewritten(
       kwargs: likewise.
       module: an attention.
       mix: gives the context of all heads.
-      run: gives the output of a child, from it and its call: an interceptor that was entered before
-        sees the child's call first, and must leave it to this.
+      run: gives the output of a child, from it and its call, other methods included.
 
     Raises:
       ValueError: for a module with options that this does not know.
@@ -110,7 +112,7 @@ def rewritten(
         given[child.name] = run(child, call, args, kwargs)
         return given[child.name]
 
-    with nn.intercept_methods(listen):
+    with outermost(listen):
         return call(*args, **kwargs)
 
 

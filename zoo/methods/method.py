@@ -17,7 +17,8 @@ second method wraps what the first has wrapped.
 """
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+import contextvars
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
@@ -137,13 +138,44 @@ class Intercepted(nn.Module):
 
     def _listening(self) -> contextlib.ExitStack:
         stack = contextlib.ExitStack()
-        for method in self.methods:
+        stack.enter_context(nn.intercept_methods(_listen))
+        for method in reversed(self.methods):  # Flax asks the one first that was entered first
             stack.enter_context(nn.intercept_methods(method.intercept))
         return stack
 
     def init_state(self, *args: Any, **kwargs: Any) -> Any:
         """The inner module's `init_state`."""
         return self.inner.init_state(*args, **kwargs)
+
+
+_OUTERMOST: contextvars.ContextVar[tuple[Interceptor, ...]] = contextvars.ContextVar(
+    "outermost", default=()
+)
+
+
+@contextlib.contextmanager
+def outermost(listen: Interceptor) -> Iterator[None]:
+    """Inside, `listen` is asked before all methods, so that it sees what they make of a call.
+
+    It is for a method that runs a module while it watches the module's children.
+    """
+    token = _OUTERMOST.set((*_OUTERMOST.get(), listen))
+    try:
+        yield
+    finally:
+        _OUTERMOST.reset(token)
+
+
+def _listen(
+    call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext
+) -> Any:
+    for listen in _OUTERMOST.get():
+        call = _bound(listen, call, context)
+    return call(*args, **kwargs)
+
+
+def _bound(listen: Interceptor, call: Callable, context: Any) -> Callable:
+    return lambda *args, **kwargs: listen(call, args, kwargs, context)
 
 
 def intercepted(module: nn.Module, method: Intercepting) -> nn.Module:

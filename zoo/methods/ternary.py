@@ -34,6 +34,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from zoo.layers.attention import Attention
 from zoo.methods.attention import Heads, rewritten
+from zoo.methods.linear import refuse_added
 from zoo.methods.method import Method, Variables, intercepted, unwrap
 
 CLIP = 2.5
@@ -164,6 +165,7 @@ class Ternary(Method):
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """The module that computes with quantised numbers."""
+        refuse_added(module, self)
         return intercepted(module, self)
 
     def intercept(
