@@ -17,8 +17,12 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     config = case.config
     config.entries["timm_model"] = config.take("arch", "vit_tiny_patch16_224")
     config._left.add("timm_model")
-    prompts = Prompts(config.take("num_prompts", 5), deep=bool(config.take("deep", False)))
+    count = config.take("num_prompts", config.take("num_tokens", 5))
+    width = config.take("project", config.take("prompt_dim", -1))
+    width = None if width in (None, -1) else width
+    prompts = Prompts(count, deep=bool(config.take("deep", False)), width=width)
     config.ignore("dropout", "prompt_dropout", "initiation")
+    config.expect(location=("prepend", None), deep_shared=(False, None), num_deep_layers=(None,))
     model = zoo.info("vit_test").create(**timm_vit(case))
     wrapped = prompts.wrap(model)
     images = np.moveaxis(case.input("x"), 1, -1)

@@ -112,7 +112,9 @@ def _attention(case: golden.Case) -> Callable[[dict], golden.Outputs]:
     x, visible = case.input("x"), None
     for name in ("mask", "attention_mask"):
         if name in case.names:
-            visible = case.input(name) != 0
+            mask = case.input(name)
+            mask = mask.reshape(mask.shape[0], mask.shape[-1])
+            visible = mask == 0 if mask.min() < 0 else mask != 0  # added to scores, or of tokens
     if causal and visible is not None:
         raise golden.Unsupported("its causal attention has a mask of padding")
     args = (x,) if causal or visible is None else (x, visible)

@@ -1,5 +1,6 @@
 """Steps of the official UN1d, in training and then in evaluation."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +31,10 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     channels, steps = config.take("channels"), config.take("steps")
     start, outlier = config.take("start_iters", 0) or 0, config.take("outlier_step")
     padded, shape = config.take("pad_last", 0) or 0, tuple(config.take("shape"))
-    factor = config.take("outlier_factor", 30)
+    words = str(config.entries["inputs"].get("x<s>", ""))
+    grows, times = re.search(r"1\+([\d.]+)\*s", words), re.search(r"times ([\d.]+)", words)
+    growth = float(grows[1]) if grows else 0.3
+    factor = config.take("outlier_factor", float(times[1]) if times else 30)
     fused_from = case.header["outputs"].get("fused_W", {}).get("shape", [5])[0]
     state = case.state_dict()
     scale, bias = state["weight"], state["bias"]
@@ -55,7 +59,7 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
         forward, backward = unified_norm.init_state(norm, channels, start)
         out, running, ema, counts = {}, [], [], []
         for s in range(steps):
-            x = made(f"x{s}") * np.float32(1 + 0.3 * s)
+            x = made(f"x{s}") * np.float32(1 + growth * s)
             x = x * np.float32(factor) if s == outlier else x
             y, gx, gw, gb, forward, backward = step(x, made(f"g{s}"), forward, backward)
             out |= {f"y_{s}": y, f"gx_{s}": gx, f"gw_{s}": gw, f"gb_{s}": gb}

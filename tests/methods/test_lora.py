@@ -1,5 +1,7 @@
 """LoRA on any model: nothing at first, two thin matrices a target, gone after merging."""
 
+from dataclasses import replace
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -138,3 +140,32 @@ def test_a_tied_embedding_and_a_convolution_merge():
         adapted = {"params": jax.tree.map(lambda leaf: leaf + 0.1, made["params"])}
         plain, merged = method.merge(module, adapted)
         np.testing.assert_allclose(plain.apply(merged, x), module.apply(adapted, x), atol=1e-4)
+
+
+def test_a_convolution_in_groups_has_loralibs_shapes_and_merges():
+    layer, x = nn.Conv(6, (3, 3), feature_group_count=2), jnp.ones((1, 5, 5, 4))
+    method = LoRA(rank=2, targets=".*")
+    module = method.wrap(layer)
+    variables = layer.init(jax.random.key(1), x)
+    _, made = module.apply(variables, x, rngs={"params": jax.random.key(2)}, mutable="params")
+    assert made["params"]["lora_a"].shape == (4 * 3, 2 * 3)
+    assert made["params"]["lora_b"].shape == (2 * 3, 6 // 2 * 3)
+    adapted = {"params": jax.tree.map(lambda leaf: leaf + 0.1, made["params"])}
+    plain, merged = method.merge(module, adapted)
+    np.testing.assert_allclose(plain.apply(merged, x), module.apply(adapted, x), atol=1e-4)
+
+
+def test_a_head_is_trained_beside_it():
+    method = LoRA(also=r"head/.*")
+    assert method.trains("head/kernel") and method.trains("a/qkv/lora_b")
+    assert not method.trains("a/qkv/kernel")
+
+
+def test_fields_of_methods_are_flags():
+    from zoo.training import command_line, config
+
+    base = config.load_file("configs/default.py")
+    command = config.Command(replace(base, methods=(LoRA(rank=2), LoRA(rank=3))))
+    args = ["--methods.0.rank", "4", "--methods.1.targets", ".*up"]
+    found = command_line._tyro(args, command, "train.py").config.methods
+    assert found == (LoRA(rank=4), LoRA(rank=3, targets=".*up"))

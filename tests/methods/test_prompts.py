@@ -57,3 +57,16 @@ def test_modules_move_to_a_model_with_other_classes(prompted):
 def test_a_model_without_one_sequence_is_refused():
     with pytest.raises(ValueError, match="no such sequence"):
         Prompts().wrap(zoo.create("swin_test"))
+
+
+def test_narrow_prompts_go_through_one_map_and_are_written_with_it(prompted):
+    model, _, images, variables, _ = prompted
+    method = Prompts(3, width=5)
+    adapted = method.adapt(model, variables, jax.random.key(1))
+    shapes = {p: x.shape for p, x in flatten_dict(adapted["params"], sep="/").items()}
+    assert shapes["prompt"] == (3, 5) and shapes["deep_prompts"] == (model.depth - 1, 3, 5)
+    assert shapes["prompt_map_kernel"] == (5, model.embed_dim)
+    assert method.trains("prompt_map_bias")
+    state = zoo.export(method.wrap(model), adapted)
+    assert state["prompt_proj.weight"].shape == (model.embed_dim, 5)
+    assert jax.eval_shape(lambda v: method.wrap(model).apply(v, images), adapted).shape[0] == 2

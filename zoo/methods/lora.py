@@ -99,6 +99,7 @@ class LoRA(Method):
       rank_stabilised: scale by `alpha / sqrt(rank)`.
       enabled: of a fused map's equal blocks of outputs, which are adapted; None: the whole.
       magnitude: DoRA: a learned magnitude per output (of dense maps).
+      also: other leaves (regex of the whole path) that are trained, such as a fresh head.
     """
 
     rank: int = 8
@@ -108,6 +109,9 @@ class LoRA(Method):
     rank_stabilised: bool = False
     enabled: tuple[bool, ...] | None = None
     magnitude: bool = False
+    also: str = r"(?!)"
+
+    beside = True  # it adds to what a map gives: see `linear.refuse_added`
 
     @property
     def scale(self) -> float:
@@ -133,8 +137,8 @@ class LoRA(Method):
         return adapted
 
     def trains(self, path: str) -> bool:
-        """Only what is added is."""
-        return re.fullmatch(LEAVES, path) is not None
+        """What is added is, and `also`."""
+        return re.fullmatch(f"{LEAVES}|{self.also}", path) is not None
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
@@ -194,20 +198,27 @@ class LoRA(Method):
                 f"LoRA adapts convolutions with square windows, not {'/'.join(conv.path)} with "
                 f"{window}; leave it out of `targets`."
             )
-        size, inputs = window[0], x.shape[-1] // conv.feature_group_count
-        rank = self.rank * size
-        a = conv.param("lora_a", uniform, (inputs * size, rank), conv.param_dtype)
+        size, groups = window[0], conv.feature_group_count
+        rank, inputs = self.rank * size, x.shape[-1] // groups
+        # As in loralib, A reads the channels of all groups and B gives those of one.
+        a = conv.param("lora_a", uniform, (x.shape[-1] * size, rank), conv.param_dtype)
         zeros = nn.initializers.zeros_init()
-        b = conv.param("lora_b", zeros, (rank, conv.features * size), conv.param_dtype)
+        b = conv.param("lora_b", zeros, (rank, conv.features // groups * size), conv.param_dtype)
         kernel = self.scale * delta(a, b, (*window, inputs, conv.features))
         plain = conv.clone(use_bias=False, parent=None, name=PRODUCT)
         return y + plain.apply({"params": {"kernel": kernel}}, x)
 
     def _embed(self, embed: nn.Embed, x: Array, y: Array, name: str) -> Array:
         zeros, normal = nn.initializers.zeros_init(), nn.initializers.normal(1.0)
-        # Its own `param` is closed: embeddings make theirs in `setup`.
-        a = embed.scope.param("lora_a", zeros, (embed.num_embeddings, self.rank), embed.param_dtype)
-        b = embed.scope.param("lora_b", normal, (self.rank, embed.features), embed.param_dtype)
+
+        def leaf(name: str, start: Callable, shape: tuple[int, ...]) -> Array:
+            if embed.has_variable("params", name):  # a tied embedding is called twice
+                return embed.get_variable("params", name)
+            # Its own `param` is closed: embeddings make theirs in `setup`.
+            return embed.scope.param(name, start, shape, embed.param_dtype)
+
+        a = leaf("lora_a", zeros, (embed.num_embeddings, self.rank))
+        b = leaf("lora_b", normal, (self.rank, embed.features))
         a, b = nn.dtypes.promote_dtype(a, b, dtype=embed.dtype)
         if name == "attend":
             return y + self.scale * ((x @ b.T) @ a.T)
@@ -247,6 +258,9 @@ def merged(
     """Variables in which the pair of thin matrices of each target is added to its matrix.
 
     The sum is made in float32, in which a small product is not lost.
+
+    Raises:
+      ValueError: if the matrix is one of whole numbers (`Int8`).
     """
     flat = flatten_dict(dict(variables))
     for path in [p for p in flat if p[-1] == "lora_a"]:
@@ -256,6 +270,11 @@ def merged(
         magnitude = flat.pop((*path[:-1], "dora_magnitude"), None)
         name = next(n for n in ("kernel", "embedding") if (*path[:-1], n) in flat)
         kernel = flat[(*path[:-1], name)]
+        if jnp.issubdtype(kernel.dtype, jnp.integer):
+            raise ValueError(
+                f"{'/'.join(path[1:-1])} has whole numbers as weights, which LoRA's product cannot "
+                "be added to; keep the wrapped model, or write the adapter by itself (`adapter`)."
+            )
 
         def whole(kernel: Array, a: Array, b: Array) -> Array:
             a, b = a.astype(jnp.float32), b.astype(jnp.float32)

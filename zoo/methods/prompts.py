@@ -12,7 +12,8 @@ the head is trained beside the prompts. For PVP, train once on the source with `
 the target's training from `prompts_of(variables)` with a new head.
 
 Leaves: `prompt [n, D]` and, deep, `deep_prompts [L - 1, n, D]`; in files `prompt_embeddings
-[1, n, D]` and `deep_prompt_embeddings [L - 1, n, D]`.
+[1, n, D]` and `deep_prompt_embeddings [L - 1, n, D]`. Prompts of another width go through one
+linear map, `prompt_proj` in files, before they are put in.
 """
 
 import re
@@ -27,10 +28,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
 
 from zoo.checkpoints.ruleset import Rule, Rules
-from zoo.checkpoints.transforms import squeeze
+from zoo.checkpoints.transforms import linear, squeeze
 from zoo.methods.method import Intercepted, Method, Variables, intercepted, unwrap
 
-LEAVES = ("prompt", "deep_prompts")
+MAP = ("prompt_map_kernel", "prompt_map_bias")
+LEAVES = ("prompt", "deep_prompts", *MAP)
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,13 @@ class Prompts(Method):
       count: n.
       deep: a set of prompts for every block, instead of one at the first.
       head: leaves that are trained beside the prompts (regex of the whole path).
+      width: of the prompts, which a learned linear map takes to D; None: D itself.
     """
 
     count: int = 5
     deep: bool = True
     head: str = r"head/.*"
+    width: int | None = None
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """The module with prompts in front of its blocks.
@@ -81,16 +85,27 @@ class Prompts(Method):
         i, model = int(found[1]), block.parent
         prefix, end = model.num_prefix, model.num_prefix + self.count
         x, *rest = args
-        shape = (self.count, x.shape[-1])
+        shape = (self.count, self.width or x.shape[-1])
+
+        def mapped(prompt: Array) -> Array:
+            if self.width is None:
+                return prompt
+            kernel, bias = (model.get_variable("params", name) for name in MAP)
+            return prompt @ kernel + bias
+
         if i == 0:
             prompt = model.param("prompt", self._start(model), shape, model.param_dtype)
             if self.deep and model.depth > 1:
                 shape = (model.depth - 1, *shape)
                 model.param("deep_prompts", self._start(model), shape, model.param_dtype)
-            x = _inserted(x, prompt, prefix, prefix)
+            if self.width is not None:
+                start = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+                model.param(MAP[0], start, (self.width, x.shape[-1]), model.param_dtype)
+                model.param(MAP[1], nn.initializers.zeros_init(), x.shape[-1:], model.param_dtype)
+            x = _inserted(x, mapped(prompt), prefix, prefix)
         elif self.deep:
             prompt = model.get_variable("params", "deep_prompts")[i - 1]
-            x = _inserted(x, prompt, prefix, end)
+            x = _inserted(x, mapped(prompt), prefix, end)
         x = call(x, *rest, **kwargs)
         return jnp.delete(x, slice(prefix, end), axis=1) if i == model.depth - 1 else x
 
@@ -110,6 +125,8 @@ class Prompts(Method):
             Rule("prompt_embeddings", "prompt", squeeze(0)),
             Rule("deep_prompt_embeddings", "deep_prompts"),
         ]
+        if self.width is not None:
+            added += [Rule("prompt_proj.weight", MAP[0], linear), Rule("prompt_proj.bias", MAP[1])]
         return {
             name: Rules(
                 [*rules.rules, *added], rules.derived, rules.unused, rules.fresh, rules.resize
