@@ -24,13 +24,23 @@ The published code keeps M as an integer tensor, for which `2 ** -M` is 0: its g
 more (`whole_powers=True` reproduces that).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from zoo.methods.linear import ALL_BUT_HEAD, dense_maps, is_target, kernel_of, observed, over_layers
+from zoo.methods.method import Method, Variables, intercepted, unwrap
+
+ROWS = 256
+"""Tokens of a batch that biases are searched on."""
 
 
 @dataclass(frozen=True)
@@ -137,10 +147,180 @@ def search(
     """
     low, high = (-1.0, 1.0) if offsets else factors
     steps = low + (high - low) * np.arange(count) / count
-    candidates = [bias + step if offsets else bias * step for step in steps]
-    best, least = bias, error(form.quantise(values, bias))
-    for candidate in candidates:
+
+    def better(before: tuple[Array, Array], step: Array) -> tuple[tuple[Array, Array], None]:
+        best, least = before
+        candidate = bias + step if offsets else bias * step
         got = error(form.quantise(values, candidate))
-        better = got < least
-        best, least = jnp.where(better, candidate, best), jnp.where(better, got, least)
-    return best
+        return (jnp.where(got < least, candidate, best), jnp.minimum(got, least)), None
+
+    start = (jnp.asarray(bias), error(form.quantise(values, bias)))
+    return jax.lax.scan(better, start, jnp.asarray(steps, start[0].dtype))[0][0]
+
+
+# -------------------------------------------------------------------------------- method
+
+
+@jax.custom_jvp
+def _straight_through(x: Array, rounded: Array) -> Array:
+    return rounded
+
+
+_straight_through.defjvp(lambda primals, tangents: (primals[1], tangents[0]))
+
+
+@dataclass(frozen=True)
+class SmallFloat(Method):
+    """Dense maps whose weights and inputs are numbers of a small format: FP4, FP6, FP8.
+
+    Kernels hold the format's numbers in float32; `input_bias [in]` beside them is `rho + k`, the
+    exponent bias of each channel of the input. Formats are those of the fields: the authors' search
+    over formats is left out.
+
+    Attributes:
+      bits: of weights, with the sign.
+      exponent: exponent bits of weights.
+      input_bits: of inputs; None: they stay in float, and `merge` is exact.
+      input_exponent: exponent bits of inputs.
+      shifts: a whole number k per channel of the input; without, one range for the tensor.
+      rounds: of the search for biases, weights first, then inputs; 0: from largest values alone.
+      batches: of training data that is looked at.
+      targets: dense maps (path, regex of the whole).
+    """
+
+    bits: int = 4
+    exponent: int = 2
+    input_bits: int | None = 4
+    input_exponent: int = 2
+    shifts: bool = True
+    rounds: int = 0
+    batches: int = 2
+    targets: str = ALL_BUT_HEAD
+
+    @property
+    def calibration(self) -> int:
+        """Batches that are looked at."""
+        return 0 if self.input_bits is None and not self.rounds else self.batches
+
+    @property
+    def _of_inputs(self) -> Format | None:
+        return None if self.input_bits is None else Format.of(self.input_bits, self.input_exponent)
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module that rounds the inputs of its dense maps."""
+        return intercepted(module, self)
+
+    def trains(self, path: str) -> bool:
+        """Nothing is: weights are numbers of the format."""
+        return False
+
+    def adapt(
+        self,
+        module: nn.Module,
+        variables: Variables,
+        rng: PRNGKeyArray,
+        batches: Sequence[Mapping[str, Array]] | None = None,
+    ) -> dict[str, Any]:
+        """The variables with weights on the grid, and the biases of inputs.
+
+        Raises:
+          ValueError: if no dense map matches `targets`, or there is no batch to calibrate on.
+        """
+        flat = flatten_dict(dict(variables))
+        places = dense_maps(module, variables, self.targets)
+        if not places:
+            raise ValueError(
+                f"SmallFloat's targets {self.targets!r} match no dense map of "
+                f"{type(module).__name__}."
+            )
+        seen = {}
+        if self.calibration and batches:
+            seen = observed(module, variables, batches, self.targets, _rows, _more_rows)
+        elif self.calibration and not isinstance(flat[places[0]], jax.core.Tracer):
+            raise ValueError(
+                "The range of inputs comes from data: give `adapt` batches, or use "
+                "input_bits=None and rounds=0."
+            )
+        for path in places:
+            kernel = flat[path].astype(jnp.float32)
+            rows = seen.get(path[1:-1], jnp.ones((*kernel.shape[:-2], 1, kernel.shape[-2])))
+            quantised, bias = over_layers(jax.jit(self._quantised), 2, kernel, rows)
+            flat[path] = quantised.astype(flat[path].dtype)
+            if self.input_bits is not None:
+                flat[(*path[:-1], "input_bias")] = bias
+        return unflatten_dict(flat)
+
+    def _quantised(
+        self, kernel: Float[Array, "inputs outputs"], rows: Float[Array, "rows inputs"]
+    ) -> tuple[Float[Array, "inputs outputs"], Float[Array, "inputs"]]:
+        """The kernel in the format, and the bias of each channel of the input."""
+        of_w, of_x, weight = Format.of(self.bits, self.exponent), self._of_inputs, kernel.T
+        largest = jnp.maximum(jnp.abs(weight).max(-1, keepdims=True), 1e-12)
+        w_bias, y = of_w.bias(largest), rows @ kernel
+        x_bias, x_q = jnp.zeros(rows.shape[-1]), rows
+        if of_x is not None:
+            tops = jnp.maximum(jnp.abs(rows).max(0), 1e-12)
+            tops = tops if self.shifts else jnp.full_like(tops, tops.max())
+            _, rho, shift = channel_biases(of_x, tops)
+            shift = shift if self.shifts else 0 * shift
+            x_bias = rho + shift
+        for _ in range(self.rounds):
+            if of_x is not None:
+                x_q = of_x.quantise(rows, x_bias)
+            w_bias = search(of_w, weight, w_bias, partial(_row_errors, x_q, y))
+            w_q = of_w.quantise(weight, w_bias)
+            if of_x is not None:
+                rho = _moved(of_x, rows, rho, shift, w_q, y)
+                x_bias = rho + shift
+        return of_w.quantise(weight, w_bias).T, x_bias
+
+    def intercept(
+        self, call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext
+    ) -> Any:
+        """The map of the rounded input."""
+        dense = context.module
+        known = is_target(context, self.targets) and kernel_of(dense) is not None
+        if not known or not dense.has_variable("params", "input_bias"):
+            return call(*args, **kwargs)
+        x, *rest = args
+        bias = dense.get_variable("params", "input_bias")
+        rounded = self._of_inputs.quantise(x.astype(jnp.float32), bias).astype(x.dtype)
+        return call(_straight_through(x, rounded), *rest, **kwargs)
+
+    def merge(self, module: nn.Module, variables: Variables) -> tuple[nn.Module, dict[str, Any]]:
+        """A plain model with the format's weights.
+
+        Raises:
+          ValueError: if inputs are rounded, too, which no plain model does.
+        """
+        plain = unwrap(module, self)
+        if self.input_bits is not None:
+            raise ValueError(
+                "A plain model does not round its inputs: it cannot give the same outputs. Keep "
+                "the wrapped model, or use SmallFloat(input_bits=None)."
+            )
+        return plain, dict(variables)
+
+
+def _row_errors(x: Array, y: Array, weight: Array) -> Float[Array, "outputs 1"]:
+    return jnp.square(x @ weight.T - y).mean(0)[:, None]
+
+
+def _moved(
+    form: Format, rows: Array, rho: Array, shift: Array, weight: Array, y: Array
+) -> Float[Array, ""]:
+    """The tensor's bias of the smallest error, with the channels' shifts as they are."""
+    # A channel's grid with bias rho + k is 2^-k times that of rho: only rho is searched.
+    scaled = rows * 2.0**shift
+    error = lambda x: jnp.square((x * 2.0**-shift) @ weight.T - y).mean()  # noqa: E731
+    return search(form, scaled, rho, error)
+
+
+def _rows(x: Float[Array, "... inputs"]) -> Float[Array, "rows inputs"]:
+    """`measure` for `observed`: some tokens, and the largest values of all."""
+    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    return jnp.concatenate([jnp.abs(rows).max(0, keepdims=True), rows[:ROWS]])
+
+
+def _more_rows(first: Array, second: Array) -> Array:
+    return jnp.concatenate([first, second])
