@@ -19,12 +19,23 @@ A compiled step has one set of frozen layers, as what is kept depends on it: `fr
 argument.
 """
 
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float, Int, UInt8
+
+from zoo.layers import mlp
+from zoo.methods.attention import Heads, is_attention, rewritten
+from zoo.methods.linear import is_target, kernel_of, refuse_added
+from zoo.methods.method import Method, Variables, intercepted, outermost
 
 MATRIX_STEP = 16
 GELU_STEP = 2
@@ -59,7 +70,6 @@ def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def _gelu_forward(x: Array) -> tuple[Array, tuple]:
-
     return gelu(x), (pack(codes(x, GELU_STEP, -8, 7)),)
 
 
@@ -224,3 +234,109 @@ def frozen_layers(distances: Float[Array, "layers"], rate: float) -> Int[Array, 
     if not 0 <= rate <= 1:
         raise ValueError(f"rate={rate} is the share of layers to freeze; give 0 to 1.")
     return jnp.argsort(distances, stable=True)
+
+
+def layers_of(variables: Variables, head: str = r"(.*/)?head/.*") -> tuple[str, ...]:
+    """Paths of what the schedule freezes: leaves of several axes, and scales of norms.
+
+    Vectors are always trained, and so is the head.
+    """
+    flat = flatten_dict(dict(variables["params"]), sep="/")
+    return tuple(
+        path
+        for path, leaf in sorted(flat.items())
+        if (leaf.ndim > 1 or re.fullmatch(r"(.*/)?\w*norm\w*/scale", path))
+        and not re.fullmatch(head, path)
+    )
+
+
+def frozen_paths(distances: Mapping[str, Float[Array, ""]], rate: float) -> tuple[str, ...]:
+    """The layers of the next step's `SlimFit(frozen=...)`."""
+    paths = sorted(distances)
+    order = frozen_layers(jnp.stack([jnp.asarray(distances[path]) for path in paths]), rate)
+    return tuple(sorted(paths[i] for i in np.asarray(order)[: int(rate * len(paths))]))
+
+
+# -------------------------------------------------------------------------------- method
+
+
+@dataclass(frozen=True)
+class SlimFit(Method):
+    """Frozen layers, and little kept of the others: what the file describes, on a whole model.
+
+    One value is one set of frozen layers, as a compiled step has one; `frozen_paths` gives the
+    next. Forward passes stay exact.
+
+    Attributes:
+      frozen: paths of leaves that are not trained, see `layers_of`.
+      compress: keep fewer bits of GELUs, attention, second maps of MLPs, and of frozen norms.
+    """
+
+    frozen: tuple[str, ...] = ()
+    compress: bool = True
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module that keeps little for the backward pass."""
+        refuse_added(module, self)
+        return intercepted(module, self)
+
+    def trains(self, path: str) -> bool | None:
+        """Frozen layers are not; of the rest another method decides."""
+        return False if path in self.frozen else None
+
+    def intercept(
+        self, call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext
+    ) -> Any:
+        """The same output, of which less is kept."""
+        module = context.module
+        if context.method_name != "__call__" or not self.compress:
+            return call(*args, **kwargs)
+        if is_attention(module):
+            return rewritten(call, args, kwargs, module, _slim_attention)
+        if isinstance(module, mlp.Mlp) and module.activation is mlp.gelu and not module.dropout:
+            return _slim_mlp(call, args, kwargs, module)
+        if is_target(context, ".*"):
+            return self._dense(module, call, args, kwargs)
+        if isinstance(module, nn.LayerNorm) and module.has_variable("params", "bias"):
+            return self._norm(module, call, args, kwargs)
+        return call(*args, **kwargs)
+
+    def _dense(self, layer: nn.Module, call: Callable, args: tuple, kwargs: dict) -> Array:
+        kernel, path = kernel_of(layer), "/".join((*layer.path, "kernel"))
+        if kernel is None or args[0].ndim < 2:
+            return call(*args, **kwargs)
+        bias = layer.get_variable("params", "bias") if layer.use_bias else None
+        x, kernel, bias = nn.dtypes.promote_dtype(args[0], kernel, bias, dtype=layer.dtype)
+        y = dense(x, kernel, path in self.frozen, layer.name == "down")
+        return y if bias is None else y + bias
+
+    def _norm(self, norm: nn.Module, call: Callable, args: tuple, kwargs: dict) -> Array:
+        path = "/".join((*norm.path, "scale"))
+        if path not in self.frozen:
+            return call(*args, **kwargs)
+        scale, bias = (norm.get_variable("params", name) for name in ("scale", "bias"))
+        return layer_norm(args[0], scale, bias, norm.epsilon, True).astype(args[0].dtype)
+
+
+def _slim_attention(heads: Heads) -> Float[Array, "batch length heads head_dim"]:
+    query, key, value = (x.swapaxes(1, 2) for x in (heads.query, heads.key, heads.value))
+    scores = matmul(query * heads.scale, key.swapaxes(-1, -2))
+    scores = scores if heads.visible is None else jnp.where(heads.visible, scores, -1e30)
+    return softmax_matmul(scores, value).swapaxes(1, 2)
+
+
+def _slim_mlp(call: Callable, args: tuple, kwargs: dict, module: nn.Module) -> Any:
+    """The MLP with a GELU of which 4 bits are kept; the module's own is dead code."""
+    given: dict[str, Array] = {}
+
+    def listen(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        child = context.module
+        if child.parent is module and child.name == "down":
+            args = (gelu(given["up"]).astype(args[0].dtype), *args[1:])
+        y = call(*args, **kwargs)
+        if child.parent is module and child.name == "up":
+            given["up"] = y
+        return y
+
+    with outermost(listen):
+        return call(*args, **kwargs)
