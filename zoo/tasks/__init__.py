@@ -10,6 +10,7 @@ from zoo.tasks.image_restoration import ImageRestoration
 from zoo.tasks.imputation import Imputation
 from zoo.tasks.in_context import InContext
 from zoo.tasks.language_modelling import LanguageModelling
+from zoo.tasks.layer_distillation import LayerDistillation
 from zoo.tasks.masked_language_modelling import MaskedLanguageModelling
 from zoo.tasks.metrics import Mean
 from zoo.tasks.regression import Regression
@@ -29,6 +30,7 @@ __all__ = [
     "Imputation",
     "InContext",
     "LanguageModelling",
+    "LayerDistillation",
     "MaskedLanguageModelling",
     "Mean",
     "Networks",
