@@ -7,6 +7,7 @@ already.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -195,3 +196,153 @@ def ctc(
         label_padding.astype(jnp.float32),
         blank_id=blank,
     )
+
+
+def contrast_in_time(
+    context: Float[Array, "batch time d"],
+    latents: Float[Array, "batch time d"],
+    negatives: Int[Array, "batch time count"],
+    chosen: Bool[Array, "batch time"],
+    temperature: float = 0.1,
+) -> Float[Array, ""]:
+    """wav2vec 2.0, arXiv 2006.11477: at masked times, which quantised latent is the hidden one.
+
+    Args:
+      context: what the network says.
+      latents: quantised.
+      negatives: other times of the same sound.
+      chosen: which times were masked.
+      temperature: of the cosines.
+    """
+    unit = lambda x: x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-8)  # noqa: E731
+    context, latents = unit(context), unit(latents)
+    others = jax.vmap(lambda rows, places: rows[places])(latents, negatives)
+    every = jnp.concatenate([latents[:, :, None], others], axis=2)
+    logits = jnp.einsum("btd,btkd->btk", context, every) / temperature
+    # a distractor that is the hidden latent itself is none
+    same = jnp.all(others == latents[:, :, None], axis=-1)
+    logits = logits.at[:, :, 1:].add(jnp.where(same, -jnp.inf, 0))
+    each = _cross_entropy(logits, jnp.zeros(logits.shape[:2], jnp.int32))
+    return jnp.sum(each * chosen) / jnp.sum(chosen)
+
+
+# ---------------------------------------------------------------------- sets of objects
+
+
+def corners(boxes: Float[Array, "... 4"]) -> Float[Array, "... 4"]:
+    """Centre and size to the corners (left, top, right, bottom)."""
+    center, size = jnp.split(boxes, 2, axis=-1)
+    return jnp.concatenate([center - size / 2, center + size / 2], -1)
+
+
+def generalised_iou(first: Float[Array, "... 4"], second: Float[Array, "... 4"]) -> Array:
+    """Rezatofighi et al., arXiv 1902.09630, of boxes given by their corners; from -1 to 1."""
+
+    def area(low: Array, high: Array) -> Array:
+        return jnp.prod(jnp.maximum(high - low, 0), -1)
+
+    (a, b), (c, d) = jnp.split(first, 2, -1), jnp.split(second, 2, -1)
+    inside = area(jnp.maximum(a, c), jnp.minimum(b, d))
+    union = area(a, b) + area(c, d) - inside
+    hull = area(jnp.minimum(a, c), jnp.maximum(b, d))
+    return inside / jnp.maximum(union, 1e-9) - (hull - union) / jnp.maximum(hull, 1e-9)
+
+
+def set_prediction(
+    logits: Float[Array, "queries classes"],
+    boxes: Float[Array, "queries 4"],
+    labels: Int[Array, "objects"],
+    targets: Float[Array, "objects 4"],
+    *,
+    nothing: float = 0.1,
+    weights: tuple[float, float, float] = (1.0, 5.0, 2.0),
+) -> Float[Array, ""]:
+    """DETR, arXiv 2005.12872: each object is matched with one query, the others say "nothing".
+
+    Args:
+      logits: the last class is "nothing".
+      boxes: centre and size, in shares of the image.
+      labels: of the objects, at most as many as there are queries.
+      targets: their boxes.
+      nothing: weight of the class "nothing".
+      weights: of class, L1 distance and generalised IoU, in the match and in the loss.
+    """
+    chance = jax.nn.softmax(logits, -1)[:, labels]
+    distance = jnp.abs(boxes[:, None] - targets).sum(-1)
+    overlap = generalised_iou(corners(boxes)[:, None], corners(targets))
+    cost = -weights[0] * chance + weights[1] * distance - weights[2] * overlap
+    query, thing = optax.assignment.hungarian_algorithm(jax.lax.stop_gradient(cost))
+    classes = jnp.full(len(logits), logits.shape[-1] - 1).at[query].set(labels[thing])
+    weight = jnp.where(classes == logits.shape[-1] - 1, nothing, 1.0)
+    named = jnp.sum(_cross_entropy(logits, classes) * weight) / weight.sum()
+    count = len(labels)
+    far = distance[query, thing].sum() / count
+    apart = (1 - overlap[query, thing]).sum() / count
+    return weights[0] * named + weights[1] * far + weights[2] * apart
+
+
+# ----------------------------------------------------- texts with holes (NumPy, for data)
+
+
+def _parts(total: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Lengths of `count` parts, none empty, that make up `total`."""
+    cuts = np.sort(rng.choice(total - 1, count - 1, replace=False)) + 1
+    return np.diff([0, *cuts, total])
+
+
+def span_corruption(
+    tokens: np.ndarray,
+    rng: np.random.Generator,
+    sentinel: int,
+    rate: float = 0.15,
+    length: float = 3.0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """T5, arXiv 1910.10683: spans are hidden behind sentinels, and the target names them.
+
+    Args:
+      tokens: one text.
+      rng: chooses the spans.
+      sentinel: number of the first sentinel; the next ones count down.
+      rate: share of tokens that are hidden.
+      length: mean length of a span.
+
+    Returns:
+      Input and target: `a <s0> d`, `<s0> b c <s1>` for `a b c d`.
+    """
+    hidden = min(max(round(len(tokens) * rate), 1), len(tokens) - 1)
+    count = max(min(round(hidden / length), hidden, len(tokens) - hidden), 1)
+    shown, holes = _parts(len(tokens) - hidden, count, rng), _parts(hidden, count, rng)
+    given, target, at = [], [], 0
+    for i, (keep, hole) in enumerate(zip(shown, holes, strict=True)):
+        given += [*tokens[at : at + keep], sentinel - i]
+        target += [sentinel - i, *tokens[at + keep : at + keep + hole]]
+        at += keep + hole
+    return np.array(given), np.array([*target, sentinel - count])
+
+
+def infilling(
+    tokens: np.ndarray,
+    rng: np.random.Generator,
+    mask: int,
+    rate: float = 0.3,
+    length: float = 3.0,
+) -> np.ndarray:
+    """BART, arXiv 1910.13461: spans of Poisson length become one mask each; an empty one adds one.
+
+    The target is the text itself.
+    """
+    left, out = round(len(tokens) * rate), list(tokens)
+    while left > 0:
+        span = min(int(rng.poisson(length)), left, len(out))
+        start = int(rng.integers(len(out) - span + 1))
+        out[start : start + span] = [mask]
+        left -= max(span, 1)
+    return np.array(out)
+
+
+def swapped(
+    first: np.ndarray, second: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """ALBERT's sentence order, arXiv 1909.11942: two segments, swapped (label 0) or not (1)."""
+    kept = int(rng.integers(2))
+    return (first, second, 1) if kept else (second, first, 0)
