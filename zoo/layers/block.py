@@ -136,4 +136,5 @@ def residual(
             scale = block.param(f"layer_scale{i}", start, y.shape[-1:], block.param_dtype)
             y = y * scale.astype(block.dtype)
         x = x + DropPath(drop_path)(y, train)
-    return constrain(x, "batch", *POSITIONS[x.ndim - 2], "channels")
+        x = constrain(x, "batch", *POSITIONS[x.ndim - 2], "channels")
+    return x

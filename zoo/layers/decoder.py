@@ -211,7 +211,7 @@ class DecoderBlock(nn.Module):
         drop = nn.Dropout(self.dropout, deterministic=not train)
         mixer = self.mixer.clone(name="attention", parent=self)
         y, state = mixer(norm(name="norm1")(x), state, train, context)
-        x = x + drop(y)
+        x = constrain(x + drop(y), "batch", "length", "channels")
         if self.mlp_dim:
             mlp = GatedMlp(self.mlp_dim, self.activation, self.mlp_bias, name="mlp", **types)
             x = x + drop(mlp(norm(name="norm2")(x)))

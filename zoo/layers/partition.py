@@ -4,7 +4,8 @@
 
 The mesh axes are those of `kernels_pallas.axes`. In `jax.set_mesh(mesh)`
 a constraint becomes `lax.with_sharding_constraint`; without a mesh, on one device and inside
-`jax.pmap` or `shard_map` it is nothing at all.
+`jax.pmap` or `shard_map` it says nothing of places. An activation that has a place is also computed
+once (`zoo.layers.materialize`): without that, programs for CPUs grow with the square of the depth.
 """
 
 import math
@@ -15,6 +16,7 @@ from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array
 
 from kernels_pallas.axes import BATCH_AXES, HEAD_AXES, LENGTH_AXES
+from zoo.layers.materialize import materialized
 
 ACTIVATION_AXES: dict[str, tuple[str, ...]] = {
     "batch": BATCH_AXES,
@@ -68,6 +70,7 @@ def constrain(x: Array, *names: str | None) -> Array:
             f"constrain got {len(names)} names, {names}, for an array of shape {x.shape}; "
             "give one name an axis."
         )
+    x = materialized(x)
     spec = activation_spec(x.shape, names)
     return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
 

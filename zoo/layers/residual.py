@@ -152,7 +152,7 @@ class ResidualLayer(nn.Module):
 
     def __call__(self, x: Array, context: dict, train: bool = False) -> Array:
         """The tokens after both."""
-        x = x + self.attend(x, context, train)
+        x = constrain(x + self.attend(x, context, train), "batch", "length", "channels")
         return constrain(x + self.feed(x, context, train), "batch", "length", "channels")
 
 

@@ -159,7 +159,7 @@ class GPT2Block(nn.Module):
             **types,
         )
         y, state = attention(norm(name="norm1")(x), state, train, context)
-        x = x + drop(y)
+        x = constrain(x + drop(y), "batch", "length", "channels")
         mlp = Mlp(
             self.mlp_dim or 4 * x.shape[-1],
             self.activation,

@@ -164,7 +164,7 @@ class OPTBlock(nn.Module):
         )
         if self.pre_norm:
             y, state = attention(norm("norm1")(x), state, train, context)
-            x = x + drop(y)
+            x = constrain(x + drop(y), "batch", "length", "channels")
             x = x + drop(mlp(norm("norm2")(x)))
         else:
             y, state = attention(x, state, train, context)
