@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from zoo.layers import causal
 from zoo.layers.causal import (
     Context,
     RotaryAttention,
@@ -24,6 +25,7 @@ from zoo.layers.causal import (
     positions_of,
 )
 from zoo.layers.dense import Dense
+from zoo.layers.mlp import ACTIVATIONS
 from zoo.layers.partition import constrain
 from zoo.layers.stack import remat_block
 
@@ -216,6 +218,92 @@ class DecoderBlock(nn.Module):
             mlp = GatedMlp(self.mlp_dim, self.activation, self.mlp_bias, name="mlp", **types)
             x = x + drop(mlp(norm(name="norm2")(x)))
         return constrain(x, "batch", "length", "channels"), state
+
+
+class PositionDecoder(nn.Module):
+    """Base of decoders with softmax attention in every layer and a table of positions.
+
+    Subclasses have the fields `depth`, `embed_dim`, `num_heads`, `max_positions`, `activation`,
+    `scan_layers` and `dtype`, and define `features` and `_run`.
+    """
+
+    def example_inputs(
+        self, batch_size: int = 1, length: int = 128
+    ) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of the arguments of `__call__` for sequences of `length` tokens."""
+        shape = (batch_size, min(length, self.max_positions))
+        return {"tokens": jax.ShapeDtypeStruct(shape, jnp.int32)}
+
+    def init_state(self, batch: int, length: int) -> dict[str, Any]:
+        """The state before the first token; `length` is the most that attention will see.
+
+        Raises:
+          ValueError: if that is more than there are positions.
+        """
+        self.check_length(length)
+        shape = (batch, length, self.num_heads, self.embed_dim // self.num_heads)
+        layers = (causal.attention_state(*shape, self.dtype),) * self.depth
+        return {"position": jnp.zeros(batch, jnp.int32), "layers": layers}
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch length"],
+        mask: Array | None = None,
+        positions: Int[Array, "batch length"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "batch length vocab_size"]:
+        """Logits of the next token at each position.
+
+        Args:
+          tokens: token numbers.
+          mask: 1 or True for text, 0 for padding at either side; None: all is text.
+          positions: of the tokens in their texts; None: as the model's docstring says.
+          train: whether to drop out.
+        """
+        return self.features(tokens, mask, positions, train)["logits"]
+
+    def step(
+        self, state: dict[str, Any], tokens: Int[Array, "batch length"], mask: Array | None = None
+    ) -> tuple[dict[str, Any], Float[Array, "batch length vocab_size"]]:
+        """Continue by one or more tokens: the state, and their logits (NaN past the last position).
+
+        Raises:
+          ValueError: with `scan_layers`.
+        """
+        return step(self, state, tokens, mask)
+
+    def branch(
+        self, state: dict[str, Any], tokens: Int[Array, "batch nodes"], parents: Int[Array, "nodes"]
+    ) -> tuple[tuple, Float[Array, "batch nodes vocab_size"]]:
+        """Continue by a tree of tokens, as `CausalLM.branch`."""
+        return branch(self, state, tokens, parents)
+
+    def keep(self, state: dict, nodes: tuple, path: Array, accepted: Array) -> dict[str, Any]:
+        """The state after some nodes of a tree, as `CausalLM.keep`."""
+        layers = tuple(
+            causal.keep_attention(before, node, path, accepted)
+            for before, node in zip(state["layers"], nodes, strict=True)
+        )
+        return keep(state, layers, accepted)
+
+    def check(self, state: tuple | None) -> None:
+        """Raise ValueError for an unknown activation, or states of layers that are scanned."""
+        if self.activation not in ACTIVATIONS:
+            known = ", ".join(map(repr, ACTIVATIONS))
+            raise ValueError(f"activation={self.activation!r} is none of {known}.")
+        if self.scan_layers and state is not None:
+            raise ValueError(
+                "scan_layers=True gives no states: step with scan_layers=False and "
+                "zoo.layers.stack.unstack_layers(params)."
+            )
+
+    def check_length(self, length: int) -> None:
+        """Raise ValueError if there are too few positions for so many tokens."""
+        if length > self.max_positions:
+            raise ValueError(
+                f"This {type(self).__name__} has {self.max_positions} positions, too few for "
+                f"{length} tokens; cut the text, or create the model with more max_positions."
+            )
 
 
 class CausalLM(nn.Module):

@@ -36,11 +36,11 @@ from jaxtyping import Array, Float
 
 from zoo.checkpoints.rules import Rule, Rules, dense_rules, norm_rules
 from zoo.models.incontext.prompt import (
+    InContextLearner,
     Read,
     Trunk,
     check_prompt,
     interleave,
-    prompt_shapes,
     read_rules,
 )
 from zoo.system import System, Variant
@@ -94,10 +94,11 @@ def run_loops(
     return jnp.moveaxis(scan(loops - silent, state, x)[1], 0, 1)
 
 
-class LoopedTransformer(nn.Module):
+class LoopedTransformer(InContextLearner):
     """Predicts each label of a prompt by calling one stack of blocks again and again.
 
     The standard decoder is `inject="none", loops=1`; the one with tied layers has more loops.
+    A call gives a prediction of each label by each of the last loops, `[batch, window, points, ...]`.
 
     Attributes:
       dims: size of an x.
@@ -126,21 +127,6 @@ class LoopedTransformer(nn.Module):
     outputs: int = 1
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
-
-    def example_inputs(
-        self, batch_size: int = 1, points: int = 20
-    ) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of the arguments of `__call__` for prompts of so many points."""
-        return prompt_shapes(batch_size, min(points, self.max_points), self.dims)
-
-    def __call__(
-        self,
-        xs: Float[Array, "batch points dims"],
-        ys: Float[Array, "batch points"],
-        train: bool = False,
-    ) -> Float[Array, "batch window points ..."]:
-        """A prediction of each label, by each of the last loops."""
-        return self.features(xs, ys, train)["prediction"]
 
     @nn.compact
     def features(
@@ -173,8 +159,10 @@ class LoopedTransformer(nn.Module):
         return {"tokens": tokens, "embed": embed, "loops": states, "prediction": prediction}
 
 
-class AlgoFormer(nn.Module):
+class AlgoFormer(InContextLearner):
     """Preprocessing, a loop with one set of weights, postprocessing: three shallow transformers.
+
+    A call gives a prediction of each label by each of the last loops, `[batch, window, points, ...]`.
 
     Attributes:
       dims: size of an x.
@@ -203,21 +191,6 @@ class AlgoFormer(nn.Module):
     outputs: int = 1
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
-
-    def example_inputs(
-        self, batch_size: int = 1, points: int = 20
-    ) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of the arguments of `__call__` for prompts of so many points."""
-        return prompt_shapes(batch_size, min(points, self.max_points), self.dims)
-
-    def __call__(
-        self,
-        xs: Float[Array, "batch points dims"],
-        ys: Float[Array, "batch points"],
-        train: bool = False,
-    ) -> Float[Array, "batch window points ..."]:
-        """A prediction of each label, by each of the last loops."""
-        return self.features(xs, ys, train)["prediction"]
 
     @nn.compact
     def features(

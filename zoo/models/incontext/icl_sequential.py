@@ -24,25 +24,26 @@ as the paper does. The window functions are in `zoo.data.functions`.
 """
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from zoo.checkpoints.rules import Rule, Rules, norm_rules
 from zoo.models.incontext.prompt import (
+    InContextLearner,
     Read,
     Trunk,
     check_prompt,
     interleave,
-    prompt_shapes,
     read_rules,
 )
 from zoo.models.language.gpt2 import conv1d_rules
 from zoo.system import System, Variant
 
 
-class InContextGPT2(nn.Module):
+class InContextGPT2(InContextLearner):
     """Predicts each label of a prompt from the points before it.
+
+    A call gives `[batch, points]`; with several `outputs`, these on a last axis.
 
     Attributes:
       dims: size of an x.
@@ -67,21 +68,6 @@ class InContextGPT2(nn.Module):
     remat: bool | str = False
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
-
-    def example_inputs(
-        self, batch_size: int = 1, points: int = 20
-    ) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of the arguments of `__call__` for prompts of so many points."""
-        return prompt_shapes(batch_size, min(points, self.max_points), self.dims)
-
-    def __call__(
-        self,
-        xs: Float[Array, "batch points dims"],
-        ys: Float[Array, "batch points"],
-        train: bool = False,
-    ) -> Float[Array, "batch points ..."]:
-        """A prediction of each label; with several `outputs`, on a last axis."""
-        return self.features(xs, ys, train)["prediction"]
 
     @nn.compact
     def features(

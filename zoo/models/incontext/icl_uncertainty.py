@@ -22,12 +22,11 @@ the conditional variance, given the points before and x_i. `zoo.data.functions.b
 """
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from zoo.models.incontext.icl_sequential import gpt2_rules
-from zoo.models.incontext.prompt import Read, Trunk, check_prompt, interleave, prompt_shapes
+from zoo.models.incontext.prompt import InContextLearner, Read, Trunk, check_prompt, interleave
 from zoo.system import System, Variant
 
 LIMIT = 7.0  # of the logarithm of a deviation
@@ -41,8 +40,10 @@ def gaussian_loss(
     return log_deviation + 0.5 * ((ys - mean) * jnp.exp(-log_deviation)) ** 2
 
 
-class InContextUncertainty(nn.Module):
+class InContextUncertainty(InContextLearner):
     """Predicts each label of a prompt from the points before it, with a deviation.
+
+    A call gives `[batch, points, 2]`: mean and logarithm of the deviation of each label.
 
     Attributes:
       dims: size of an x.
@@ -65,21 +66,6 @@ class InContextUncertainty(nn.Module):
     remat: bool | str = False
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
-
-    def example_inputs(
-        self, batch_size: int = 1, points: int = 20
-    ) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of the arguments of `__call__` for prompts of so many points."""
-        return prompt_shapes(batch_size, min(points, self.max_points), self.dims)
-
-    def __call__(
-        self,
-        xs: Float[Array, "batch points dims"],
-        ys: Float[Array, "batch points"],
-        train: bool = False,
-    ) -> Float[Array, "batch points 2"]:
-        """Mean and logarithm of the deviation of each label."""
-        return self.features(xs, ys, train)["prediction"]
 
     @nn.compact
     def features(

@@ -62,6 +62,25 @@ def check_prompt(model: nn.Module, xs: Array, ys: Array, max_points: int | None)
         )
 
 
+class InContextLearner(nn.Module):
+    """Base of learners from prompts: subclasses have `dims` and `max_points`, and `features`."""
+
+    def example_inputs(
+        self, batch_size: int = 1, points: int = 20
+    ) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of the arguments of `__call__` for prompts of so many points."""
+        return prompt_shapes(batch_size, min(points, self.max_points), self.dims)
+
+    def __call__(
+        self,
+        xs: Float[Array, "batch points dims"],
+        ys: Float[Array, "batch points"],
+        train: bool = False,
+    ) -> Float[Array, "batch ..."]:
+        """The prediction of each label, as the class's own docstring describes it."""
+        return self.features(xs, ys, train)["prediction"]
+
+
 class Read(nn.Module):
     """A map into or out of the backbone: linear, or two hidden layers of `hidden` with ReLU."""
 

@@ -25,16 +25,14 @@ c_attn holds query, key and value side by side.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from zoo.checkpoints.rules import Rule, Rules, dense_rules, linear, norm_rules, tied
-from zoo.layers import causal, decoder
+from zoo.layers import decoder
 from zoo.layers.causal import Context, causal_attention, check_tokens, continue_attention
 from zoo.layers.dense import Dense
 from zoo.layers.mlp import ACTIVATIONS, Mlp
@@ -173,7 +171,7 @@ class GPT2Block(nn.Module):
         return constrain(x, "batch", "length", "channels"), state
 
 
-class GPT2(nn.Module):
+class GPT2(decoder.PositionDecoder):
     """GPT-2 language model.
 
     `init_state(batch, length)` and `step(state, tokens)` (through `apply(..., method="step")`) give
@@ -183,7 +181,8 @@ class GPT2(nn.Module):
       vocab_size: tokens.
       embed_dim: channels.
       depth: blocks.
-      max_positions: longest sequence.
+      max_positions: longest sequence. Positions that a call does not give are 0, 1, ... whether
+        there is padding or not.
       mlp_dim: width of the MLP; None: four times the channels.
       activation: of the MLP, a key of `zoo.layers.mlp.ACTIVATIONS`.
       scale_attention: whether scores are divided by the root of a head's width.
@@ -216,65 +215,6 @@ class GPT2(nn.Module):
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
-    def example_inputs(
-        self, batch_size: int = 1, length: int = 128
-    ) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of the arguments of `__call__` for sequences of `length` tokens."""
-        shape = (batch_size, min(length, self.max_positions))
-        return {"tokens": jax.ShapeDtypeStruct(shape, jnp.int32)}
-
-    def init_state(self, batch: int, length: int) -> dict[str, Any]:
-        """The state before the first token; `length` is the most that attention will see.
-
-        Raises:
-          ValueError: if that is more than there are positions.
-        """
-        self._check_length(length)
-        shape = (batch, length, self.num_heads, self.embed_dim // self.num_heads)
-        layers = (causal.attention_state(*shape, self.dtype),) * self.depth
-        return {"position": jnp.zeros(batch, jnp.int32), "layers": layers}
-
-    def __call__(
-        self,
-        tokens: Int[Array, "batch length"],
-        mask: Array | None = None,
-        positions: Int[Array, "batch length"] | None = None,
-        train: bool = False,
-    ) -> Float[Array, "batch length vocab_size"]:
-        """Logits of the next token at each position.
-
-        Args:
-          tokens: token numbers.
-          mask: 1 or True for text, 0 for padding at either side; None: all is text.
-          positions: of the tokens in their texts; None: 0, 1, ... whether there is padding or not.
-          train: whether to drop out.
-        """
-        return self.features(tokens, mask, positions, train)["logits"]
-
-    def step(
-        self, state: dict[str, Any], tokens: Int[Array, "batch length"], mask: Array | None = None
-    ) -> tuple[dict[str, Any], Float[Array, "batch length vocab_size"]]:
-        """Continue by one or more tokens: the state, and their logits (NaN past the last position).
-
-        Raises:
-          ValueError: with `scan_layers`.
-        """
-        return decoder.step(self, state, tokens, mask)
-
-    def branch(
-        self, state: dict[str, Any], tokens: Int[Array, "batch nodes"], parents: Int[Array, "nodes"]
-    ) -> tuple[tuple, Float[Array, "batch nodes vocab_size"]]:
-        """Continue by a tree of tokens, as `zoo.layers.decoder.CausalLM.branch`."""
-        return decoder.branch(self, state, tokens, parents)
-
-    def keep(self, state: dict, nodes: tuple, path: Array, accepted: Array) -> dict[str, Any]:
-        """The state after some nodes of a tree, as `zoo.layers.decoder.CausalLM.keep`."""
-        layers = tuple(
-            causal.keep_attention(before, node, path, accepted)
-            for before, node in zip(state["layers"], nodes, strict=True)
-        )
-        return decoder.keep(state, layers, accepted)
-
     def features(
         self,
         tokens: Int[Array, "batch length"],
@@ -290,9 +230,11 @@ class GPT2(nn.Module):
     def _run(
         self, tokens: Array, state: tuple | None, train: bool, context: Context
     ) -> tuple[dict[str, Array], tuple | None]:
-        self._check(state)
+        if self.scan_layers and self.scale_by_layer:
+            raise ValueError("scale_by_layer=True makes layers differ; use scan_layers=False.")
+        self.check(state)
         length = tokens.shape[1]
-        self._check_length(length)
+        self.check_length(length)
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         embed = nn.Embed(
             self.vocab_size, self.embed_dim, embedding_init=init, name="embed", **types
@@ -338,25 +280,6 @@ class GPT2(nn.Module):
         width = self.embed_dim // self.num_heads
         scale = width**-0.5 if self.scale_attention else 1.0
         return scale / (layer + 1) if self.scale_by_layer else scale
-
-    def _check(self, state: tuple | None) -> None:
-        if self.activation not in ACTIVATIONS:
-            known = ", ".join(map(repr, ACTIVATIONS))
-            raise ValueError(f"activation={self.activation!r} is none of {known}.")
-        if self.scan_layers and self.scale_by_layer:
-            raise ValueError("scale_by_layer=True makes layers differ; use scan_layers=False.")
-        if self.scan_layers and state is not None:
-            raise ValueError(
-                "scan_layers=True gives no states: step with scan_layers=False and "
-                "zoo.layers.stack.unstack_layers(params)."
-            )
-
-    def _check_length(self, length: int) -> None:
-        if length > self.max_positions:
-            raise ValueError(
-                f"This GPT2 has {self.max_positions} positions, too few for {length} tokens; cut "
-                "the text, or create the model with more max_positions."
-            )
 
 
 # ---------------------------------------------------------------------------- checkpoints

@@ -28,7 +28,6 @@ from functools import partial
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -178,7 +177,7 @@ def layer_norm(affine: bool, name: str, types: dict) -> nn.Module:
     return LayerNorm(epsilon=1e-5, use_bias=affine, use_scale=affine, name=name, **types)
 
 
-class OPT(nn.Module):
+class OPT(decoder.PositionDecoder):
     """OPT language model; states and steps are those of `zoo.layers.decoder.CausalLM`.
 
     Attributes:
@@ -223,65 +222,6 @@ class OPT(nn.Module):
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
-    def example_inputs(
-        self, batch_size: int = 1, length: int = 128
-    ) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of the arguments of `__call__` for sequences of `length` tokens."""
-        shape = (batch_size, min(length, self.max_positions))
-        return {"tokens": jax.ShapeDtypeStruct(shape, jnp.int32)}
-
-    def init_state(self, batch: int, length: int) -> dict[str, Any]:
-        """The state before the first token; `length` is the most that attention will see.
-
-        Raises:
-          ValueError: if that is more than there are positions.
-        """
-        self._check_length(length)
-        shape = (batch, length, self.num_heads, self.embed_dim // self.num_heads)
-        layers = (causal.attention_state(*shape, self.dtype),) * self.depth
-        return {"position": jnp.zeros(batch, jnp.int32), "layers": layers}
-
-    def __call__(
-        self,
-        tokens: Int[Array, "batch length"],
-        mask: Array | None = None,
-        positions: Int[Array, "batch length"] | None = None,
-        train: bool = False,
-    ) -> Float[Array, "batch length vocab_size"]:
-        """Logits of the next token at each position.
-
-        Args:
-          tokens: token numbers; texts begin with `</s>`, which is 2.
-          mask: 1 or True for text, 0 for padding at either side; None: all is text.
-          positions: of the tokens in their texts; None: counted over the mask.
-          train: whether to drop out.
-        """
-        return self.features(tokens, mask, positions, train)["logits"]
-
-    def step(
-        self, state: dict[str, Any], tokens: Int[Array, "batch length"], mask: Array | None = None
-    ) -> tuple[dict[str, Any], Float[Array, "batch length vocab_size"]]:
-        """Continue by one or more tokens: the state, and their logits (NaN past the last position).
-
-        Raises:
-          ValueError: with `scan_layers`.
-        """
-        return decoder.step(self, state, tokens, mask)
-
-    def branch(
-        self, state: dict[str, Any], tokens: Int[Array, "batch nodes"], parents: Int[Array, "nodes"]
-    ) -> tuple[tuple, Float[Array, "batch nodes vocab_size"]]:
-        """Continue by a tree of tokens, as `zoo.layers.decoder.CausalLM.branch`."""
-        return decoder.branch(self, state, tokens, parents)
-
-    def keep(self, state: dict, nodes: tuple, path: Array, accepted: Array) -> dict[str, Any]:
-        """The state after some nodes of a tree, as `zoo.layers.decoder.CausalLM.keep`."""
-        layers = tuple(
-            causal.keep_attention(before, node, path, accepted)
-            for before, node in zip(state["layers"], nodes, strict=True)
-        )
-        return decoder.keep(state, layers, accepted)
-
     def features(
         self,
         tokens: Int[Array, "batch length"],
@@ -299,9 +239,9 @@ class OPT(nn.Module):
     def _run(
         self, tokens: Array, state: tuple | None, train: bool, context: Context
     ) -> tuple[dict[str, Array], tuple | None]:
-        self._check(state)
+        self.check(state)
         length = tokens.shape[1]
-        self._check_length(length)
+        self.check_length(length)
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         word_dim = self.word_dim or self.embed_dim
         project = partial(Dense, use_bias=False, kernel_init=init, **types)
@@ -352,23 +292,6 @@ class OPT(nn.Module):
         x = embed.attend(x) if self.tie_embeddings else project(self.vocab_size, name="head")(x)
         out["logits"] = constrain(x, "batch", "length", "vocab")
         return out, state
-
-    def _check(self, state: tuple | None) -> None:
-        if self.activation not in ACTIVATIONS:
-            known = ", ".join(map(repr, ACTIVATIONS))
-            raise ValueError(f"activation={self.activation!r} is none of {known}.")
-        if self.scan_layers and state is not None:
-            raise ValueError(
-                "scan_layers=True gives no states: step with scan_layers=False and "
-                "zoo.layers.stack.unstack_layers(params)."
-            )
-
-    def _check_length(self, length: int) -> None:
-        if length > self.max_positions:
-            raise ValueError(
-                f"This OPT has {self.max_positions} positions, too few for {length} tokens; cut "
-                "the text, or create the model with more max_positions."
-            )
 
 
 # ---------------------------------------------------------------------------- checkpoints
