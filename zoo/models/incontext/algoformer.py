@@ -98,7 +98,8 @@ class LoopedTransformer(InContextLearner):
     """Predicts each label of a prompt by calling one stack of blocks again and again.
 
     The standard decoder is `inject="none", loops=1`; the one with tied layers has more loops.
-    A call gives a prediction of each label by each of the last loops, `[batch, window, points, ...]`.
+    A call gives a prediction of each label by each of the last loops:
+    `[batch, window, points, ...]`.
 
     Attributes:
       dims: size of an x.
@@ -162,7 +163,8 @@ class LoopedTransformer(InContextLearner):
 class AlgoFormer(InContextLearner):
     """Preprocessing, a loop with one set of weights, postprocessing: three shallow transformers.
 
-    A call gives a prediction of each label by each of the last loops, `[batch, window, points, ...]`.
+    A call gives a prediction of each label by each of the last loops:
+    `[batch, window, points, ...]`.
 
     Attributes:
       dims: size of an x.
