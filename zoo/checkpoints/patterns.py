@@ -33,24 +33,31 @@ class Pattern:
         self.text = text
         self.wild = "*" in _PLACE.sub("", text)
         self._parts: list[str | _Place] = []
-        regex, start = "", 0
+        start = 0
         for found in _PLACE.finditer(text):
             literal = text[start : found.start()]
             place = _Place(int(found[1] or 1), found[2], int(found[3] or 0))
             if not place.factor:
                 raise ValueError(f"Pattern {text!r} multiplies an index by zero.")
             self._parts += [literal, place]
-            regex += _escape(literal) + "(0|[1-9][0-9]*)"
             start = found.end()
         self._parts.append(text[start:])
-        regex += _escape(text[start:])
-        if re.search(r"[{}]", "".join(p for p in self._parts if isinstance(p, str))):
+        if any("{" in p or "}" in p for p in self._parts if isinstance(p, str)):
             raise ValueError(
                 f"Pattern {text!r} has a brace that is no index; write {{i}}, {{i+1}} or {{2*i+1}}."
             )
         self._places = [p for p in self._parts if isinstance(p, _Place)]
-        self._regex = re.compile(regex)
         self.names = frozenset(p.name for p in self._places)
+
+    @functools.cached_property
+    def _regex(self) -> re.Pattern[str]:
+        """Compiled when first used: thousands of rules are imported that nobody asks."""
+        return re.compile(
+            "".join(
+                _escape(part) if isinstance(part, str) else "(0|[1-9][0-9]*)"
+                for part in self._parts
+            )
+        )
 
     def __repr__(self) -> str:
         return f"Pattern({self.text!r})"
