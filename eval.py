@@ -2,10 +2,11 @@
 
     python eval.py runs/default-20260101-120000            the newest checkpoint of a run
     python eval.py runs/default-20260101-120000 --step 400
+    python eval.py runs/forecaster --data.eval.split test --predictions forecasts.csv
     python eval.py configs/vision/swin_imagenet.py --checkpoint swin_tiny.pth --model.name swin_tiny
 
-With a config file, its fields can be set as in train.py. Exit codes: 0 done; 2 the command line or
-config is wrong; 1 all else, also a metric below what `--min-accuracy` asks.
+Fields can be set as in train.py: where data has moved, which split is measured. Exit codes: 0 done;
+2 the command line or config is wrong; 1 all else, also a metric below what `--min-accuracy` asks.
 """
 
 import argparse
@@ -27,6 +28,7 @@ def main(args: list[str]) -> int:
     parser.add_argument("--step", type=int, help="which checkpoint of the run")
     parser.add_argument("--checkpoint", help="an official file, with a config file")
     parser.add_argument("--adapt", action="store_true", help="fit other sizes, as zoo.load does")
+    parser.add_argument("--predictions", help="also write those of a run to this CSV or JSON file")
     parser.add_argument("--json", help="also write the JSON to this file")
     parser.add_argument("--min-accuracy", type=float, help="exit with 1 if it is not reached")
     options, rest = parser.parse_known_args(args)
@@ -56,10 +58,16 @@ def measure(options: argparse.Namespace, rest: list[str]) -> dict:
     from zoo.training.evaluation import evaluate_checkpoint, evaluate_run
 
     if not options.what.endswith(".py"):
-        if rest or options.checkpoint:
-            raise ConfigError(f"A run is measured as it is; {(rest or ['--checkpoint'])[0]} does "
-                              "not go with one.")  # fmt: skip
-        metrics, step = evaluate_run(options.what, options.step)
+        if options.checkpoint:
+            raise ConfigError(
+                "A run has its own checkpoints; --checkpoint goes with a config file."
+            )
+        changes = command_line.changes(rest)
+        if options.predictions:
+            from zoo.prediction import predict_held_out
+
+            predict_held_out(options.what, options.step, changes, options.predictions)
+        metrics, step = evaluate_run(options.what, options.step, changes=changes)
         return {"step": step, **metrics}
     if not options.checkpoint:
         raise ConfigError("A config file needs --checkpoint FILE; give a run to measure a run.")

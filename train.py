@@ -36,7 +36,7 @@ def main(args: list[str]) -> int:
             print(f"{readable(command.config)}\nRun directory: {workdir}", flush=True)
         if command.workdir is None and distributed.several():
             raise ConfigError("A run of several processes needs --workdir, which all of them see.")
-        train(command.config, workdir, profile=command.profile)
+        train(command.config, workdir, profile=command.profile, origin=command.origin)
     except Stopped as stop:
         print(stop, file=sys.stderr)
         return EXIT_STOPPED
@@ -48,6 +48,10 @@ def main(args: list[str]) -> int:
             sys.stdout.flush()
             os._exit(1)  # writers that would try, and fail, once more on the way out are left
         return code
+    except KeyboardInterrupt:
+        print("Interrupted; nothing was saved since the last checkpoint.", file=sys.stderr)
+        distributed.leave(130)
+        return 130
     except BaseException:
         if distributed.several():
             traceback.print_exc()

@@ -9,6 +9,10 @@ class ConfigError(TrainingError, ValueError):
     """A configuration names or sets something that does not exist or does not fit."""
 
 
+class DataError(ConfigError):
+    """An example cannot be read, or is not what the model and the task take."""
+
+
 class PartitionError(ConfigError):
     """A mesh does not fit the devices, the batch or a parameter."""
 

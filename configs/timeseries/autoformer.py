@@ -4,14 +4,14 @@
 
 The series, the splits and the baselines are those of `configs/timeseries/itransformer.py`. The
 decoder sees the last two days; the trend is the mean over 25 hours. 600 steps, two minutes on two
-CPU cores; expected on scaled values, over all held-out windows:
+CPU cores; expected on scaled values, over all test windows:
 
     MSE    MAE
     0.90   0.65    this; it fits the training rows too well: 0.42 there
     1.11   0.68    the day before, repeated
     2.34   1.11    the last value, repeated
 
-`forecasts.png` in the run directory shows forecasts of three held-out windows against the truth.
+`forecasts.png` in the run directory shows forecasts of three validation windows against the truth.
 """
 
 from zoo.data import Data
@@ -44,7 +44,8 @@ def get_config() -> TrainConfig:
         evaluators=(ForecastPlots(),),
         data=Data(
             train=Windows(table, "train", CONTEXT, HORIZON),
-            eval=Windows(table, "test", CONTEXT, HORIZON),
+            eval=Windows(table, "val", CONTEXT, HORIZON),
+            test=Windows(table, "test", CONTEXT, HORIZON),
             batch_size=32,
             eval_batch_size=64,
         ),

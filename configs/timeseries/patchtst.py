@@ -4,14 +4,14 @@
 
 The series, the splits and the baselines are those of `configs/timeseries/itransformer.py`. A patch
 is a day, and one begins every half day. 600 steps, a minute on two CPU cores; expected on scaled
-values, over all held-out windows:
+values, over all test windows:
 
     MSE    MAE
     0.79   0.61    this
     1.11   0.68    the day before, repeated
     2.34   1.11    the last value, repeated
 
-`forecasts.png` in the run directory shows forecasts of three held-out windows against the truth.
+`forecasts.png` in the run directory shows forecasts of three validation windows against the truth.
 """
 
 from zoo.data import Data
@@ -43,7 +43,8 @@ def get_config() -> TrainConfig:
         evaluators=(ForecastPlots(),),
         data=Data(
             train=Windows(table, "train", CONTEXT, HORIZON, time_features=None),
-            eval=Windows(table, "test", CONTEXT, HORIZON, time_features=None),
+            eval=Windows(table, "val", CONTEXT, HORIZON, time_features=None),
+            test=Windows(table, "test", CONTEXT, HORIZON, time_features=None),
             batch_size=32,
             eval_batch_size=64,
         ),

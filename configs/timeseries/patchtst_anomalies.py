@@ -50,7 +50,7 @@ def get_config() -> TrainConfig:
         optimizer=Optimizer(
             name="adam", learning_rate=2e-3, schedule="one_cycle", initial_fraction=0.04
         ),
-        checkpoint=Checkpointing(every=STEPS),
+        checkpoint=Checkpointing(every=STEPS, keep_best=0),  # there is no validation split
         num_steps=STEPS,
         log_every=50,
     )

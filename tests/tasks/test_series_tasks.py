@@ -136,8 +136,11 @@ def test_a_report_scores_and_draws_anomalies(tmp_path):
     found = scores.run(program, {"params": zeros}, data, tmp_path)
     assert found["raw_f1"] == found["adjusted_f1"] == 1.0
     assert (tmp_path / "anomalies.png").stat().st_size > 1000
-    with pytest.raises(ValueError, match="says of no step whether it is anomalous"):
-        scores.run(program, {"params": zeros}, Data(*[Arrays(series=normal)] * 2), tmp_path)
+    unlabelled = scores.run(
+        program, {"params": zeros}, Data(Arrays(series=normal), Arrays(series=odd)), tmp_path
+    )
+    assert set(unlabelled) == {"threshold", "share_above"}
+    assert 0 < unlabelled["share_above"] < 0.01
 
 
 def test_a_report_draws_forecasts(tmp_path):

@@ -145,6 +145,7 @@ def test_the_first_process_logs_and_all_save(pair):
         assert len(digests(run, step)["params/mlp/up/kernel"]["shards"]) == 2
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_other_and_the_run_resumes_to_the_bit(pair, tmp_path, begin):
     run = tmp_path / "run"
     other, victim = begin(run, 2, events={1: "die:7"})

@@ -52,6 +52,7 @@ def test_a_run_ends_with_the_picture_and_the_numbers_of_its_evaluators(tmp_path)
     assert [row["step"] for row in rows if row.get("eval/windows") == 20] == [2]
 
 
+@pytest.mark.slow
 def test_a_trace_has_the_steps_by_number_even_if_the_run_ends_inside_it(tmp_path):
     """In a fresh process: where libtpu is loaded, JAX's profiler asks it too, and may crash."""
     root = CONFIGS.parent

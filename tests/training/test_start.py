@@ -74,7 +74,7 @@ def test_a_missing_file_and_a_module_of_ones_own_are_said(tmp_path):
     config = made.config
     foreign = dataclasses.replace(config.model, name="tiny:Tiny")
     made.config = dataclasses.replace(config, model=foreign)
-    with pytest.raises(ConfigError, match="no checkpoint rules"):
+    with pytest.raises(ConfigError, match="is no run directory"):
         first_state(made)
 
 

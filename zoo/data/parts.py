@@ -99,3 +99,21 @@ def class_weights(source: Any) -> tuple[float, ...]:
     weights = np.zeros(len(counts))
     weights[present] = counts.sum() / (present.sum() * counts[present])
     return tuple(float(w) for w in weights)
+
+
+def facts(source: Any) -> dict[str, Any]:
+    """What answers need of a training source: names of classes or variates, and their scale."""
+    source = getattr(source, "source", source) if hasattr(source, "share") else source
+    found: dict[str, Any] = {}
+    try:
+        classes = getattr(source, "classes", None)
+        table = getattr(source, "table", None)
+        if classes:
+            found["classes"] = [str(name) for name in classes]
+        if table is not None and hasattr(table, "variates"):
+            mean, deviation = (getattr(source, "fitted_on", None) or table).scale
+            found["variates"] = list(table.variates)
+            found["scale"] = {"mean": mean.tolist(), "deviation": deviation.tolist()}
+    except (OSError, ValueError, AttributeError):
+        return {}
+    return found

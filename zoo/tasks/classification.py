@@ -74,6 +74,11 @@ class Classification(OneNetwork):
             has = ", ".join(name for name in batch if name != "valid")
             raise ValueError(f"Classification needs a label of each example; they have only {has}.")
         if "probabilities" in outputs:
+            if outputs["probabilities"].shape[-1] == 1:
+                raise ValueError(
+                    "The model has one class, which every example is of, so that there is nothing "
+                    "to learn; give it two (num_classes=2), or use zoo.tasks.Regression."
+                )
             check_labels(batch["labels"], outputs["probabilities"].shape[-1])
         if self.class_weights and "probabilities" in outputs:
             count = outputs["probabilities"].shape[-1]

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import json
 import re
 import warnings
 from collections.abc import Sequence
@@ -14,9 +15,14 @@ from typing import Any
 import tyro
 
 from zoo.errors import ConfigError
-from zoo.training.config import Command, Model, TrainConfig, load, load_file
+from zoo.training.config import Command, Model, TrainConfig, load, load_file, to_json
+from zoo.training.fields import TYPE, with_field
 
 DEFAULT = "configs/default.py"
+ORIGIN = "origin.json"
+"""Beside a run's config.json: the config file and the flags that it was begun with."""
+OWN = ("--data.", "--task.", "--methods.", "--evaluators.")
+"""Parts that may be of the user's own classes: their fields are set here, the others by tyro."""
 _BARE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=.*", re.DOTALL)  # partition.fsdp=2
 _OVERRIDE = re.compile(
     r"--model\.((?P<network>[\w-]+)\.)?overrides\.(?P<key>[^=]+)(=(?P<value>.*))?", re.DOTALL
@@ -26,20 +32,129 @@ _OVERRIDE = re.compile(
 def parse(args: Sequence[str], default: str = DEFAULT) -> tuple[str, Command]:
     """Read a command line.
 
-    Without a config file, a run directory given by `--workdir` continues with its own config.
+    A run that is in `--workdir` goes on with its own config: with what it was begun with, then the
+    flags given now. Without a config file it is the saved one.
 
     Returns:
       the config's name and the command with the resolved config.
 
     Raises:
-      ConfigError: for an unknown field or a value of the wrong kind.
+      ConfigError: for an unknown field, a value of the wrong kind, or the config file of another
+        run.
     """
     args = [f"--{a}" if _BARE.fullmatch(a) else a for a in args]
     path, args = _config_path(args)
-    base, name = _base(path, args, default)
-    overrides, args = _model_overrides(args)
+    run = _workdir(args)
+    begun = _begun(run)
+    saved = run / "config.json" if run is not None else Path()
+    if path is None and begun is not None and '"unsaved"' in saved.read_text():
+        path = begun["config"]  # arrays in memory: only the file has them
+    origin = None
+    if begun is not None and str(Path(path or begun["config"]).resolve()) == begun["config"]:
+        all_args = [*begun["args"], *_of_config(args)]  # a later flag goes before an earlier one
+        origin = {"config": begun["config"], "args": all_args}
+        args = args if path is None else [*begun["args"], *args]
+    own, rest = _own(args)
+    if path is None and saved.is_file():
+        base, name = load(saved, dict(own)), run.name
+    else:
+        path, same = path or default, origin is not None
+        base, name = load_file(path), Path(path).stem
+        for place, value in own:
+            base = with_field(base, place.split("."), value, f"--{place}")
+        if saved.is_file() and not same:
+            _check_same_run(base, path, run)
+        origin = origin or {"config": str(Path(path).resolve()), "args": _of_config(args)}
+    overrides, rest = _model_overrides(rest)
     command = Command(config=dataclasses.replace(base, model=_overridden(base.model, overrides)))
-    return name, _tyro(args, command, f"train.py {path or default}")
+    command = _tyro(rest, command, f"train.py {path or default}")
+    return name, dataclasses.replace(command, origin=origin)
+
+
+def changes(args: Sequence[str]) -> dict[str, str]:
+    """Flags as fields of a saved config: `data.eval.split` -> "val".
+
+    Raises:
+      ConfigError: for what is no flag with a value.
+    """
+    args = [f"--{a}" if _BARE.fullmatch(a) else a for a in args]
+    found, i = {}, 0
+    while i < len(args):
+        flag, equals, value = args[i].partition("=")
+        if not flag.startswith("--"):
+            raise ConfigError(f"{flag!r} is no field; give --FIELD VALUE, as --data.eval.path NEW.")
+        if not equals and i + 1 == len(args):
+            raise ConfigError(f"{flag} needs a value.")
+        found[flag.removeprefix("--")] = value if equals else args[i + 1]
+        i += 1 if equals else 2
+    return found
+
+
+def _workdir(args: list[str]) -> Path | None:
+    """The run directory that the flags name."""
+    for i, arg in enumerate(args):
+        flag, equals, value = arg.partition("=")
+        if flag == "--workdir":
+            value = value if equals else (args[i + 1] if i + 1 < len(args) else "")
+            return Path(value) if value else None
+    return None
+
+
+def _of_config(args: list[str]) -> list[str]:
+    """Flags that a run was begun with, as far as they are of its config."""
+    kept, skip = [], False
+    for arg in args:
+        if skip or arg.partition("=")[0] in ("--workdir", "--profile", "--distributed"):
+            skip = not skip and arg == "--workdir"
+            continue
+        kept.append(arg)
+    return kept
+
+
+def _begun(run: Path | None) -> dict[str, Any] | None:
+    """With which config file and flags a run was begun."""
+    try:
+        begun = json.loads((run / ORIGIN).read_text()) if run is not None else None
+        return begun if begun and isinstance(begun["args"], list) and begun["config"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _own(args: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Takes flags of the parts that a user may have written out: `(place, text)` each."""
+    own, rest, i = [], [], 0
+    while i < len(args):
+        flag, equals, value = args[i].partition("=")
+        i += 1
+        if not flag.startswith(OWN):
+            rest.append(args[i - 1])
+            continue
+        if not equals:
+            if i == len(args):
+                raise ConfigError(f"{flag} needs a value.")
+            value, i = args[i], i + 1
+        own.append((flag.removeprefix("--"), value))
+    return own, rest
+
+
+def _check_same_run(base: TrainConfig, path: str, run: Path) -> None:
+    """Refuse to go on with a run by the config file of another one.
+
+    Raises:
+      ConfigError: if the network or the task is another.
+    """
+    try:
+        saved = json.loads((run / "config.json").read_text())
+        other = {k: saved[k] for k in ("model", "task")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    ours = {k: to_json(getattr(base, k)) for k in other}
+    names = [{"name": v.get("name"), TYPE: v.get(TYPE)} for v in (other["model"], ours["model"])]
+    if names[0] != names[1] or other["task"].get(TYPE) != ours["task"].get(TYPE):
+        raise ConfigError(
+            f"{run} is a run of another network or task than {path} describes; continue it with "
+            f"--workdir {run} and no config file, or choose another --workdir."
+        )
 
 
 def _config_path(args: list[str]) -> tuple[str | None, list[str]]:
@@ -49,19 +164,6 @@ def _config_path(args: list[str]) -> tuple[str | None, list[str]]:
         if not arg.startswith("-") and (i == 0 or (arg.endswith(".py") and not value_of_flag)):
             return arg, args[:i] + args[i + 1 :]
     return None, args
-
-
-def _base(path: str | None, args: list[str], default: str) -> tuple[TrainConfig, str]:
-    if path is not None:
-        return load_file(path), Path(path).stem
-    for i, arg in enumerate(args):
-        flag, equals, value = arg.partition("=")
-        if flag == "--workdir":
-            value = value if equals else (args[i + 1] if i + 1 < len(args) else "")
-            saved = Path(value) / "config.json"
-            if value and saved.is_file():
-                return load(saved), Path(value).name
-    return load_file(default), Path(default).stem
 
 
 def _model_overrides(args: list[str]) -> tuple[dict[tuple[str, str], Any], list[str]]:
@@ -144,7 +246,8 @@ def _unknown(args: list[str], command: Command) -> str | None:
             part = part if part in fields else part.removeprefix("no_")
             if part not in fields:
                 close = difflib.get_close_matches(part, fields, 1)
-                hint = f"; did you mean {place}{close[0].replace('_', '-')}?" if close else "."
+                near = f"{place}{close[0]}" if close else f"--{part}" if part in roots else ""
+                hint = f"; did you mean {near.replace('_', '-')}?" if near else "."
                 return f"There is no field {flag}{hint}"
             value, place = fields[part], f"{place}{part.replace('_', '-')}."
             inner = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FunctionType
@@ -22,9 +23,8 @@ from tyro.conf import AvoidSubcommands, Fixed
 from zoo.errors import ConfigError
 from zoo.evaluators.evaluator import Evaluator
 from zoo.methods.method import Method
-from zoo.tasks.task import Task
-
-TYPE = "_type"  # the key that says which dataclass a JSON object is
+from zoo.tasks.task import Task, lower_is_better
+from zoo.training.fields import TYPE, with_field
 
 
 @dataclass(frozen=True)
@@ -117,10 +117,10 @@ class Checkpointing:
     """How many of the latest are kept."""
     keep_best: int = 1
     """How many of the best, by `metric`, are kept besides."""
-    metric: str = "accuracy"
-    """The evaluation metric that says which is best."""
-    mode: Literal["max", "min"] = "max"
-    """Whether a large or a small metric is good."""
+    metric: str | None = None
+    """The evaluation metric that says which is best; None: the task's own."""
+    mode: Literal["max", "min"] | None = None
+    """Whether a large or a small metric is good; None: small ones of losses and errors."""
 
 
 @dataclass(frozen=True)
@@ -172,20 +172,42 @@ class TrainConfig:
           ConfigError: naming the first field that is out of range.
         """
         positive = ("num_steps", "log_every", "prefetch", "guard_limit")
-        checks = [(self, name, 1) for name in positive] + [
-            (self, "eval_every", 0),
-            (self.checkpoint, "every", 0),
-            (self.checkpoint, "keep", 1),
-            (self.checkpoint, "keep_best", 0),
+        inf = float("inf")
+        ranges = [(self, name, 1, inf) for name in positive] + [
+            (self, "eval_every", 0, inf),
+            (self, "seed", 0, 2**63 - 1),
+            (self.checkpoint, "every", 0, inf),
+            (self.checkpoint, "keep", 1, inf),
+            (self.checkpoint, "keep_best", 0, inf),
+            (self.partition, "fsdp_min_size", 0, inf),
+            *((self.partition, axis, 1, inf) for axis in ("fsdp", "tensor", "sequence")),
         ]
+        for name in ("batch_size", "eval_batch_size", "repeats", "threads"):
+            if isinstance(getattr(self.data, name, None), int):
+                ranges.append((self.data, name, 1, inf))
         for optimizer in self.optimizers.values():
-            checks += [(optimizer, "accumulate", 1), (optimizer, "warmup_steps", 0)]
-        for part, name, least in checks:
-            if getattr(part, name) < least:
-                raise ConfigError(
-                    f"{type(part).__name__}.{name} is {getattr(part, name)}; "
-                    f"it must be at least {least}."
-                )
+            ranges += [
+                (optimizer, "accumulate", 1, inf),
+                (optimizer, "warmup_steps", 0, inf),
+                (optimizer, "b1", 0, 1),
+                (optimizer, "b2", 0, 1),
+                *((optimizer, n, 0, inf) for n in (
+                    "learning_rate", "initial_fraction", "final_fraction", "weight_decay",
+                    "layer_decay", "eps", "clip")),
+            ]  # fmt: skip
+            factors = {**optimizer.rate_multipliers, **optimizer.decay_multipliers}
+            for pattern, factor in factors.items():
+                if not 0 <= factor < inf:
+                    raise ConfigError(f"The factor of {pattern!r} is {factor}; give 0 or more.")
+        for part, name, least, most in ranges:
+            value = getattr(part, name)
+            if value is not None and not (least <= value <= most and value != inf):
+                bound = f"between {least} and {most}" if most == 1 else f"at least {least}"
+                raise ConfigError(f"{type(part).__name__}.{name} is {value}; it must be {bound}.")
+            if optimizer.clip == 0:
+                raise ConfigError("Optimizer.clip is 0, which leaves no gradient; give None.")
+        if self.partition.data == 0 or self.partition.data < -1:
+            raise ConfigError(f"Partition.data is {self.partition.data}; give copies, or -1.")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay is {self.ema_decay}; it must be in [0, 1), or None.")
         if len({optimizer.accumulate for optimizer in self.optimizers.values()}) > 1:
@@ -195,6 +217,13 @@ class TrainConfig:
     def optimizers(self) -> dict[str, Optimizer]:
         """The optimizers by group; the only one of a run has the name of none, ''."""
         return self.optimizer if isinstance(self.optimizer, dict) else {"": self.optimizer}
+
+    @property
+    def best(self) -> tuple[str, str]:
+        """The metric by which checkpoints are compared, and `max` or `min`."""
+        name = self.checkpoint.metric or self.task.metric
+        mode = self.checkpoint.mode or ("min" if lower_is_better(name) else "max")
+        return name, mode
 
     @property
     def accumulate(self) -> int:
@@ -218,6 +247,8 @@ class Command:
     Perfetto."""
     distributed: bool = False
     """Join other processes as JAX finds them; not needed with SLURM, GKE or the JAX_ variables."""
+    origin: tyro.conf.Suppress[Any] = None
+    """The config file and the flags that a new run is begun with."""
 
 
 # ---------------------------------------------------------------------------- config files
@@ -291,15 +322,27 @@ def save(config: TrainConfig, path: str | os.PathLike) -> None:
     os.replace(draft, path)
 
 
-def load(path: str | os.PathLike) -> TrainConfig:
+def load(path: str | os.PathLike, changes: Mapping[str, str] | None = None) -> TrainConfig:
     """Read what `save` wrote.
+
+    Args:
+      path: of the file.
+      changes: fields to set first, as `data.train.path` -> text: the place of data that has moved.
 
     Raises:
       ConfigError: if it is no config, or names what this version does not have.
     """
+    text: Any = None
     try:
-        config = from_json(json.loads(Path(path).read_text()))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        text = json.loads(Path(path).read_text())
+        for place, value in (changes or {}).items():
+            text = with_field(text, place.split("."), value, f"--{place}")
+        config = from_json(text)
+    except FileNotFoundError as missing:
+        raise ConfigError(moved(str(missing), text)) from missing
+    except (OSError, ValueError, TypeError) as error:
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(f"{path} is not a saved config: {error}.") from None
     if not isinstance(config, TrainConfig):
         raise ConfigError(f"{path} is not a saved config.")
@@ -309,6 +352,8 @@ def load(path: str | os.PathLike) -> TrainConfig:
 def to_json(value: Any) -> Any:
     """A config value as JSON: dataclasses and functions carry their name, tuples become lists."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        if "<" in type(value).__qualname__:
+            return {TYPE: "unsaved", "what": f"{type(value).__name__} of a function"}
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
         return {TYPE: _reference(type(value)), **{k: to_json(v) for k, v in fields.items()}}
     if isinstance(value, dict):
@@ -316,6 +361,8 @@ def to_json(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [to_json(v) for v in value]
     if isinstance(value, type | FunctionType):
+        if "<" in value.__qualname__:
+            return {TYPE: "unsaved", "what": f"function {value.__qualname__.rpartition('.')[2]}"}
         return {TYPE: "function", "name": _reference(value)}
     if isinstance(value, os.PathLike):
         return os.fspath(value)
@@ -338,8 +385,9 @@ def from_json(value: Any) -> Any:
     kind = value.get(TYPE)
     if kind == "unsaved":
         raise ConfigError(
-            f"The config holds a {value['what']} in memory, which is not saved with it; "
-            "give the config file again."
+            f"The config holds a {value['what']} in memory, which is not saved with it; give the "
+            "config again: train.py CONFIG --workdir RUN, eval.py CONFIG --checkpoint RUN, or "
+            "evaluate_run(RUN, config=...)."
         )
     if kind == "function":
         return resolve(value["name"])
@@ -353,6 +401,24 @@ def from_json(value: Any) -> Any:
     if unknown := sorted(set(fields) - known):
         raise ConfigError(f"{kind} has no field {unknown[0]!r} in this version of the zoo.")
     return cls(**fields)
+
+
+def moved(sentence: str, saved: Any) -> str:
+    """What to say of saved data that is not there: which flags say where it is."""
+    flags = []
+
+    def look(node: Any, place: str) -> None:
+        for key, value in node.items() if isinstance(node, dict) else ():
+            here = f"{place}.{key}" if place else key
+            if key in ("path", "data_dir", "source") and isinstance(value, str):
+                flags.extend([here] if not Path(value).exists() else [])
+            look(value, here)
+
+    look(saved.get("data") if isinstance(saved, dict) else None, "data")
+    if not flags:
+        return sentence
+    given = " ".join(f"--{flag.replace('_', '-')} PLACE" for flag in flags)
+    return f"{sentence} If it has moved, give {given}"
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
@@ -387,5 +453,6 @@ def readable(config: Any, indent: str = "") -> str:
 def _reference(value: Any) -> str:
     module = value.__module__
     file = getattr(sys.modules.get(module), "__file__", None) or ""
-    place = file if module.endswith(".py") or module == "__main__" else module
+    script = module == "__main__" and file  # of a notebook there is no file
+    place = file if module.endswith(".py") or script else module
     return f"{place}:{value.__qualname__}"

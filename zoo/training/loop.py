@@ -1,10 +1,10 @@
 """The training loop: from a config to a run directory that can be continued."""
 
 import collections
-import json
+import contextlib
+import dataclasses
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -13,15 +13,33 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental.multihost_utils import reached_preemption_sync_point, sync_global_devices
+from jax.experimental.multihost_utils import reached_preemption_sync_point
 
-from zoo.checkpoints.runs import Checkpoints, cause
-from zoo.errors import ConfigError, StorageError, TrainingError
+from zoo.checkpoints import together
+from zoo.checkpoints.runs import Checkpoints
+from zoo.data.parts import facts
+from zoo.errors import ConfigError, DataError, NonFiniteError, StorageError, TrainingError
 from zoo.training import config as configs
 from zoo.training import distributed
+from zoo.training.checks import (
+    check_all_labels,
+    check_platform,
+    check_sources,
+    fitting,
+    reading,
+)
 from zoo.training.config import TrainConfig
+from zoo.training.directory import (
+    Lock,
+    check_alike,
+    check_writable,
+    prepare,
+    storage,
+    use_compilation_cache,
+)
 from zoo.training.guard import Guard, watched
 from zoo.training.logbook import Logbook
+from zoo.training.optimizer import make_schedule
 from zoo.training.prefetch import Prefetch
 from zoo.training.profile import Profile
 from zoo.training.program import Program, make_program
@@ -40,6 +58,10 @@ class Stopped(TrainingError):
     """The run was asked to stop; it saved, and can be continued."""
 
 
+class Halt(BaseException):
+    """Asked to stop in the middle of an evaluation, which leaves the state as it is."""
+
+
 @dataclass(frozen=True)
 class Result:
     """What a run ends with: the last evaluation, the state and the run directory."""
@@ -49,33 +71,51 @@ class Result:
     workdir: Path
 
 
-def train(config: TrainConfig, workdir: str | os.PathLike, *, profile: bool = False) -> Result:
+def train(
+    config: TrainConfig,
+    workdir: str | os.PathLike,
+    *,
+    profile: bool = False,
+    origin: Mapping[str, Any] | None = None,
+) -> Result:
     """Train, or continue the run that is in `workdir`.
+
+    Nothing is written before model, data, devices, a first batch and an evaluation batch have been
+    tried. A run directory is locked while it is used.
 
     Args:
       config: what to do.
       workdir: the run directory; made if it is not there.
       profile: write a trace of ten steps.
+      origin: the config file and the flags it comes from, which a later command goes on from.
 
     Raises:
       ConfigError: if the config does not fit the model, the devices or the data.
-      StorageError: if the run directory cannot be written.
+      DataError: if an example cannot be read or does not fit.
+      StorageError: if the run directory cannot be written, or is in use.
       NonFiniteError: if the guard gives up.
       Stopped: after SIGTERM or SIGINT, when all is saved.
       Lost: if another process of the run is gone.
     """
     distributed.initialize()
+    check_platform()
     distributed.check_joined()
     use_compilation_cache(config.compilation_cache)
     run = Path(workdir).resolve()
-    with distributed.together(), storage(run):
-        prepare(run, config)
-        logbook = Logbook(run, config.num_steps, active=jax.process_index() == 0)
+    with distributed.together(), storage(run), Lock(run) as lock:
+        check_alike(config)
+        check_writable(run)
+        check_sources(config.data)
         program = make_program(config)
+        logbook = Logbook(run, config.num_steps, active=jax.process_index() == 0)
         with ExitStack() as stack:
             stack.callback(logbook.close)
             stack.enter_context(program.context())
-            return Loop(config, run, program, logbook, profile).run_to_end()
+            loop = Loop(config, run, program, logbook, profile)
+            stack.callback(loop.close)
+            loop.try_out()
+            prepare(run, config, lock, origin)
+            return loop.run_to_end()
 
 
 class Loop:
@@ -89,74 +129,168 @@ class Loop:
 
         self.config, self.run, self.program, self.logbook = config, run, program, logbook
         self.profile = profile
+        metric, mode = config.best
         self.checkpoints = Checkpoints(
             run,
             keep=config.checkpoint.keep,
             keep_best=config.checkpoint.keep_best,
-            metric=config.checkpoint.metric,
-            mode=config.checkpoint.mode,
+            metric=metric,
+            mode=mode,
             say=lambda text: logbook.say(f"WARNING: {text}", style="bold red"),
         )
-        try:
-            self.iterator = train_iterator(config.data, config.seed, *program.share())
-        except (ValueError, FileNotFoundError) as error:
-            raise ConfigError(str(error)) from None
         self.window: dict[str, list[float]] = {}
         self.evaluated: dict[str, float] = {}
         self.saved = self.evaluated_at = -1
+        self.halting, self.noted = False, False
         restored = self.restore()
         if restored is None:
-            self.step = 0
+            self.step = self.begun_with = 0
             self.state = first_state(program)
         else:
             self.state, extra = restored
             self.step = self.saved = extra["step"]
             self.window = extra["window"]
-            self.iterator.set_state(extra["iterator"])
+            self.begun_with = extra.get("examples", self.step * config.data.batch_size)
             logbook.say(f"Continuing {run} after step {self.step}.")
+            if said := jump(extra.get("config"), config, self.step):
+                logbook.say(said)
+        with reading("the training data"):
+            iterator = train_iterator(
+                config.data, config.seed, *program.share(), start=self.begun_with
+            )
+
+        def read() -> Any:
+            with reading("a training example"):
+                return next(iterator)
+
+        self.check: Any = None
+        self.predicted: Mapping[str, Any] = {}
+
+        def place(batch: Any) -> Any:
+            if self.check is None:
+                self.check, self.predicted = program.check(batch, "data.train")
+            return program.place(self.check(batch))
+
         names = watched(turns(config.task.phases), program.assigned)
         self.guard = Guard(config.guard, config.guard_limit, names)
         self.outputs: collections.deque = collections.deque()
+        self.batches = Prefetch(read, place, config.prefetch)
         self.clock = (time.perf_counter(), self.step, 0.0)
+
+    def close(self) -> None:
+        """Stop reading."""
+        self.batches.close()
+
+    def try_out(self) -> None:
+        """One batch to train on and one held-out batch, before anything is written.
+
+        Raises:
+          ConfigError: if model, task and data do not fit together, or `checkpoint.metric` is no
+            metric of theirs.
+        """
+        program, config = self.program, self.config
+        self.first = next(self.batches)
+        check_all_labels(config.task, program.networks, config.data, self.predicted)
+        with fitting("The model, the task and the training data"):
+            program.trace(self.first)
+        if len(config.data.eval) == 0:
+            raise DataError(f"{config.data.eval!r} has no examples to evaluate on.")
+        batches = program.held_out(config.data)
+        with contextlib.closing(batches), fitting("The model, the task and the held-out data"):
+            found = program.fetch(program.eval_step(self.state.variables(), next(batches)))
+        metric = config.checkpoint.metric
+        if metric is not None and metric not in found and not config.evaluators:
+            raise ConfigError(
+                f"checkpoint.metric is {metric!r}; the metrics of this task are "
+                f"{', '.join(sorted(found))}."
+            )
 
     def run_to_end(self) -> Result:
         """The loop itself."""
         config, started = self.config, time.perf_counter()
         self.logbook.start(self.step)
         with ExitStack() as stack:
+            self.checkpoints.open()
             stack.callback(self.checkpoints.close)
-            self.batches = Prefetch(self.iterator, self.program.place, config.prefetch)
-            stack.callback(self.batches.close)
             profile = None
             if self.profile and distributed.is_first():
                 profile = Profile(self.run / "profile", self.step, self.logbook.say)
                 stack.callback(lambda: profile.stop(self.step))
-            asked_to_stop = stack.enter_context(stop_signals())
+            asked_to_stop = stack.enter_context(stop_signals(self))
             self.clock = (time.perf_counter(), self.step, 0.0)
+            if self.missed_evaluation():
+                self.evaluate()
             while self.step < config.num_steps:
+                with self.saving_first():
+                    batch, self.first = self.first or next(self.batches), None
                 with profile.step(self.step, self.state) if profile else nullcontext():
-                    self.state, output = self.program.step(self.state, next(self.batches))
+                    self.state, output = self.program.step(self.state, batch)
                 self.step += 1
                 self.outputs.append((self.step, output))
-                self.look(LAG)
-                if due(self.step, config.eval_every, config.num_steps):
-                    self.evaluate()
+                with self.saving_first():
+                    self.look(LAG)
+                    stop = asked_to_stop(self.step)
+                    evaluates = due(self.step, config.eval_every, config.num_steps)
+                    if evaluates or stop or due(
+                        self.step, config.checkpoint.every, config.num_steps
+                    ):  # fmt: skip
+                        self.look(0)
                 if due(self.step, config.checkpoint.every, config.num_steps):
                     self.save()
-                if asked_to_stop(self.step) and self.step < config.num_steps:
-                    self.save()
-                    self.checkpoints.wait()
-                    self.logbook.picture()
-                    raise Stopped(
-                        f"Stopped and saved at step {self.step} of {config.num_steps}; give the "
-                        f"same command with --workdir {self.run} to continue."
-                    )
+                if evaluates and not stop:
+                    self.evaluate()
+                if stop and (self.step < config.num_steps or evaluates):
+                    self.stop()
             if not self.evaluated:
                 self.evaluate()
+            self.test()
         self.logbook.picture()
         self.logbook.close()
         self.logbook.table(time.perf_counter() - started)
         return Result(self.evaluated, self.program.to_global(self.state), self.run)
+
+    def stop(self) -> None:
+        """Save, and end as asked.
+
+        Raises:
+          Stopped: always.
+        """
+        self.save()
+        self.checkpoints.wait()
+        self.logbook.picture()
+        raise Stopped(
+            f"Stopped and saved at step {self.step} of {self.config.num_steps}; give the "
+            f"same command with --workdir {self.run} to continue."
+        )
+
+    @contextmanager
+    def saving_first(self) -> Iterator[None]:
+        """Saves the state before an error inside ends the run: the state is that of good steps."""
+        try:
+            yield
+        except Exception as error:
+            alone = jax.process_count() == 1 or isinstance(error, NonFiniteError)
+            if self.step < 1 or not alone or isinstance(error, StorageError | Stopped):
+                raise
+            self.outputs.clear()
+            self.save()
+            self.checkpoints.wait()
+            if not isinstance(error, TrainingError):
+                self.logbook.say(f"Step {self.step} is saved.")
+                raise
+            raise type(error)(
+                f"{error} Step {self.step} is saved, and the same command goes on from there."
+            ) from error
+
+    def missed_evaluation(self) -> bool:
+        """Whether the run was ended between saving this step and its evaluation."""
+        missed = 0 < self.step < self.config.num_steps and due(
+            self.step, self.config.eval_every, self.config.num_steps
+        ) and not any(
+            row["step"] == self.step and any(name.startswith("eval/") for name in row)
+            for row in self.logbook.rows
+        )  # fmt: skip
+        return bool(together.from_first(int(missed)))
 
     # ------------------------------------------------------------------------ parts of a step
 
@@ -199,17 +333,61 @@ class Loop:
         self.logbook.progress(step, {"train/loss": first_loss(means), **timing})
 
     def evaluate(self) -> None:
-        """Measure the held-out examples, every one once, and run the evaluators that are due."""
-        self.look(0)
-        started = time.perf_counter()
-        self.evaluated = self.program.evaluate(self.state.variables())
-        self.evaluated |= self.run_evaluators()
+        """Measure the held-out examples, every one once, and run the evaluators that are due.
+
+        Raises:
+          Stopped: if that is asked for meanwhile.
+        """
+        with self.saving_first(), self.halts():
+            self.look(0)
+            started = time.perf_counter()
+            self.evaluated = self.program.evaluate(self.state.variables(), each=self.halt)
+            self.evaluated |= self.run_evaluators()
         self.logbook.row(self.step, {f"eval/{k}": v for k, v in self.evaluated.items()})
         shown = "  ".join(f"{k} {v:.4f}" for k, v in self.evaluated.items())
         self.logbook.say(f"step {self.step}  held out: {shown}")
         lost = time.perf_counter() - started
         self.clock = (self.clock[0] + lost, *self.clock[1:])
         self.evaluated_at = self.step
+        if self.saved == self.step:
+            self.checkpoints.score(self.step, self.evaluated)
+        metric = self.config.best[0]
+        if self.config.checkpoint.metric and metric not in self.evaluated:
+            self.logbook.say(
+                f"WARNING: there is no metric {metric!r} at this step, by which the best "
+                "checkpoint would be kept.", style="bold red",
+            )  # fmt: skip
+
+    def test(self) -> None:
+        """Measure the examples of `data.test`, by which nothing is chosen, with the last state."""
+        data = self.config.data
+        if data.test is None:
+            return
+        with self.saving_first(), self.halts():
+            other = dataclasses.replace(data, eval=data.test, test=None)
+            found = self.program.evaluate(self.state.variables(), other, each=self.halt)
+        found = {f"test/{name}": value for name, value in found.items()}
+        self.logbook.row(self.step, found)
+        self.logbook.say("test: " + "  ".join(f"{k[5:]} {v:.4f}" for k, v in found.items()))
+        self.evaluated |= found
+
+    def halt(self) -> None:
+        """Between batches of an evaluation: stop if that was asked for."""
+        if self.halting and self.noted and not distributed.several():
+            self.halting = False
+            raise Halt
+
+    @contextmanager
+    def halts(self) -> Iterator[None]:
+        """Inside, a signal to stop takes effect at once."""
+        self.halting = True
+        try:
+            yield
+        except Halt:
+            self.halting = False
+            self.stop()
+        finally:
+            self.halting = False
 
     def run_evaluators(self) -> dict[str, float]:
         """What the evaluators say that are due at this step; of several processes none is run."""
@@ -221,22 +399,26 @@ class Loop:
         variables = self.program.to_global(self.state).variables()
         found: dict[str, float] = {}
         for evaluator in wanted:
-            found |= evaluator.run(self.program, variables, self.config.data, self.run)
+            with fitting(type(evaluator).__name__ + " and what it measures"):
+                found |= evaluator.run(self.program, variables, self.config.data, self.run)
         return found
 
     def save(self) -> None:
         """Start to write a checkpoint of this step."""
-        self.look(0)
         if self.step == self.saved:
             return
+        # batches that were given and not yet used are read again
+        used = self.batches.count - (self.first is not None)
         extra = {
-            "iterator": self.batches.state,
+            "examples": self.begun_with + used * self.config.data.batch_size,
             "window": self.window,
             "config": configs.to_json(self.config),
+            "facts": facts(self.config.data.train),
         }
-        fresh = self.evaluated_at == self.step
         parts = self.program.to_global(self.state).to_parts()
-        self.checkpoints.save(self.step, parts, extra, self.evaluated if fresh else None)
+        self.checkpoints.save(self.step, parts, extra)
+        if self.evaluated_at == self.step:
+            self.checkpoints.score(self.step, self.evaluated)
         self.saved = self.step
 
     def restore(self) -> tuple[State, dict[str, Any]] | None:
@@ -276,12 +458,34 @@ def due(step: int, every: int, num_steps: int) -> bool:
     return step == num_steps or (every > 0 and step % every == 0)
 
 
+def jump(before: Any, config: TrainConfig, step: int) -> str | None:
+    """What the learning rate does where a run goes on with another schedule, if it leaps."""
+    if not isinstance(before, dict):
+        return None
+    try:
+        old = configs.from_json({"steps": before["num_steps"], "optimizer": before["optimizer"]})
+    except (KeyError, TypeError, TrainingError):
+        return None
+    old_optimizer, new_optimizer = old["optimizer"], config.optimizer
+    if isinstance(new_optimizer, dict) or not isinstance(old_optimizer, type(new_optimizer)):
+        return None
+    last = float(make_schedule(old_optimizer, old["steps"])(max(step - 1, 0)))
+    rate = float(make_schedule(new_optimizer, config.num_steps)(step))
+    if (rate <= 1.5 * last and last <= 1.5 * max(rate, 1e-12)) or step >= config.num_steps:
+        return None
+    return (
+        f"The learning rate goes from {last:.3g} to {rate:.3g} here: the schedule "
+        f"({new_optimizer.schedule}) now spans {config.num_steps} steps."
+    )
+
+
 @contextmanager
-def stop_signals() -> Iterator[Callable[[int], bool]]:
+def stop_signals(loop: Loop) -> Iterator[Callable[[int], bool]]:
     """While inside, SIGTERM and SIGINT are noted (a second SIGINT interrupts at once).
 
     What is given says whether to stop after a step. Of several processes all must ask after every
-    step: JAX, whose signal handler then serves SIGTERM, lets them agree on one.
+    step: JAX, whose signal handler then serves SIGTERM, lets them agree on one. One process alone
+    also stops in the middle of an evaluation, which changes nothing.
     """
     noted: list[int] = []
     several = distributed.several()
@@ -290,8 +494,12 @@ def stop_signals() -> Iterator[Callable[[int], bool]]:
         if number == signal.SIGINT and noted:
             raise KeyboardInterrupt
         noted.append(number)
+        loop.noted = True
         if several:
             os.kill(os.getpid(), signal.SIGTERM)
+        elif loop.halting:
+            loop.halting = False
+            raise Halt
 
     def asked(step: int) -> bool:
         return reached_preemption_sync_point(step) if several else bool(noted)
@@ -307,75 +515,3 @@ def stop_signals() -> Iterator[Callable[[int], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def prepare(run: Path, config: TrainConfig) -> None:
-    """Make the run directory and write the resolved config into it; print what has changed.
-
-    Raises:
-      StorageError: if this process sees another directory than the first.
-    """
-    if not distributed.is_first():
-        sync_global_devices("prepared")
-        if not (run / "config.json").exists():
-            raise StorageError(
-                f"{run} is not what the first process sees under that name; give a --workdir on a "
-                "file system that all processes share."
-            )
-        return
-    run.mkdir(parents=True, exist_ok=True)
-    path = run / "config.json"
-    if path.exists():
-        try:
-            before = json.loads(path.read_text())
-        except ValueError:
-            before = {}
-        for line in configs.differences(before, configs.to_json(config)):
-            print(f"Changed since this run began: {line}")
-    configs.save(config, path)
-    sync_global_devices("prepared")
-
-
-@contextmanager
-def storage(run: Path) -> Iterator[None]:
-    """What the file system refuses, to this thread or one that writes for it, as one sentence."""
-    refused: list[OSError] = []
-    hook = threading.excepthook
-
-    def note(what: Any) -> None:
-        if isinstance(what.exc_value, OSError) and what.exc_value.errno:
-            refused.append(what.exc_value)
-        else:
-            hook(what)
-
-    threading.excepthook = note
-    try:
-        yield
-        if refused:
-            raise refused[0]
-    except TrainingError:
-        raise
-    except OSError as error:
-        error = error if error.errno or not refused else refused[0]
-        if error.errno is None:
-            raise
-        where = error.filename or run
-        raise StorageError(
-            f"Cannot write to {where}: {cause(error)}; choose another --workdir or make room."
-        ) from error
-    finally:
-        threading.excepthook = hook
-
-
-def use_compilation_cache(folder: str | None) -> None:
-    """Keep compiled programs in a folder (JAX_COMPILATION_CACHE_DIR, if set, goes first)."""
-    if folder is None or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        return
-    path = Path(folder).expanduser()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError:  # nowhere to keep them: compile each time
-        return
-    if os.access(path, os.W_OK):
-        jax.config.update("jax_compilation_cache_dir", str(path))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

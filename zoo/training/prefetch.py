@@ -1,4 +1,4 @@
-"""Batches made ready by a thread, each with the iterator's state after it."""
+"""Batches made ready by a thread, and how many of them were given."""
 
 import queue
 import threading
@@ -10,37 +10,36 @@ from typing import Any
 class Prefetch:
     """Reads ahead of the training loop.
 
-    `next()` gives a placed batch; `state` is then the iterator's state as if nothing had been read
-    ahead, which is what a checkpoint must hold.
+    `next()` gives a placed batch. What a checkpoint holds of it is `count`, which does not know of
+    batches that were only read ahead.
 
     Attributes:
-      state: of the iterator after the last batch that `next` gave.
+      count: batches that `next` gave.
       waited: seconds that `next` has waited in all.
     """
 
-    def __init__(self, iterator: Any, place: Callable[[Any], Any], depth: int) -> None:
+    def __init__(self, read: Callable[[], Any], place: Callable[[Any], Any], depth: int) -> None:
         """Start to read.
 
         Args:
-          iterator: with `__next__` and `get_state`.
+          read: gives the next batch.
           place: what makes a batch ready, e.g. copies it to the devices.
           depth: how many batches wait at most.
         """
-        self.state = iterator.get_state()
+        self.count = 0
         self.waited = 0.0
         self._queue: queue.Queue = queue.Queue(depth)
         self._stop = threading.Event()
-        self._iterator, self._place = iterator, place
+        self._read_one, self._place = read, place
         self._thread = threading.Thread(target=self._read, name="prefetch", daemon=True)
         self._thread.start()
 
     def _read(self) -> None:
         try:
             while not self._stop.is_set():
-                item = (self._place(next(self._iterator)), self._iterator.get_state(), None)
-                self._put(item)
+                self._put((self._place(self._read_one()), None))
         except BaseException as error:  # raised again where the batch is asked for
-            self._put((None, None, error))
+            self._put((None, error))
 
     def _put(self, item: Any) -> None:
         while not self._stop.is_set():
@@ -54,11 +53,11 @@ class Prefetch:
 
     def __next__(self) -> Any:
         start = time.perf_counter()
-        batch, state, error = self._queue.get()
+        batch, error = self._queue.get()
         self.waited += time.perf_counter() - start
         if error is not None:
             raise error
-        self.state = state
+        self.count += 1
         return batch
 
     def close(self) -> None:

@@ -10,13 +10,14 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.errors import FlaxError
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import zoo
@@ -24,6 +25,7 @@ from zoo.errors import ConfigError
 from zoo.methods.method import adapt_all, wrap_all
 from zoo.tasks.task import Networks, joined, of_network
 from zoo.training import groups, partition
+from zoo.training.checks import checked, reading
 from zoo.training.config import Model, Optimizer, TrainConfig, resolve
 from zoo.training.offload import leaf_by_leaf, on_host
 from zoo.training.optimizer import make_optimizer, make_schedule, rate_factors
@@ -334,18 +336,35 @@ class Program:
             }
         return self.place(batch)
 
+    def trace(self, batch: Any) -> None:
+        """Trace the training step for a placed batch, without compiling it."""
+        self.train_step.eval_shape(self.abstract, batch)
+
     def step(self, state: State, batch: Any) -> tuple[State, Any]:
         """One training step; the state given is used up."""
         return self.train_step(state, batch)
 
-    def evaluate(self, variables: Mapping[str, Any]) -> dict[str, float]:
-        """Metrics over all held-out examples, every one once."""
-        from zoo.data import eval_batches
+    def evaluate(
+        self,
+        variables: Mapping[str, Any],
+        data: Any = None,
+        each: Callable[[], None] = lambda: None,
+    ) -> dict[str, float]:
+        """Metrics over all held-out examples (of the config, or of other data), every one once.
 
-        outputs = [
-            self.eval_step(variables, self.place_padded(batch))
-            for batch in eval_batches(self.config.data, *self.share())
-        ]
+        Args:
+          variables: of the networks.
+          data: None: that of the config.
+          each: called before each batch; it may raise.
+
+        Raises:
+          DataError: for an example that cannot be read or does not fit.
+        """
+        data = self.config.data if data is None else data
+        outputs = []
+        for batch in self.held_out(data):
+            each()
+            outputs.append(self.eval_step(variables, batch))
         sums: dict[str, list[float]] = {}
         for output in outputs:
             for name, mean in self.fetch(output).items():
@@ -353,6 +372,39 @@ class Program:
                 total[0] += float(mean.total)
                 total[1] += float(mean.count)
         return {name: total / max(count, 1.0) for name, (total, count) in sums.items()}
+
+    def held_out(self, data: Any) -> Iterator[Any]:
+        """Batches of held-out examples, checked and placed."""
+        from zoo.data import eval_batches
+
+        batches = eval_batches(data, *self.share())
+        check = None
+        with contextlib.closing(batches):
+            while True:
+                with reading("a held-out example"):
+                    batch = next(batches, None)
+                if batch is None:
+                    return
+                if check is None:
+                    check, _ = self.check(batch, "data.eval")
+                yield self.place_padded(check(batch))
+
+    def check(self, batch: Batch, what: str) -> tuple[Any, dict[str, Any]]:
+        """What refuses batches that do not fit, on the host, and the shapes of predictions."""
+        first = checked(self.task, self.networks, {}, what)(batch)
+        outputs = self.predicted(first)
+        return checked(self.task, self.networks, outputs, what), outputs
+
+    def predicted(self, batch: Batch) -> dict[str, Any]:
+        """Shapes of what the task predicts; empty where it predicts nothing of such a batch."""
+        variables = self.abstract.variables(averaged=False)
+        shapes = {name: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype)
+                  for name, x in batch.items()}  # fmt: skip
+        try:
+            with self.context():
+                return dict(jax.eval_shape(self.predict, variables, shapes))
+        except (NotImplementedError, ValueError, TypeError, LookupError, FlaxError):
+            return {}  # what is wrong is said where the metrics are traced
 
     @functools.cached_property
     def predict(self) -> Any:
@@ -418,6 +470,9 @@ class PmapProgram(Program):
         self._first = jax.pmap(self._init, **options)
         self._first_with = jax.pmap(self._begin, **options)
         self._copy = jax.pmap(lambda x: x, **options)
+
+    def trace(self, batch: Any) -> None:
+        """Not done ahead: what does not fit is said when the first step is compiled."""
 
     def context(self) -> contextlib.AbstractContextManager:
         """No mesh: each replica is a program of its own."""

@@ -9,10 +9,16 @@ import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import zoo
+from zoo import registry
+from zoo.checkpoints import rules
+from zoo.checkpoints.runs import is_run, load_run
 from zoo.errors import ConfigError
+from zoo.methods.method import wrap_all
+from zoo.system import of as system_of
+from zoo.tasks.apply import zeros_like_inputs
 from zoo.tasks.task import Task, joined
-from zoo.training.config import Model
-from zoo.training.program import METHODS, Program
+from zoo.training.config import Model, from_json
+from zoo.training.program import METHODS, Program, build_model
 from zoo.training.state import State
 
 
@@ -101,16 +107,18 @@ def _variables(program: Program, name: str, model: Model, rng: jax.Array) -> dic
     if model.checkpoint is None:
         task = program.task if name == "" else Task()
         return jax.jit(lambda rng: task.init(network, rng))(rng)
-    if ":" in model.name:
-        raise ConfigError(
-            f"model.checkpoint goes with a model of the zoo, not with {model.name!r}, for which "
-            "there are no checkpoint rules."
-        )
     source = Path(model.checkpoint).expanduser()
 
     def place(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
         return program.sharding(f"{name}/{path}" if name else path, shape)
 
+    if is_run(source):
+        return _of_run(network, model, source, rng, place)
+    if ":" in model.name:
+        raise ConfigError(
+            f"model.checkpoint is {model.checkpoint!r}, which is no run directory; {model.name!r} "
+            "is no model of the zoo, for which there are no rules to read other files by."
+        )
     try:
         _, variables = zoo.load(
             model.name,
@@ -123,3 +131,75 @@ def _variables(program: Program, name: str, model: Model, rng: jax.Array) -> dic
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"model.checkpoint: {error}") from None
     return variables
+
+
+def _of_run(
+    network: nn.Module, model: Model, source: Path, rng: jax.Array, place: Any
+) -> dict[str, Any]:
+    """What a run has learnt, for this network: leaves of its shapes; with `adapt` others too.
+
+    Of a model of the zoo, what differs in shape is adapted as of a published file (tables of
+    positions are resized, a head of other classes starts afresh); of a network of one's own it
+    starts afresh.
+
+    Raises:
+      ConfigError: if it does not fit and `adapt` is not set.
+    """
+    try:
+        variables, extra = load_run(source, sharding=place)
+    except (FileNotFoundError, ValueError, OSError) as error:
+        raise ConfigError(f"model.checkpoint: {error}") from None
+    base, variables = _merged(extra, variables)
+    found = flatten_dict(variables, sep="/")
+    wanted = flatten_dict(
+        jax.eval_shape(lambda r: network.init(r, **zeros_like_inputs(network)), rng), sep="/"
+    )
+    other = [p for p in found if p in wanted and found[p].shape != wanted[p].shape]
+    missing = [path for path in wanted if path not in found]
+    unused = [path for path in found if path not in wanted]
+    if not (other or missing or unused):
+        return variables
+    said = "; ".join(
+        f"{what} {', '.join(paths[:4])}{' ...' if len(paths) > 4 else ''}"
+        for what, paths in (
+            ("of another shape:", other), ("not in the run:", missing), ("not used:", unused)
+        )
+        if paths
+    )  # fmt: skip
+    if not model.adapt:
+        raise ConfigError(
+            f"model.checkpoint: the run {str(source)!r} is of another network ({said}); set "
+            "--model.adapt to take what fits and begin the rest afresh."
+        )
+    if len(missing) + len(other) == len(wanted):
+        raise ConfigError(f"model.checkpoint: nothing of the run {str(source)!r} fits ({said}).")
+    print(f"From {source}: {len(wanted) - len(missing) - len(other)} leaves are taken; {said}.")
+    if base is not None and ":" not in model.name and system_of(base) is system_of(network):
+        try:
+            return rules.convert(
+                registry.layouts(network), zoo.export(base, variables), network,
+                adapt=True, rng=rng, sharding=place,
+            )  # fmt: skip
+        except ValueError:
+            pass  # the rules do not resize it: begin afresh what differs
+    fresh = jax.jit(lambda r: network.init(r, **zeros_like_inputs(network)))(rng)
+    flat = flatten_dict(dict(fresh), sep="/")
+    fits = {p: x for p, x in found.items() if p in wanted and p not in other}
+    return unflatten_dict({**flat, **fits}, sep="/")
+
+
+def _merged(
+    extra: Mapping[str, Any], variables: dict[str, Any]
+) -> tuple[nn.Module | None, dict[str, Any]]:
+    """The run's network without its methods, and the variables of that."""
+    try:
+        saved = extra["config"]
+        model = from_json(saved["model"])
+        methods = from_json(saved.get("methods", []))
+        base = build_model(model)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None, variables
+    wrapped = wrap_all(base, methods)
+    for method in reversed(methods):
+        wrapped, variables = method.merge(wrapped, variables)
+    return base, variables

@@ -14,12 +14,13 @@ used. Digests are BLAKE2b over the little-endian bytes of each shard in row-majo
 
 from zoo.checkpoints.runs.checkpointer import Checkpoints
 from zoo.checkpoints.runs.disk import read_manifest, set_aside, steps_of, verify_files, versions
-from zoo.checkpoints.runs.reading import load_run, load_variables, run_folder, saved_extra
+from zoo.checkpoints.runs.reading import is_run, load_run, load_variables, run_folder, saved_extra
 from zoo.checkpoints.runs.storage import cause
 
 __all__ = [
     "Checkpoints",
     "cause",
+    "is_run",
     "load_run",
     "load_variables",
     "read_manifest",

@@ -3,6 +3,8 @@
 import concurrent.futures
 import contextlib
 import errno
+import functools
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -19,11 +21,13 @@ from zoo.checkpoints.runs.arrays import Parts, digests, load_matching
 from zoo.checkpoints.runs.disk import (
     Json,
     read_manifest,
+    read_scores,
     set_aside,
     steps_of,
     verify_files,
     versions,
     write_files,
+    write_scores,
 )
 from zoo.checkpoints.runs.fit import check_shapes
 from zoo.checkpoints.runs.storage import cause, quiet
@@ -60,32 +64,34 @@ class Checkpoints:
           mode: `max` or `min`.
           say: see the class.
         """
-        from orbax.checkpoint import v1 as ocp
-
         self.run, self.say = Path(run).resolve(), say
+        self.keep, self.keep_best, self.metric, self.mode = keep, keep_best, metric, mode
+        self._scores = read_scores(self.run, metric, mode)
         together.off_the_devices()
-        policies: list = [ocp.training.preservation_policies.LatestN(keep)]
-        if keep_best:
-            policies.append(
-                ocp.training.preservation_policies.BestN(
-                    get_metric_fn=lambda metrics: metrics[metric],
-                    reverse=mode == "min",
-                    n=keep_best,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
-        self.metric = metric
-        self._orbax = ocp.training.Checkpointer(
-            self.run / "checkpoints",
-            preservation_policy=ocp.training.preservation_policies.AnyPreservationPolicy(policies),
-            save_decision_policy=ocp.training.save_decision_policies.AnySavePolicy([]),
-            cleanup_tmp_directories=True,
-        )
-        together.off_the_preemption_protocol(self._orbax)
         self._worker = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple[int, concurrent.futures.Future] | None = None
         self._failed = False
         self._copy: Parts = {}
+
+    @functools.cached_property
+    def _orbax(self) -> Any:
+        """Orbax's checkpointer, which makes the folder; nothing is written before it is asked."""
+        from orbax.checkpoint import v1 as ocp
+
+        for left in (self.run / "checkpoints").glob("*.removed"):
+            shutil.rmtree(left, ignore_errors=True)
+        orbax = ocp.training.Checkpointer(
+            self.run / "checkpoints",
+            preservation_policy=ocp.training.preservation_policies.PreserveAll(),
+            save_decision_policy=ocp.training.save_decision_policies.AnySavePolicy([]),
+            cleanup_tmp_directories=True,
+        )
+        together.off_the_preemption_protocol(orbax)
+        return orbax
+
+    def open(self) -> None:
+        """Make the folder; each process of a run calls it from the thread that trains."""
+        self._orbax  # noqa: B018 (made when it is first asked for)
 
     # ------------------------------------------------------------------------ writing
 
@@ -106,18 +112,40 @@ class Checkpoints:
           StorageError: if the step before could not be written.
         """
         self.wait()
+        self.open()
         parts = {name: tree for name, tree in parts.items() if jax.tree.leaves(tree)}
         if jax.process_count() == 1:
             parts = self._copy = _host_copy(parts, self._copy)
         else:
             parts = jax.tree.map(jax.numpy.copy, parts)
         extra = {"step": step, "parts": sorted(parts), "versions": versions(), **extra}
-        metrics = metrics or {}
-        score = {self.metric: float(metrics[self.metric])} if self.metric in metrics else {}
-        job = self._worker.submit(self._write, step, parts, extra, score)
-        self._pending = (step, job)
+        self._pending = (step, self._worker.submit(self._write, step, parts, extra))
+        self.score(step, metrics or {})
 
-    def _write(self, step: int, parts: Parts, extra: Mapping, score: Mapping) -> None:
+    def score(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Note what an evaluation said of a step, by which the best are kept.
+
+        Args:
+          step: its number; it need not be written yet.
+          metrics: one of them is the metric by which steps are compared, or none.
+        """
+        value = float(metrics.get(self.metric, math.nan))
+        if math.isfinite(value):
+            self._scores[step] = value
+            self._worker.submit(self._remove_others)
+
+    def best(self) -> int | None:
+        """The step with the best score that is known."""
+        ranked = self._ranked()
+        return ranked[0] if ranked else None
+
+    def _ranked(self) -> list[int]:
+        """Steps with a score, the best first; of equal ones the later."""
+        sign = 1 if self.mode == "max" else -1
+        scores = dict(self._scores)
+        return sorted(scores, key=lambda step: (sign * scores[step], step), reverse=True)
+
+    def _write(self, step: int, parts: Parts, extra: Mapping) -> None:
         manifest = {"step": step, "leaves": digests(parts)}
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(parts)) + MARGIN
         if shutil.disk_usage(self.run).free < needed:
@@ -127,10 +155,25 @@ class Checkpoints:
                 step,
                 {**parts, "extra": Json(extra, False), "manifest": Json(manifest, True)},
                 force=True,
-                metrics=dict(score) or None,
             )
         if jax.process_index() == 0:
             write_files(self.run / "checkpoints" / str(step))
+        self._remove_others()
+
+    def _remove_others(self) -> None:
+        """Remove steps that are neither among the latest nor among the best; the first does."""
+        if jax.process_index() != 0:
+            return
+        steps = self.steps()
+        best = [step for step in self._ranked() if step in steps][: self.keep_best]
+        kept = {*steps[-self.keep :], *best}
+        for step in steps:
+            if step not in kept:
+                folder = self.run / "checkpoints" / str(step)
+                os.replace(folder, folder.with_name(f"{step}.removed"))
+                shutil.rmtree(folder.with_name(f"{step}.removed"), ignore_errors=True)
+        if self._scores:
+            write_scores(self.run, self.metric, self.mode, self._scores)
 
     def wait(self) -> None:
         """Return when nothing is being written.
@@ -160,8 +203,9 @@ class Checkpoints:
             self.wait()
         finally:
             self._worker.shutdown()
-            with quiet(), contextlib.suppress(*[Exception] * self._failed):  # it has been said
-                self._orbax.close()
+            if "_orbax" in vars(self):
+                with quiet(), contextlib.suppress(*[Exception] * self._failed):  # it has been said
+                    self._orbax.close()
 
     # ------------------------------------------------------------------------ reading
 
@@ -199,7 +243,8 @@ class Checkpoints:
                     aside = set_aside(folder)
                     self.say(f"{error} It was moved to {aside}; the step before it is used.")
                 together.from_first(0)  # the others go on when it is moved
-                self._orbax.reload()
+                if "_orbax" in vars(self):
+                    self._orbax.reload()
                 continue
             if said := found.sentence():
                 self.say(f"Step {step}: {said}")

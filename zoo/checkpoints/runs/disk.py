@@ -14,6 +14,7 @@ from zoo.checkpoints.runs.storage import cause
 from zoo.errors import CheckpointBroken
 
 FILES = "FILES.json"
+SCORES = "scores.json"
 PACKAGES = ("flax-zoo", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -141,6 +142,26 @@ def write_files(folder: Path) -> None:
 def _file_digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=20)).hexdigest()
+
+
+def read_scores(run: Path, metric: str, mode: str) -> dict[int, float]:
+    """What is known of steps by this metric: `run/scores.json`."""
+    try:
+        known = json.loads((run / SCORES).read_text())
+        if (known["metric"], known["mode"]) == (metric, mode):
+            return {int(step): float(value) for step, value in known["steps"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return {}
+
+
+def write_scores(run: Path, metric: str, mode: str, scores: Mapping[int, float]) -> None:
+    """Write what `read_scores` reads, of steps that are still there."""
+    there = steps_of(run / "checkpoints")
+    steps = {str(step): scores[step] for step in sorted(scores) if step in there}
+    draft = run / f"{SCORES}.tmp"
+    draft.write_text(json.dumps({"metric": metric, "mode": mode, "steps": steps}, indent=1))
+    os.replace(draft, run / SCORES)
 
 
 def step_folders(source: Path, step: int | None) -> list[Path]:

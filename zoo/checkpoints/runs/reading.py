@@ -87,6 +87,18 @@ def run_folder(source: str | os.PathLike) -> Path:
     return folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
 
 
+def is_run(source: str | os.PathLike) -> bool:
+    """Whether a path is a run directory, its `checkpoints`, or one step of it."""
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        return False
+    try:
+        step_folders(path.resolve(), None)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def _variables(folder: Path, extra: Mapping, model: Any, sharding: Any, averaged: bool) -> dict:
     leaves = read_manifest(folder)
     params = "ema" if averaged and "ema" in extra["parts"] else "params"

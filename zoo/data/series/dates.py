@@ -72,35 +72,53 @@ def calendar(dates: np.ndarray, frequency: str = "h") -> np.ndarray:
 TIME_FEATURES = {"features": time_features, "calendar": calendar}
 
 
-def parse_dates(texts: list[str], date_format: str | None = None) -> np.ndarray:
-    """Texts as `datetime64[s]`; see `DATE_FORMATS`.
+def parse_dates(
+    texts: list[str], date_format: str | None = None, lines: np.ndarray | None = None
+) -> np.ndarray:
+    """Texts as `datetime64[s]`; see `DATE_FORMATS`. Those with a time zone are taken to UTC.
+
+    Args:
+      texts: of dates.
+      date_format: as `strptime` takes it, or `s` and `ms` for Unix time.
+      lines: numbers of their lines, for messages; None: they begin in the second.
 
     Raises:
       ValueError: naming the first that is no date, and its line.
     """
-
-    def parser(text: str) -> Callable[[str], datetime.datetime]:
-        """Of the first text: all are written alike."""
-        formats = DATE_FORMATS if date_format is None else (date_format,)
-        choices = [lambda t, f=f: datetime.datetime.strptime(t, f) for f in formats]
-        if date_format is None:
-            choices.insert(0, datetime.datetime.fromisoformat)
-        for choice in choices:
-            try:
-                choice(text)
-            except ValueError:
-                continue
-            return choice
-        return choices[0]
-
-    parse, dates = parser(texts[0]), []
+    if date_format in ("s", "ms"):
+        choices = [lambda t: _unix(float(t) / (1000 if date_format == "ms" else 1))]
+    elif date_format is not None:
+        choices = [lambda t: datetime.datetime.strptime(t, date_format)]
+    else:
+        choices = [lambda t, f=f: datetime.datetime.strptime(t, f) for f in DATE_FORMATS]
+        choices.insert(0, datetime.datetime.fromisoformat)
+    parse = next((c for c in choices if _parses(c, texts[0])), choices[0])  # all are written alike
+    dates = []
     for i, text in enumerate(texts):
         try:
-            dates.append(parse(text).replace(tzinfo=None))
-        except ValueError:
+            date = parse(text)
+            if date.tzinfo is not None:
+                date = date.astimezone(datetime.UTC).replace(tzinfo=None)
+            dates.append(date)
+        except (ValueError, OverflowError, OSError):
+            hint = "as strptime takes it, such as '%d.%m.%Y %H:%M'"
+            if text.isdecimal() and len(text) in (10, 13):
+                hint = f"{'s' if len(text) == 10 else 'ms'!r} for Unix time"
             raise ValueError(
-                f"Line {i + 2} has {text!r}, which is no date"
-                f"{f' of the form {date_format!r}' if date_format else ''}; give date_format= as "
-                "strptime takes it, such as '%d.%m.%Y %H:%M'."
+                f"Line {i + 2 if lines is None else lines[i]} has {text!r}, which is no date"
+                f"{f' of the form {date_format!r}' if date_format else ''}; give date_format= "
+                f"{hint}."
             ) from None
     return np.array(dates, "datetime64[s]")
+
+
+def _unix(seconds: float) -> datetime.datetime:
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+
+
+def _parses(parse: Callable[[str], datetime.datetime], text: str) -> bool:
+    try:
+        parse(text)
+    except (ValueError, OverflowError, OSError):
+        return False
+    return True

@@ -39,7 +39,8 @@ def benchmark(name: str, path: str | Path, **fields: Any) -> Table:
     file, official = BENCHMARKS[name]
     path = Path(path)
     path = path / file if path.is_dir() else path
-    return Table(str(path), **({"target": "OT"} | official | fields))
+    as_it_is = {"order": "keep", "repeats": "keep", "gaps": "keep"}
+    return Table(str(path), **({"target": "OT"} | as_it_is | official | fields))
 
 
 def packaged(package: str, requirement: str, member: str) -> str:
@@ -66,7 +67,7 @@ def network_traffic() -> Table:
     """
     path = packaged("hyperts", "hyperts==0.2.2", "datasets/network_traffic_forecast.csv")
     columns = tuple(f"Var_{i}" for i in range(1, 7))
-    return Table(path, "TimeStamp", columns, fill_gaps=True)
+    return Table(path, "TimeStamp", columns, fill_gaps=True, gaps="keep")
 
 
 def machine_temperature() -> Table:
@@ -77,4 +78,5 @@ def machine_temperature() -> Table:
     """
     path = packaged("hyperts", "hyperts==0.2.2", "datasets/realKnownCause.csv")
     splits = (2000, 0, 20_683)
-    return Table(path, "timestamp", ("value",), labels="anomaly", splits=splits, frequency="t")
+    fields = dict(labels="anomaly", splits=splits, frequency="t")
+    return Table(path, "timestamp", ("value",), repeats="keep", gaps="keep", **fields)

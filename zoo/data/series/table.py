@@ -1,23 +1,33 @@
-"""A table of a series: rows of numbers in the order of time, their splits and their scale."""
+"""A table of a series: rows of numbers in the order of time, their splits and their scale.
 
-import csv
+    table = Table("load.csv", date="time")
+    windows = functools.partial(Windows, table, context_length=96, horizon=24)
+    data = Data(windows("train"), windows("val"), test=windows("test"), batch_size=32)
+
+`zoo predict RUN load.csv` then gives the 24 hours after the last row, in the units of the file.
+"""
+
 import functools
-import io
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
+from zoo.data.series.csv_file import CsvFile
 from zoo.data.series.dates import FREQUENCIES, parse_dates
 
 SPLITS = ("train", "val", "test")
+MONDAY = np.datetime64("1970-01-05")  # from which business days are counted
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of numbers in the order of time, from a CSV file (also inside a .zip).
+    """Rows of numbers in the order of time, from a CSV file (also inside a .zip, or a .gz).
+
+    A step is a row, so that rows must follow each other evenly. Rows out of order, several rows of
+    one date and missing dates are refused, with their line, until a field says what to do.
 
     Attributes:
       path: the file.
@@ -25,12 +35,24 @@ class Table:
       columns: which others to read, in this order; None: all. The univariate case is one.
       target: the column to put last, as Time-Series-Library does; None: the order stays.
       labels: a column that is 1 where a row is anomalous and 0 elsewhere; it is no variate.
-      delimiter: between cells.
-      date_format: as `strptime` takes it; None: ISO 8601, or year/month/day.
-      fill_gaps: put the value before into empty cells, which are refused otherwise.
+      delimiter: between cells; None: as the header shows.
+      date_format: as `strptime` takes it, or `s` and `ms` for Unix time; None: ISO 8601, or
+        year/month/day. Dates with a time zone are taken to UTC.
+      fill_gaps: put the value before into empty cells (at the beginning the first that comes),
+        which are refused otherwise.
       splits: rows for training, validation and test; or shares that sum to 1, rounded as
         Time-Series-Library rounds them. Rows past the last split are not used.
       frequency: of the time features, a key of `FREQUENCIES`.
+      decimal: mark of fractions; None: as the cells show.
+      encoding: of the file; None: as its bytes show.
+      order: of rows that are not in the order of time: `refuse`, `sort`, or `keep` as they are.
+      repeats: several rows of one date: `refuse`, take the `first`, the `last`, their `mean`, or
+        `keep` each as a step.
+      gaps: dates that are missing: `refuse`, `fill` rows in between, on a straight line, or `keep`
+        the rows as steps.
+      series: a column that names one of several series in the file: each becomes variates of its
+        own, `value name`, side by side. Dates that one of them lacks are empty cells.
+      only: names of the series to read; None: all.
 
     Raises:
       FileNotFoundError: if there is no such file.
@@ -42,11 +64,18 @@ class Table:
     columns: tuple[str, ...] | None = None
     target: str | None = None
     labels: str | None = None
-    delimiter: str = ","
+    delimiter: str | None = None
     date_format: str | None = None
     fill_gaps: bool = False
     splits: tuple[float, float, float] = (0.7, 0.1, 0.2)
     frequency: str = "h"
+    decimal: Literal[".", ","] | None = None
+    encoding: str | None = None
+    order: Literal["refuse", "sort", "keep"] = "refuse"
+    repeats: Literal["refuse", "first", "last", "mean", "keep"] = "refuse"
+    gaps: Literal["refuse", "fill", "keep"] = "refuse"
+    series: str | None = None
+    only: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.frequency not in FREQUENCIES:
@@ -56,46 +85,219 @@ class Table:
             )
 
     @functools.cached_property
-    def _contents(self) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, np.ndarray | None]:
-        """Names, dates, values and labels."""
-        rows = _read_csv(Path(self.path), self.delimiter)
-        header = next(rows, [])
-        chosen = self.columns or tuple(c for c in header if c not in (self.date, self.labels))
+    def _contents(
+        self,
+    ) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]:
+        """Names, dates, values, labels, and which values were not in the file."""
+        file = CsvFile(self.path, self.delimiter, self.decimal, self.encoding)
+        chosen = self._chosen(file)
+        wanted = [*chosen, *([self.labels] if self.labels else [])]
+        dates, values, lines, names = self._read(file, wanted)
+        if self.series is not None:
+            dates, values, lines, chosen = self._side_by_side(dates, values, lines, names, chosen)
+            wanted = list(chosen)
+        else:
+            dates, values, lines = self._in_time(dates, values, lines)
+        before, holes = dates, ~np.isfinite(values)
+        values = self._filled(values, lines, wanted)
+        dates, values = self._even(dates, values, lines)
+        if len(dates) > len(before):
+            own, holes = holes, np.ones(values.shape, bool)
+            holes[np.searchsorted(dates, before)] = own
+        labels = values[:, -1] != 0 if self.labels else None
+        count = len(chosen)
+        return tuple(chosen), dates, values[:, :count], labels, holes[:, :count]
+
+    def _chosen(self, file: CsvFile) -> tuple[str, ...]:
+        """The columns that are variates."""
+        header, path = file.header, str(self.path)
+        named = [self.date, *(n for n in (self.labels, self.series, self.target) if n)]
+        for name in [*named, *(self.columns or ())]:
+            if name not in header:
+                close = [h for h in header if h.lower() in (
+                    name.lower(), "date", "time", "timestamp", "datetime", "ds")]  # fmt: skip
+                hint = f"; give date={close[0]!r}" if name == self.date and close else ""
+                raise ValueError(
+                    f"{path!r} has no column {name!r}; its columns are "
+                    f"{', '.join(header[:20])}{hint}."
+                )
+            if header.count(name) > 1:
+                raise ValueError(f"{path!r} has {header.count(name)} columns {name!r}; rename one.")
+        if self.columns:
+            chosen = tuple(self.columns)
+        else:
+            first = next(file.pieces(), [])
+            rest = [
+                i for i, n in enumerate(header) if n not in (self.date, self.labels, self.series)
+            ]
+            rest = [i for i in rest if header[i] or not _is_index([row[i] for _, row in first])]
+            unnamed = [i + 1 for i in rest if not header[i]]
+            if unnamed:
+                raise ValueError(
+                    f"Column {unnamed[0]} of {path!r} has no name; name the columns to read with "
+                    "columns=."
+                )
+            chosen = tuple(header[i] for i in rest)
+            for name in chosen:
+                if header.count(name) > 1:
+                    raise ValueError(
+                        f"{path!r} has {header.count(name)} columns {name!r}; rename one, or name "
+                        "the columns to read with columns=."
+                    )
         if self.target is not None:
             chosen = (*(c for c in chosen if c != self.target), self.target)
-        wanted = [self.date, *chosen, *([self.labels] if self.labels else [])]
-        for name in wanted:
-            if name not in header:
-                raise ValueError(
-                    f"{str(self.path)!r} has no column {name!r}; its columns are "
-                    f"{', '.join(header[:20])}."
-                )
-        when, *places = (header.index(name) for name in wanted)
-        texts, lines = [], []
-        for number, row in enumerate(rows, 2):
-            try:
-                texts.append(row[when])
-                lines.append([float(row[i] or "nan") for i in places])
-            except (IndexError, ValueError) as error:
-                raise ValueError(
-                    f"Line {number} of {str(self.path)!r} is no row of numbers ({error}); name the "
-                    "numeric columns with columns=."
-                ) from None
+        return chosen
+
+    def _read(
+        self, file: CsvFile, wanted: Sequence[str]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+        """Dates, values, line numbers and names of series, as they stand in the file."""
+        when, *places = (file.header.index(name) for name in (self.date, *wanted))
+        kind = file.header.index(self.series) if self.series is not None else None
+        dates, values, lines, names = [], [], [], []
+        for piece in file.pieces():
+            if kind is not None and self.only is not None:
+                piece = [(n, row) for n, row in piece if row[kind].strip() in self.only]
+                if not piece:
+                    continue
+            numbers = []
+            for number, row in piece:
+                try:
+                    numbers.append([file.number(row[i]) for i in places])
+                except ValueError as error:
+                    raise ValueError(
+                        f"Line {number} of {str(self.path)!r} is no row of numbers ({error}); name "
+                        "the numeric columns with columns=, or the column that names one of "
+                        "several series with series=."
+                    ) from None
+            values.append(np.array(numbers, float).reshape(len(piece), len(places)))
+            lines.append(np.array([number for number, _ in piece]))
+            texts = [row[when].strip() for _, row in piece]
+            dates.append(parse_dates(texts, self.date_format, lines[-1]))
+            if kind is not None:
+                names.append(np.array([row[kind].strip() for _, row in piece]))
         if not lines:
-            raise ValueError(f"{str(self.path)!r} has a header and no rows.")
-        values = np.array(lines)
-        holes = np.argwhere(~np.isfinite(values))
-        if len(holes) and not self.fill_gaps:
-            row, column = holes[0]
+            of = f" of the series {', '.join(self.only)}" if self.only else ""
+            raise ValueError(f"{str(self.path)!r} has a header and no rows{of}.")
+        joined = (np.concatenate(parts) for parts in (dates, values, lines))
+        return *joined, np.concatenate(names) if names else None
+
+    def _in_time(
+        self, dates: np.ndarray, values: np.ndarray, lines: np.ndarray, of: str = ""
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows in the order of time, one a date."""
+        back = np.flatnonzero(np.diff(dates) < np.timedelta64(0))
+        if len(back) and self.order != "keep":
+            if self.order == "refuse":
+                raise ValueError(
+                    f"Line {lines[back[0] + 1]} of {str(self.path)!r}{of} is earlier than the row "
+                    f"before it ({len(back)} rows are so); order='sort' sorts them. If the file "
+                    "holds several series one below the other, series= names their column."
+                )
+            order = np.argsort(dates, kind="stable")
+            dates, values, lines = dates[order], values[order], lines[order]
+        same = np.flatnonzero(np.diff(dates) == np.timedelta64(0))
+        if not len(same) or self.repeats == "keep":
+            return dates, values, lines
+        if self.repeats == "refuse":
             raise ValueError(
-                f"Line {row + 2} of {str(self.path)!r} has no number for {wanted[column + 1]!r} "
-                f"({len(holes)} cells are so); fill_gaps=True takes the value before."
+                f"Line {lines[same[0] + 1]} of {str(self.path)!r}{of} has the date of another row, "
+                f"{dates[same[0]]} ({len(same)} rows are so); repeats= takes the 'first', the "
+                "'last' or the 'mean'. If the file holds several series, series= names their "
+                "column."
             )
-        for row, column in holes:
-            values[row, column] = values[row - 1, column] if row else 0.0
-        labels = values[:, -1] != 0 if self.labels else None
-        values = values[:, : len(chosen)]
-        return tuple(chosen), parse_dates(texts, self.date_format), values, labels
+        unique, first, count = np.unique(dates, return_index=True, return_counts=True)
+        if self.repeats == "mean":
+            sums = np.add.reduceat(values, first, axis=0)
+            return unique, sums / count[:, None], lines[first]
+        place = first if self.repeats == "first" else first + count - 1
+        return unique, values[place], lines[place]
+
+    def _side_by_side(
+        self,
+        dates: np.ndarray,
+        values: np.ndarray,
+        lines: np.ndarray,
+        names: np.ndarray,
+        columns: Sequence[str],
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]:
+        """Several series, one below the other, as columns beside each other."""
+        if self.labels:
+            raise ValueError("labels= and series= do not go together; read one series with only=.")
+        every, found = np.unique(dates), list(dict.fromkeys(names.tolist()))
+        wide = np.full((len(every), len(found) * len(columns)), np.nan)
+        where = np.zeros(len(every), int)
+        for i, name in enumerate(found):
+            own = names == name
+            when, numbers, at = self._in_time(
+                dates[own], values[own], lines[own], f" (series {name!r})"
+            )
+            rows = np.searchsorted(every, when)
+            wide[rows, i * len(columns) : (i + 1) * len(columns)] = numbers
+            where[rows] = at
+        chosen = tuple(f"{column} {name}" for name in found for column in columns)
+        return every, wide, where, chosen
+
+    def _filled(self, values: np.ndarray, lines: np.ndarray, names: Sequence[str]) -> np.ndarray:
+        """Values without holes."""
+        holes = ~np.isfinite(values)
+        if not holes.any():
+            return values
+        empty = [name for name, column in zip(names, holes.T, strict=True) if column.all()]
+        if empty:
+            raise ValueError(
+                f"The column {empty[0]!r} of {str(self.path)!r} has no number at all; name the "
+                "columns to read with columns=."
+            )
+        if not self.fill_gaps:
+            row, column = np.argwhere(holes)[0]
+            raise ValueError(
+                f"Line {lines[row]} of {str(self.path)!r} has no number for {names[column]!r} "
+                f"({holes.sum()} cells are so); fill_gaps=True takes the value before."
+            )
+        places = np.where(holes, 0, np.arange(len(values))[:, None])
+        places = np.maximum.accumulate(places, axis=0)
+        first = np.argmin(holes, axis=0)  # of each column, the first row with a number
+        places = np.maximum(places, first)
+        return np.take_along_axis(values, places, axis=0)
+
+    def _even(
+        self, dates: np.ndarray, values: np.ndarray, lines: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Rows at even steps."""
+        if self.gaps == "keep" or len(dates) < 3:
+            return dates, values
+        ticks, unit = _ticks(dates, self.frequency)
+        steps = np.diff(ticks)
+        step = int(np.median(steps))
+        odd = np.flatnonzero(steps != step)
+        if not len(odd) or step <= 0:
+            return dates, values
+        where = f"after line {lines[odd[0]]} ({dates[odd[0]]}) of {str(self.path)!r}"
+        if self.gaps == "refuse" or (steps % step).any():
+            missing = int((steps[odd] // step - 1).clip(0).sum())
+            if (steps % step).any():
+                hint = "the rows do not follow each other evenly; gaps='keep' takes each as a step"
+            else:
+                hint = (
+                    "gaps='fill' puts rows in between, on a straight line, and gaps='keep' takes "
+                    "the rows as steps"
+                )
+            raise ValueError(
+                f"{len(odd)} of {len(steps)} steps are not {step} {unit}, the first {where}, and "
+                f"{missing} rows are missing; {hint}."
+            )
+        whole = np.arange(ticks[0], ticks[-1] + 1, step)
+        filled = np.stack([np.interp(whole, ticks, column) for column in values.T], 1)
+        if self.labels:
+            filled[:, -1] = np.round(filled[:, -1])
+        return _dates(whole, unit, dates[0]), filled
+
+    def following(self, count: int) -> np.ndarray:
+        """The dates of so many steps after the last row, `datetime64[s] [count]`."""
+        ticks, unit = _ticks(self.dates, self.frequency)
+        step = max(int(np.median(np.diff(ticks))), 1) if len(ticks) > 1 else 1
+        return _dates(ticks[-1] + step * np.arange(1, count + 1), unit, self.dates[-1])
 
     @property
     def variates(self) -> tuple[str, ...]:
@@ -116,6 +318,11 @@ class Table:
     def anomalies(self) -> np.ndarray | None:
         """`bool [rows]`, or None without a column of labels."""
         return self._contents[3]
+
+    @property
+    def holes(self) -> np.ndarray:
+        """`bool [rows, variates]`: values that were not in the file and were filled in."""
+        return self._contents[4]
 
     def __len__(self) -> int:
         return len(self.dates)
@@ -171,14 +378,43 @@ class Table:
         return stops[place] - sizes[place], stops[place]
 
 
-def _read_csv(path: Path, delimiter: str) -> Iterator[list[str]]:
-    """Rows of cells, without empty lines."""
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {str(path)!r} to read a series from.")
-    if path.suffix == ".zip":
-        with zipfile.ZipFile(path) as archive:
-            text = archive.read(archive.namelist()[0]).decode("utf-8-sig")
-        yield from filter(None, csv.reader(io.StringIO(text), delimiter=delimiter))
-    else:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            yield from filter(None, csv.reader(file, delimiter=delimiter))
+def _ticks(dates: np.ndarray, frequency: str) -> tuple[np.ndarray, str]:
+    """Dates as whole numbers that rise evenly where nothing is missing, and their unit."""
+    if frequency == "m" or (len(dates) > 2 and _monthly(dates)):
+        return dates.astype("datetime64[M]").astype(np.int64), "months"
+    if frequency == "b":
+        days = dates.astype("datetime64[D]")
+        return np.busday_count(MONDAY, days), "business days"
+    return dates.astype("datetime64[s]").astype(np.int64), "seconds"
+
+
+def _monthly(dates: np.ndarray) -> bool:
+    """Whether dates are whole months apart, at one day of the month or at its end."""
+    days = np.diff(dates.astype("datetime64[D]")).astype(int)
+    place = dates.astype("datetime64[D]") - dates.astype("datetime64[M]")
+    return bool((days >= 28).all() and (days % 7 != 0).any() and np.ptp(place.astype(int)) <= 3)
+
+
+def _dates(ticks: np.ndarray, unit: str, like: np.datetime64) -> np.ndarray:
+    """The inverse of `_ticks`."""
+    if unit == "months":
+        within = like - like.astype("datetime64[M]").astype("datetime64[s]")
+        starts = ticks.astype("datetime64[M]")
+        ends = (starts + 1).astype("datetime64[s]") - np.timedelta64(1, "D")
+        return np.minimum(
+            starts.astype("datetime64[s]") + within, ends + within % np.timedelta64(1, "D")
+        )
+    if unit == "business days":
+        return np.busday_offset(MONDAY, ticks).astype("datetime64[s]")
+    return ticks.astype("datetime64[s]")
+
+
+def _is_index(cells: Sequence[str]) -> bool:
+    """Whether a column without a name numbers the rows, as pandas writes it, or is empty."""
+    if all(not cell.strip() for cell in cells):
+        return True
+    try:
+        numbers = [int(cell) for cell in cells]
+    except ValueError:
+        return False
+    return numbers == list(range(numbers[0], numbers[0] + len(numbers)))

@@ -1,0 +1,93 @@
+"""`zoo predict`: what a run, or a published checkpoint, says of inputs of one's own."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from zoo.cli.arguments import RequestError, add_command, add_fields, overrides
+
+
+def add(commands: Any) -> None:
+    """Add the command to the program."""
+    text = "What a run, or a published checkpoint, says of your own inputs."
+    sub = add_command(commands, "predict", run, text)
+    sub.add_argument("what", help="a run directory, one step of it, or a model's name")
+    sub.add_argument(
+        "inputs",
+        nargs="*",
+        metavar="[WEIGHTS] INPUT",
+        help="of a name first its weights; then images, folders, videos, CSV files, texts, .npz "
+        "files of arrays, or - for a line each of standard input. Of a run without inputs: its "
+        "held-out examples",
+    )
+    sub.add_argument("--out", help="a .csv, .json, .jsonl or .npz file, or a folder, which also "
+                     "gets pictures and restored images")  # fmt: skip
+    sub.add_argument("--step", type=int, help="which checkpoint of the run")
+    sub.add_argument("--top", type=int, default=5, help="classes to name (default: 5)")
+    sub.add_argument("--batch-size", type=int, help="examples at a time")
+    sub.add_argument("--feature", help="give this intermediate of the network: embeddings")
+    sub.add_argument("--steps", type=int, default=40, help="tokens to continue with (default: 40)")
+    sub.add_argument("--seed", type=int, help="draw tokens with this seed, not the likeliest")
+    sub.add_argument("--tokenizer", help="a tokenizer.json or vocab.txt")
+    sub.add_argument("--column", default="text", help="of texts in a CSV file (default: text)")
+    sub.add_argument("--classes", help="a file with the names of the classes, one a line")
+    add_fields(sub)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the answers, or write them."""
+    import dataclasses
+
+    from zoo.checkpoints.runs import is_run
+    from zoo.prediction import answers, held_out_answers, of_model, of_run, outputs
+    from zoo.prediction.answers import Options
+    from zoo.prediction.predictor import text_tokenizer, with_feature
+
+    if min(options.top, options.steps, options.batch_size or 1) < 1:
+        raise RequestError("--top, --steps and --batch-size must be at least 1.")
+    out = Path(options.out) if options.out else None
+    folder = out if out is not None and out.suffix not in outputs.SUFFIXES else (
+        out.parent if out is not None else None)  # fmt: skip
+    how = Options(options.top, options.steps, folder, options.column, options.seed)
+    inputs = list(options.inputs)
+    if is_run(options.what):
+        changes = {key: str(value) for key, value in overrides(options.set).items()}
+        if not inputs:
+            rows = held_out_answers(options.what, options.step, changes, how)
+            return _finish(rows, out, folder, options.json)
+        predictor = of_run(options.what, options.step, changes)
+        if options.tokenizer:
+            length = predictor.inputs["tokens"].shape[1]
+            found = text_tokenizer(Path(options.tokenizer), length, True)
+            predictor = dataclasses.replace(predictor, tokenizer=found)
+    else:
+        if Path(options.what).is_dir() or "/" in options.what:
+            raise RequestError(f"There is no checkpoint of a run in {options.what!r}.")
+        if len(inputs) < 2:
+            raise RequestError(
+                f"{options.what!r} is no run directory; of a model's name give its weights and an "
+                "input: zoo predict NAME WEIGHTS INPUT..."
+            )
+        weights, *inputs = inputs
+        predictor = of_model(
+            options.what, weights, tokenizer=options.tokenizer, **overrides(options.set)
+        )
+    if options.classes:
+        names = Path(options.classes).read_text(encoding="utf-8").splitlines()
+        predictor = dataclasses.replace(predictor, facts={**predictor.facts, "classes": names})
+    if options.batch_size or "-" in inputs:  # a line is answered before the next one comes
+        predictor = dataclasses.replace(predictor, batch_size=options.batch_size or 1)
+    if options.feature:
+        predictor = with_feature(predictor, options.feature)
+    return _finish(answers(predictor, inputs, how), out, folder, options.json)
+
+
+def _finish(rows: Any, out: Path | None, folder: Path | None, as_json: bool) -> int:
+    from zoo.prediction import outputs
+
+    if out is None:
+        outputs.show(rows, as_json)
+        return 0
+    target = out / "predictions.csv" if out == folder else out
+    print(f"{target}: {outputs.write(rows, target)} rows")
+    return 0
