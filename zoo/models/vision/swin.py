@@ -27,14 +27,26 @@ table depends on `image_size`.
     logits                  1000
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import flax.linen as nn
 import numpy as np
 from jaxtyping import Array, Float
 
-from zoo.checkpoints.rules import Rule, Rules, conv_rules, dense_rules, linear, norm_rules
+from zoo.checkpoints.rules import (
+    Rule,
+    Rules,
+    Transform,
+    chain,
+    concat,
+    conv_rules,
+    dense_rules,
+    elementwise,
+    identity,
+    linear,
+    norm_rules,
+)
 from zoo.layers.block import ResidualBlock
 from zoo.layers.classifier import ImageClassifier
 from zoo.layers.hierarchy import PatchMerging, Stage
@@ -166,44 +178,105 @@ def _resize_position(table: np.ndarray, shape: tuple[int, ...], model: Swin, *_)
     return resize_table(table, tuple(s // model.patch_size for s in model.image_size))
 
 
+_OFFICIAL = {
+    "table": "attn.relative_position_bias_table",
+    "qkv": "attn.qkv",
+    "out": "attn.proj",
+    "norm1": "norm1",
+    "norm2": "norm2",
+    "up": "mlp.fc1",
+    "down": "mlp.fc2",
+}
+_HUGGING_FACE = {
+    "table": "attention.self.relative_position_bias_table",
+    "qkv": tuple(f"attention.self.{name}" for name in ("query", "key", "value")),
+    "out": "attention.output.dense",
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "up": "intermediate.dense",
+    "down": "output.dense",
+}
+_TRANSFORMERS5 = {
+    **_HUGGING_FACE,
+    "table": "attention.relative_position_bias.relative_position_bias_table",
+    "qkv": tuple(f"attention.{name}_proj" for name in "qkv"),
+    "out": "attention.o_proj",
+    "up": "mlp.fc1",
+    "down": "mlp.fc2",
+}
+_OPENMMLAB = {
+    **_OFFICIAL,
+    "table": "attn.w_msa.relative_position_bias_table",
+    "qkv": "attn.w_msa.qkv",
+    "out": "attn.w_msa.proj",
+    "up": "ffn.layers.0.0",
+    "down": "ffn.layers.1",
+}
+
+
 def _naming(
     embed: str,
     embed_norm: str,
     stage: Callable[[int], str],
     merge: Callable[[int], str],
-    mlp: tuple[str, str],
     head: str,
+    names: Mapping[str, str | tuple[str, ...]] = _OFFICIAL,
+    norm: str = "norm",
+    table: str = "absolute_pos_embed",
+    merged: Transform = identity,
+    unused: tuple[str, ...] = (),
     **derived: Callable[..., np.ndarray | None],
 ) -> Rules:
-    """Rules of one published naming: `stage(s)` has a `{b}`, `merge(s)` ends stage s."""
+    """Rules of one published naming: `stage(s)` has a `{b}`, `merge(s)` ends stage s.
+
+    `merged` puts the last axis of what the merging reads into the official order.
+    """
     rules = [
         *conv_rules(f"{embed}", "embed"),
         *norm_rules(embed_norm, "embed_norm"),
-        Rule("absolute_pos_embed", "position_embedding"),
-        *norm_rules("norm", "norm"),
+        Rule(table, "position_embedding"),
+        *norm_rules(norm, "norm"),
         *dense_rules(head, "head"),
     ]
     recomputed = {}
     for s in range(8):  # more stages than any model has: a rule without a match is not used
         theirs, ours = stage(s), f"stages_{s}/layers_{{b}}"
-        table = f"{theirs}.attn.relative_position_bias_table"
+        qkv = (names["qkv"],) if isinstance(names["qkv"], str) else names["qkv"]
+        join = concat if len(qkv) > 1 else lambda axis: identity
         rules += [
-            Rule(table, f"{ours}/attention/relative_position_bias"),
-            *dense_rules(f"{theirs}.attn.qkv", f"{ours}/attention/qkv"),
-            *dense_rules(f"{theirs}.attn.proj", f"{ours}/attention/out"),
-            *dense_rules(f"{theirs}.{mlp[0]}", f"{ours}/mlp/up"),
-            *dense_rules(f"{theirs}.{mlp[1]}", f"{ours}/mlp/down"),
-            *norm_rules(f"{theirs}.norm1", f"{ours}/norm1"),
-            *norm_rules(f"{theirs}.norm2", f"{ours}/norm2"),
-            *norm_rules(f"{merge(s)}.norm", f"stages_{s}/downsample/norm"),
-            Rule(f"{merge(s)}.reduction.weight", f"stages_{s}/downsample/reduction/kernel", linear),
+            Rule(f"{theirs}.{names['table']}", f"{ours}/attention/relative_position_bias"),
+            Rule(
+                tuple(f"{theirs}.{name}.weight" for name in qkv),
+                f"{ours}/attention/qkv/kernel",
+                chain(linear, join(1)),
+            ),
+            Rule(
+                tuple(f"{theirs}.{name}.bias" for name in qkv),
+                f"{ours}/attention/qkv/bias",
+                join(0),
+            ),
+            *dense_rules(f"{theirs}.{names['out']}", f"{ours}/attention/out"),
+            *dense_rules(f"{theirs}.{names['up']}", f"{ours}/mlp/up"),
+            *dense_rules(f"{theirs}.{names['down']}", f"{ours}/mlp/down"),
+            *norm_rules(f"{theirs}.{names['norm1']}", f"{ours}/norm1"),
+            *norm_rules(f"{theirs}.{names['norm2']}", f"{ours}/norm2"),
+            Rule(f"{merge(s)}.norm.weight", f"stages_{s}/downsample/norm/scale", merged),
+            Rule(f"{merge(s)}.norm.bias", f"stages_{s}/downsample/norm/bias", merged),
+            Rule(
+                f"{merge(s)}.reduction.weight",
+                f"stages_{s}/downsample/reduction/kernel",
+                chain(merged, linear),
+            ),
         ]
+        place = str(names["table"]).rpartition("relative_position_bias_table")[0]
         for name, make in derived.items():
-            where = f"{theirs}.attn_mask" if name == "attn_mask" else f"{theirs}.attn.{name}"
+            where = f"{theirs}.attn_mask" if name == "attn_mask" else f"{theirs}.{place}{name}"
             recomputed[where] = partial(make, s=s)
+        recomputed.setdefault(f"{theirs}.{place}relative_position_index", None)
     return Rules(
         tuple(rules),
         derived=recomputed,
+        unused=unused,
         fresh=("head/kernel", "head/bias"),
         resize={
             "stages_{s}/layers_{b}/attention/relative_position_bias": _resize_bias,
@@ -212,13 +285,39 @@ def _naming(
     )
 
 
+def _from_unfold(x: np.ndarray) -> np.ndarray:
+    """OpenMMLab's merging reads `[channels, row, column]`, the official one `[column, row, c]`."""
+    return x.reshape(*x.shape[:-1], -1, 2, 2).swapaxes(-3, -1).reshape(x.shape)
+
+
+def _to_unfold(x: np.ndarray) -> np.ndarray:
+    return x.reshape(*x.shape[:-1], 2, 2, -1).swapaxes(-3, -1).reshape(x.shape)
+
+
+def _blocks(s: int) -> str:
+    return f"layers.{s}.blocks.{{b}}"
+
+
+def _hugging_face(prefix: str, names: Mapping) -> Rules:
+    return _naming(
+        f"{prefix}embeddings.patch_embeddings.projection",
+        f"{prefix}embeddings.norm",
+        lambda s: f"{prefix}encoder.{_blocks(s)}",
+        lambda s: f"{prefix}encoder.layers.{s}.downsample",
+        "classifier",
+        names,
+        f"{prefix}layernorm",
+        f"{prefix}embeddings.position_embeddings",
+        unused=(f"{prefix}embeddings.mask_token", "decoder.*", "hidden_states_norms.*"),
+    )
+
+
 LAYOUTS = {
     "official": _naming(
         "patch_embed.proj",
         "patch_embed.norm",
-        lambda s: f"layers.{s}.blocks.{{b}}",
+        _blocks,
         lambda s: f"layers.{s}.downsample",
-        ("mlp.fc1", "mlp.fc2"),
         "head",
         relative_position_index=_index,
         attn_mask=_mask,
@@ -226,9 +325,8 @@ LAYOUTS = {
     "timm": _naming(
         "patch_embed.proj",
         "patch_embed.norm",
-        lambda s: f"layers.{s}.blocks.{{b}}",
+        _blocks,
         lambda s: f"layers.{s + 1}.downsample",
-        ("mlp.fc1", "mlp.fc2"),
         "head.fc",
     ),
     "torchvision": _naming(
@@ -236,9 +334,34 @@ LAYOUTS = {
         "features.0.2",
         lambda s: f"features.{2 * s + 1}.{{b}}",
         lambda s: f"features.{2 * s + 2}",
-        ("mlp.0", "mlp.3"),
         "head",
+        {**_OFFICIAL, "up": "mlp.0", "down": "mlp.3"},
         relative_position_index=lambda model, b, *, s: _index(model, b, s=s).reshape(-1),
+    ),
+    "huggingface": _hugging_face("swin.", _HUGGING_FACE),
+    "huggingface_encoder": _hugging_face("", _HUGGING_FACE),
+    "transformers5": _hugging_face("swin.", _TRANSFORMERS5),
+    "transformers5_encoder": _hugging_face("", _TRANSFORMERS5),
+    "detection": _naming(  # a norm for each stage's map; the last one's is the classifier's
+        "patch_embed.proj",
+        "patch_embed.norm",
+        _blocks,
+        lambda s: f"layers.{s}.downsample",
+        "head",
+        norm="norm3",
+        unused=("norm0.*", "norm1.*", "norm2.*"),
+        relative_position_index=_index,
+    ),
+    "openmmlab": _naming(
+        "patch_embed.projection",
+        "patch_embed.norm",
+        lambda s: f"stages.{s}.blocks.{{b}}",
+        lambda s: f"stages.{s}.downsample",
+        "head.fc",
+        _OPENMMLAB,
+        norm="norm3",
+        merged=elementwise(_from_unfold, _to_unfold),
+        unused=("norm0.*", "norm1.*", "norm2.*"),
     ),
 }
 

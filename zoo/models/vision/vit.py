@@ -85,8 +85,11 @@ class VisionTransformer(ImageClassifier):
       class_token: start the sequence with a learned token.
       distilled: a second learned token and head for a teacher's labels (DeiT); needs
         `pool="token"`.
+      distilled_head: whether the second token has its head; without it, as in
+        DeiTForImageClassification of transformers, the class token alone is read.
       num_registers: further learned tokens behind them.
-      position: which tokens the learned table adds to: "all", "patches" or "none".
+      position: which tokens the learned table adds to: "all", "patches", "class" (all but the
+        registers, as in DINOv2) or "none".
       pool: what the head reads, a key of `POOLS`.
       head_norm: where the last LayerNorm stands: "tokens" (before pooling), "pooled" (after) or
         "none"; None is "tokens" where there is no mean or maximum, else "pooled", as in timm.
@@ -110,6 +113,7 @@ class VisionTransformer(ImageClassifier):
     activation: str = "gelu"
     class_token: bool = True
     distilled: bool = False
+    distilled_head: bool = True
     num_registers: int = 0
     position: str = "all"
     pool: str = "token"
@@ -132,6 +136,12 @@ class VisionTransformer(ImageClassifier):
     def num_prefix(self) -> int:
         """How many tokens stand before the patches."""
         return self.class_token + self.distilled + self.num_registers
+
+    @property
+    def num_positions_before(self) -> int:
+        """How many rows of the position table are for tokens before the patches."""
+        without = self.num_prefix - self.num_registers
+        return {"all": self.num_prefix, "class": without}.get(self.position, 0)
 
     @nn.compact
     def features(
@@ -164,7 +174,7 @@ class VisionTransformer(ImageClassifier):
             pooled = jnp.tanh(dense(pooled))
         out["pooled"] = pooled
         head = partial(nn.Dense, self.num_classes, kernel_init=init, **types)
-        if not self.distilled:
+        if not (self.distilled and self.distilled_head):
             out["logits"] = head(name="head")(pooled) if self.num_classes else pooled
             return out
         distilled = x[:, 1]
@@ -188,7 +198,7 @@ class VisionTransformer(ImageClassifier):
             )
             if count
         ]
-        tokens = x.shape[1] + (self.num_prefix if self.position == "all" else 0)
+        tokens = x.shape[1] + self.num_positions_before
         table = None
         if self.position != "none":
             shape = (1, tokens, self.embed_dim)
@@ -199,8 +209,13 @@ class VisionTransformer(ImageClassifier):
             jnp.broadcast_to(token.astype(self.dtype), (x.shape[0], *token.shape[1:]))
             for token in prefix
         ]
-        x = jnp.concatenate([*prefix, x], axis=1)
-        x = x + table if self.position == "all" else x
+        behind = prefix[-1:] if self.position == "class" and self.num_registers else []
+        before = prefix[: len(prefix) - len(behind)]
+        x = jnp.concatenate([*before, x], axis=1)
+        x = x + table if self.position in ("all", "class") else x
+        if behind:
+            count = self.num_positions_before
+            x = jnp.concatenate([x[:, :count], *behind, x[:, count:]], axis=1)
         return constrain(x, "batch", "length", "channels")
 
     def _blocks(self, x: Float[Array, "batch length channels"], train: bool) -> list[Array]:
@@ -246,7 +261,7 @@ class VisionTransformer(ImageClassifier):
         for field, value, known in (
             ("pool", self.pool, tuple(POOLS)),
             ("activation", self.activation, tuple(ACTIVATIONS)),
-            ("position", self.position, ("all", "patches", "none")),
+            ("position", self.position, ("all", "patches", "class", "none")),
             ("head_norm", self.head_norm, (None, "tokens", "pooled", "none")),
         ):
             if value not in known:
@@ -270,7 +285,7 @@ def _resize_position(
 
     (timm antialiases here, and Google's code is bilinear.)
     """
-    return resize_table(table, model.grid, model.num_prefix if model.position == "all" else 0)
+    return resize_table(table, model.grid, model.num_positions_before)
 
 
 def _layout(*rules: Rule, unused: tuple[str, ...] = ()) -> Rules:
@@ -287,10 +302,6 @@ def _layout(*rules: Rule, unused: tuple[str, ...] = ()) -> Rules:
     )
 
 
-def _patches(theirs: str) -> tuple[Rule, Rule]:
-    return (*conv_rules(f"{theirs}", "embed"),)
-
-
 def _timm() -> Rules:
     """Files of timm and the official DeiT ones."""
     theirs, ours = "blocks.{i}", "layers_{i}"
@@ -298,8 +309,9 @@ def _timm() -> Rules:
         Rule("cls_token", "class_token"),
         Rule("dist_token", "distillation_token"),
         Rule("reg_token", "register_tokens"),
+        Rule("register_tokens", "register_tokens"),  # DINOv2's own name
         Rule("pos_embed", "position_embedding"),
-        *_patches("patch_embed.proj"),
+        *conv_rules("patch_embed.proj", "embed"),
         *norm_rules("norm_pre", "pre_norm"),
         *norm_rules(f"{theirs}.norm1", f"{ours}/norm1"),
         *dense_rules(f"{theirs}.attn.qkv", f"{ours}/attention/qkv"),
@@ -316,51 +328,96 @@ def _timm() -> Rules:
         *dense_rules("pre_logits.fc", "pre_logits"),
         *dense_rules("head", "head"),
         *dense_rules("head_dist", "head_distillation"),
+        unused=("mask_token", "decoder*"),
     )
 
 
-def _hugging_face(prefix: str, head: str = "classifier", renamed: bool = False) -> Rules:
-    """ViTModel (`prefix` is empty) and its classifiers, with split projections.
+_JOIN = chain(linear, concat(1))
+_HUGGING_FACE = {
+    "layer": "encoder.layer.{i}",
+    "qkv": tuple(f"attention.attention.{name}" for name in ("query", "key", "value")),
+    "out": "attention.output.dense",
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "up": "intermediate.dense",
+    "down": "output.dense",
+}
+_TRANSFORMERS5 = {
+    **_HUGGING_FACE,
+    "layer": "layers.{i}",
+    "qkv": tuple(f"attention.{name}_proj" for name in "qkv"),
+    "out": "attention.o_proj",
+    "up": "mlp.fc1",
+    "down": "mlp.fc2",
+}
+_DINO = {"norm1": "norm1", "norm2": "norm2", "up": "mlp.fc1", "down": "mlp.fc2"}
 
-    `renamed`: the names of the modules since transformers 5, which still writes files with the old
-    ones.
+
+def _hugging_face(prefix: str, names: dict, head: str = "classifier") -> Rules:
+    """ViTModel (`prefix` is empty), its kin and its classifiers, with split projections.
+
+    Since transformers 5 the modules have other names; its files still have the old ones.
     """
-    ours, theirs = "layers_{i}", f"{prefix}{'layers' if renamed else 'encoder.layer'}.{{i}}"
-    split = ("attention.attention.query", "attention.attention.key", "attention.attention.value")
-    out, up, down = "attention.output.dense", "intermediate.dense", "output.dense"
-    if renamed:
-        split = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
-        out, up, down = "attention.o_proj", "mlp.fc1", "mlp.fc2"
+    ours, theirs = "layers_{i}", f"{prefix}{names['layer']}"
     return _layout(
         Rule(f"{prefix}embeddings.cls_token", "class_token"),
         Rule(f"{prefix}embeddings.distillation_token", "distillation_token"),
+        Rule(f"{prefix}embeddings.register_tokens", "register_tokens"),
         Rule(f"{prefix}embeddings.position_embeddings", "position_embedding"),
-        *_patches(f"{prefix}embeddings.patch_embeddings.projection"),
-        *norm_rules(f"{theirs}.layernorm_before", f"{ours}/norm1"),
+        *conv_rules(f"{prefix}embeddings.patch_embeddings.projection", "embed"),
+        *norm_rules(f"{theirs}.{names['norm1']}", f"{ours}/norm1"),
         Rule(
-            tuple(f"{theirs}.{name}.weight" for name in split),
+            tuple(f"{theirs}.{name}.weight" for name in names["qkv"]),
             f"{ours}/attention/qkv/kernel",
-            chain(linear, concat(1)),
+            _JOIN,
         ),
         Rule(
-            tuple(f"{theirs}.{name}.bias" for name in split),
+            tuple(f"{theirs}.{name}.bias" for name in names["qkv"]),
             f"{ours}/attention/qkv/bias",
             concat(0),
         ),
-        *dense_rules(f"{theirs}.{out}", f"{ours}/attention/out"),
-        *norm_rules(f"{theirs}.layernorm_after", f"{ours}/norm2"),
-        *dense_rules(f"{theirs}.{up}", f"{ours}/mlp/up"),
-        *dense_rules(f"{theirs}.{down}", f"{ours}/mlp/down"),
+        *dense_rules(f"{theirs}.{names['out']}", f"{ours}/attention/out"),
+        Rule(f"{theirs}.layer_scale1.lambda1", f"{ours}/layer_scale1"),
+        *norm_rules(f"{theirs}.{names['norm2']}", f"{ours}/norm2"),
+        *dense_rules(f"{theirs}.{names['up']}", f"{ours}/mlp/up"),
+        *dense_rules(f"{theirs}.{names['down']}", f"{ours}/mlp/down"),
+        Rule(f"{theirs}.layer_scale2.lambda1", f"{ours}/layer_scale2"),
         *norm_rules(f"{prefix}layernorm", "norm"),
         *dense_rules(f"{prefix}pooler.dense", "pre_logits"),
         *dense_rules(head, "head"),
         *dense_rules("distillation_classifier", "head_distillation"),
-        unused=(f"{prefix}pooler.dense.*", f"{prefix}embeddings.mask_token"),
+        unused=(f"{prefix}pooler.dense.*", f"{prefix}embeddings.mask_token", "decoder.*"),
     )
 
 
-def _google() -> Rules:
-    """Google's .npz files: Flax's own layouts, with heads as an axis of the attention's kernels."""
+def _torchvision() -> Rules:
+    theirs, ours = "encoder.layers.encoder_layer_{i}", "layers_{i}"
+    layers = []
+    for up, down in (("mlp.0", "mlp.3"), ("mlp.linear_1", "mlp.linear_2")):  # new and old files
+        layers += dense_rules(f"{theirs}.{up}", f"{ours}/mlp/up")
+        layers += dense_rules(f"{theirs}.{down}", f"{ours}/mlp/down")
+    return _layout(
+        Rule("class_token", "class_token"),
+        Rule("encoder.pos_embedding", "position_embedding"),
+        *conv_rules("conv_proj", "embed"),
+        *norm_rules(f"{theirs}.ln_1", f"{ours}/norm1"),
+        Rule(f"{theirs}.self_attention.in_proj_weight", f"{ours}/attention/qkv/kernel", linear),
+        Rule(f"{theirs}.self_attention.in_proj_bias", f"{ours}/attention/qkv/bias"),
+        *dense_rules(f"{theirs}.self_attention.out_proj", f"{ours}/attention/out"),
+        *norm_rules(f"{theirs}.ln_2", f"{ours}/norm2"),
+        *layers,
+        *norm_rules("encoder.ln", "norm"),
+        *dense_rules("heads.pre_logits", "pre_logits"),
+        *dense_rules("heads.head", "head"),
+    )
+
+
+def _google(numbers: tuple[int, ...] = (0, 1, 2, 3), table: str = "") -> Rules:
+    """Google's .npz files: Flax's own layouts, with heads as an axis of the attention's kernels.
+
+    `numbers` are those of a block's norm, attention, second norm and MLP: vision_transformer counts
+    them together, big_vision each kind by itself.
+    """
 
     def both(theirs: str, ours: str, kernel: str = "kernel") -> tuple[Rule, Rule]:
         return Rule(f"{theirs}/{kernel}", f"{ours}/{kernel}"), Rule(
@@ -379,20 +436,20 @@ def _google() -> Rules:
         return reshape((-1, width), (heads, -1, width))
 
     theirs, ours = "Transformer/encoderblock_{i}", "layers_{i}"
-    attention = f"{theirs}/MultiHeadDotProductAttention_1"
+    attention = f"{theirs}/MultiHeadDotProductAttention_{numbers[1]}"
     three = [f"{attention}/{n}" for n in ("query", "key", "value")]
     return _layout(
         Rule("cls", "class_token"),
-        Rule("Transformer/posembed_input/pos_embedding", "position_embedding"),
+        Rule(table or "Transformer/posembed_input/pos_embedding", "position_embedding"),
         *both("embedding", "embed"),
-        *both(f"{theirs}/LayerNorm_0", f"{ours}/norm1", "scale"),
+        *both(f"{theirs}/LayerNorm_{numbers[0]}", f"{ours}/norm1", "scale"),
         Rule(tuple(f"{t}/kernel" for t in three), f"{ours}/attention/qkv/kernel", joined),
         Rule(tuple(f"{t}/bias" for t in three), f"{ours}/attention/qkv/bias", joined_bias),
         Rule(f"{attention}/out/kernel", f"{ours}/attention/out/kernel", out),
         Rule(f"{attention}/out/bias", f"{ours}/attention/out/bias"),
-        *both(f"{theirs}/LayerNorm_2", f"{ours}/norm2", "scale"),
-        *both(f"{theirs}/MlpBlock_3/Dense_0", f"{ours}/mlp/up"),
-        *both(f"{theirs}/MlpBlock_3/Dense_1", f"{ours}/mlp/down"),
+        *both(f"{theirs}/LayerNorm_{numbers[2]}", f"{ours}/norm2", "scale"),
+        *both(f"{theirs}/MlpBlock_{numbers[3]}/Dense_0", f"{ours}/mlp/up"),
+        *both(f"{theirs}/MlpBlock_{numbers[3]}/Dense_1", f"{ours}/mlp/down"),
         *both("Transformer/encoder_norm", "norm", "scale"),
         *both("pre_logits", "pre_logits"),
         *both("head", "head"),
@@ -401,13 +458,23 @@ def _google() -> Rules:
 
 LAYOUTS = {
     "timm": _timm(),
-    "huggingface": _hugging_face("vit."),
-    "huggingface_encoder": _hugging_face(""),
-    "huggingface_distilled": _hugging_face("deit.", "cls_classifier"),
+    "huggingface": _hugging_face("vit.", _HUGGING_FACE),
+    "huggingface_encoder": _hugging_face("", _HUGGING_FACE),
+    "huggingface_distilled": _hugging_face("deit.", _HUGGING_FACE, "cls_classifier"),
+    "huggingface_deit": _hugging_face("deit.", _HUGGING_FACE),
+    "huggingface_dinov2": _hugging_face("dinov2.", _HUGGING_FACE | _DINO),
+    "huggingface_dinov2_registers": _hugging_face("dinov2_with_registers.", _HUGGING_FACE | _DINO),
+    "huggingface_dinov2_encoder": _hugging_face("", _HUGGING_FACE | _DINO),
     "google": _google(),
-    "transformers5": _hugging_face("vit.", renamed=True),
-    "transformers5_encoder": _hugging_face("", renamed=True),
-    "transformers5_distilled": _hugging_face("deit.", "cls_classifier", renamed=True),
+    "big_vision": _google((0, 0, 1, 0), "pos_embedding"),
+    "torchvision": _torchvision(),
+    "transformers5": _hugging_face("vit.", _TRANSFORMERS5),
+    "transformers5_encoder": _hugging_face("", _TRANSFORMERS5),
+    "transformers5_distilled": _hugging_face("deit.", _TRANSFORMERS5, "cls_classifier"),
+    "transformers5_deit": _hugging_face("deit.", _TRANSFORMERS5),
+    "transformers5_dinov2": _hugging_face(
+        "", _TRANSFORMERS5 | _DINO | {"layer": "encoder.layer.{i}"}
+    ),
 }
 
 # ------------------------------------------------------------------------------- variants
