@@ -52,7 +52,9 @@ def _formats(case: golden.Case) -> Callable[[dict], golden.Outputs]:
 def _settings(case: golden.Case) -> tuple[int, int, int, int]:
     """Bits and exponent bits of weights and activations."""
     config = case.config
-    config.ignore("in_features", "out_features", "bias", "B", "n_H", "n_V", "n_a", "mode")
+    # rows have a bias each, whatever n_V is
+    config.ignore("in_features", "out_features", "bias", "B", "n_V", "mode", "metric")
+    config.expect(n_a=(1, None), bias_correction=(False, None), bias_bit=(None,))
     bits, exponent = config.take("bits", 8), config.take("exponent_bits", 4)
     return (
         config.take("w_bit", bits),
@@ -78,6 +80,7 @@ def _x(case: golden.Case) -> np.ndarray:
 
 def _minmax(case: golden.Case) -> Callable[[dict], golden.Outputs]:
     wb, we, ab, ae = _settings(case)
+    case.config.expect(n_H=(1, None))
     x, state = _x(case), case.state_dict()
     weight, shift = state["weight"], state.get("bias", 0)
 
@@ -100,11 +103,15 @@ def _fpq(case: golden.Case) -> Callable[[dict], golden.Outputs]:
     x, state = _x(case), case.state_dict()
     weight, added = state["weight"], state.get("bias", 0)
 
+    blocks = case.config.take("n_H") or 1
+
     def run(_: dict) -> golden.Outputs:
         of_w, of_x = Format.of(wb, we), Format.of(ab, ae)
+        parts = jnp.reshape(weight, (len(weight) * blocks, -1))  # of a row, with a bias each
+        w_bias = row_biases(of_w, parts)
         wanted, rho, shift = channel_biases(of_x, jnp.abs(x).max(0))
         x_q = of_x.quantise(x, rho + shift)
-        w_q = of_w.quantise(weight, row_biases(of_w, weight))
+        w_q = of_w.quantise(parts, w_bias).reshape(weight.shape)
         return {
             "a_bias": wanted[:, None],
             "a_bias_rounded": rho + shift,
@@ -112,7 +119,7 @@ def _fpq(case: golden.Case) -> Callable[[dict], golden.Outputs]:
             "shift": shift,
             "x_q": x_q,
             "w_q": w_q,
-            "w_bias": row_biases(of_w, weight),
+            "w_bias": w_bias.reshape(case.header["outputs"].get("w_bias", {}).get("shape", -1)),
             "y": x_q @ w_q.T + added,
             "w_folded": fold(w_q, shift),
         }

@@ -18,8 +18,9 @@ from zoo.methods.sigma_reparam import SigmaReparam, WithoutNorms, attention_entr
 def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     """By what the case has."""
     config = case.config
-    if "in_features" in config.entries:
-        config.ignore("in_features", "out_features")
+    if "in_features" in config.entries or "in_channels" in config.entries:
+        config.ignore("in_features", "out_features", "in_channels", "out_channels", "bias")
+        config.ignore("init_multiplier", "padding_mode")
         case.own_weights = True
         return None, _layer(case, config.take("steps"))
     if "arch" in config.entries:
@@ -65,10 +66,13 @@ def _layer(case: golden.Case, steps: int) -> Callable[[dict], golden.Outputs]:
     u = case.input("u0") if "u0" in case.inputs else state["spectral_normed_weight.u"]
     sigma = (case.input("sigma") if "sigma" in case.inputs else state["sigma"]).reshape(())
 
+    product, tracked = _map(case), bool(case.config.take("stats_only", False))
+
     def forward(kernel: Any, gamma: Any, bias: Any, u: Any) -> Any:
         norm, following = power_iteration(kernel, u)
-        y = x @ (kernel * (gamma / norm))
-        return (y if bias is None else y + bias), (norm, following)
+        y = product(x, kernel if tracked else kernel * (gamma / norm))
+        shape = (1, -1, 1, 1) if y.ndim == 4 else (-1,)
+        return (y if bias is None else y + bias.reshape(shape)), (norm, following)
 
     def loss(*args: Any) -> Any:
         return jnp.mean(forward(*args)[0] ** 2)
@@ -88,6 +92,32 @@ def _layer(case: golden.Case, steps: int) -> Callable[[dict], golden.Outputs]:
         return out
 
     return run
+
+
+def _map(case: golden.Case) -> Callable[[Any, Any], Any]:
+    """The product with a kernel `[in, out]`: a linear map's, or that of flat filters."""
+    config = case.config
+    size = config.take("kernel_size")
+    if size is None:
+        return lambda x, kernel: x @ kernel
+    size, stride, padding, dilation = (
+        golden.pair(value)
+        for value in (
+            size,
+            config.take("stride", 1),
+            config.take("padding", 0),
+            config.take("dilation", 1),
+        )
+    )
+    config.expect(groups=(1, None))
+
+    def convolve(x: Any, kernel: Any) -> Any:
+        filters = kernel.T.reshape(kernel.shape[1], -1, *size)
+        return jax.lax.conv_general_dilated(
+            x, filters, stride, [(n, n) for n in padding], rhs_dilation=dilation
+        )
+
+    return convolve
 
 
 def _vit(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:

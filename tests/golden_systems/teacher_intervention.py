@@ -72,11 +72,29 @@ def _bert(case: golden.Case) -> Callable[[dict], golden.Outputs]:
         num_classes=labels,
         pooler=True,
     )
+    config.ignore(
+        "mean_scale", "weight_bits", "input_bits"
+    )  # which the official code does not read
+    maps = {
+        "qkv_q": r"attention/(query|key|value|out)",
+        "ffn_q_1": "mlp/up",
+        "ffn_q_2": "mlp/down",
+        "cls_q": "pooler",
+    }
+    whole = config.take("quantize", True)
+    chosen = [
+        pattern
+        for flag, pattern in maps.items()
+        if config.take(flag, True) and (whole or flag == "qkv_q")
+    ]
     quantiser = {
         "clip": config.take("clip_val", 2.5),
-        "share": config.take("mean_scale", 0.7),
-        "bits": config.take("input_bits", 8),
+        "targets": rf"(.*/)?({'|'.join(chosen)})" if chosen else r"(?!)",
+        "embeddings": r"(.*/)?embed" if config.take("emb_q", True) and whole else r"(?!)",
     }
+    if not whole and chosen[:1] == [maps["qkv_q"]]:
+        # attention/out alone, whose flag the official code reads by itself
+        quantiser["targets"] = r"(.*/)?attention/out"
     tokens, mask = (case.input(name).astype(np.int32) for name in ("ids", "mask"))
     inputs = {"tokens": tokens, "mask": mask}
     for name in ("token_type_ids", "types"):

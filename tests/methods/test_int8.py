@@ -24,7 +24,14 @@ def run(model, variables, inputs):
 
 
 @pytest.mark.parametrize(
-    "method", [Int8(), Int8("tensor"), Int8(smooth=0.5), Int8("tensor", 0.5)], ids=str
+    "method",
+    [
+        Int8(),
+        pytest.param(Int8("tensor"), marks=pytest.mark.variants),
+        pytest.param(Int8(smooth=0.5), marks=pytest.mark.variants),
+        Int8("tensor", 0.5),
+    ],
+    ids=str,
 )
 def test_logits_stay_within_two_percent_and_kernels_take_a_quarter(method):
     model, inputs, variables = made("gpt2_test", scan_layers=method == Int8())
@@ -41,7 +48,7 @@ def test_logits_stay_within_two_percent_and_kernels_take_a_quarter(method):
 
 
 def test_weights_alone_merge_into_a_plain_model():
-    model, inputs, variables = made("vit_test")
+    model, inputs, variables = made("vit_test", depth=1)
     method = Int8(activations=None, smooth=0.5)
     adapted = method.adapt(model, variables, jax.random.key(1), [inputs])
     plain, merged = method.merge(method.wrap(model), adapted)
@@ -57,7 +64,7 @@ def test_weights_alone_merge_into_a_plain_model():
 
 
 def test_lora_trains_beside_it_and_not_under_it():
-    model, inputs, variables = made("vit_test")
+    model, inputs, variables = made("vit_test", depth=1)
     methods = Int8(), LoRA(rank=2)
     adapted = moved(adapt_all(model, variables, methods, jax.random.key(1)))
     wrapped = wrap_all(model, methods)
@@ -85,6 +92,6 @@ def test_the_gradient_of_the_input_goes_straight_through():
 
 
 def test_a_range_of_inputs_needs_data():
-    model, _, variables = made("vit_test")
+    model, _, variables = made("vit_test", depth=1)
     with pytest.raises(ValueError, match="comes from data"):
         Int8("tensor").adapt(model, variables, jax.random.key(0))

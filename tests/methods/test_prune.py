@@ -14,7 +14,12 @@ from zoo.methods.cut import head_importances
 from zoo.methods.prune import sparse_gpt
 
 
+def variant(*values):
+    return pytest.param(*values, marks=pytest.mark.variants)
+
+
 def made(name, **fields):
+    fields = {"depth": 2, **fields} if name == "vit_test" else fields
     model = zoo.create(name, **fields)
     inputs = random_inputs(model)
     inputs |= {k: x % 2 for k, x in inputs.items() if k in ("token_types", "mask")}
@@ -32,7 +37,11 @@ def run(model, variables, inputs):
 
 @pytest.mark.parametrize(
     "method, batches",
-    [(Prune(0.75), False), (Prune(pattern=(2, 4)), False), (Prune(0.5, None, "sparse_gpt"), True)],
+    [
+        variant(Prune(0.75), False),
+        (Prune(pattern=(2, 4)), False),
+        (Prune(0.5, None, "sparse_gpt"), True),
+    ],
     ids=("magnitude", "2:4", "sparse_gpt"),
 )
 def test_zeros_are_as_many_as_asked_for_and_have_no_gradient(method, batches):
@@ -81,7 +90,9 @@ def test_scores_move_by_weight_times_gradient():
     )
 
 
-@pytest.mark.parametrize("name", ["vit_test", "bert_test", "gpt2_test", "opt_test"])
+@pytest.mark.parametrize(
+    "name", ["vit_test", variant("bert_test"), "gpt2_test", variant("opt_test")]
+)
 def test_heads_are_gone_and_zeros_in_their_place_change_nothing(name):
     model, inputs, variables = made(name, **({"attention_dropout": 0.0} if "bert" in name else {}))
     method = PruneHeads(0.5)
@@ -125,7 +136,7 @@ def test_a_head_without_output_has_no_importance():
     assert found[0] == 0 and (found[1:] > 0).all()
 
 
-@pytest.mark.parametrize("name", ["vit_test", "llama_test"])
+@pytest.mark.parametrize("name", ["vit_test", variant("llama_test")])
 def test_neurons_are_gone_and_zeros_in_their_place_change_nothing(name):
     model, inputs, variables = made(name)
     method = PruneNeurons(0.25)

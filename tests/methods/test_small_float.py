@@ -13,7 +13,7 @@ from zoo.methods.float_quantize import Format, row_biases, search
 
 
 def test_weights_are_on_the_grid_and_merge():
-    model, inputs, variables = made("vit_test")
+    model, inputs, variables = made("vit_test", depth=1)
     method = SmallFloat(input_bits=None)
     adapted = method.adapt(model, variables, jax.random.key(0))
     kernel = adapted["params"]["layers_0"]["mlp"]["up"]["kernel"]
@@ -23,7 +23,7 @@ def test_weights_are_on_the_grid_and_merge():
 
 
 def test_fewer_bits_err_more():
-    model, inputs, variables = made("vit_test")
+    model, inputs, variables = made("vit_test", depth=1)
     wanted = run(model, variables, inputs)
     errors = {}
     for bits in (8, 6, 4):
@@ -47,7 +47,7 @@ def test_a_search_makes_the_error_of_a_map_smaller(shifts):
 
 
 def test_the_gradient_of_inputs_goes_straight_through():
-    model, inputs, variables = made("vit_test")
+    model, inputs, variables = made("vit_test", depth=1)
     method = SmallFloat()
     adapted = method.adapt(model, variables, jax.random.key(0), [inputs])
     wrapped = method.wrap(model)

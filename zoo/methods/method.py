@@ -200,6 +200,19 @@ def unwrap(module: nn.Module, method: Any) -> nn.Module:
     )
 
 
+def refuse_lost(layer: nn.Module, collection: str, name: str) -> None:
+    """Refuse a layer whose state is gone when it is called again.
+
+    Raises:
+      ValueError: if it has no variable of this name and can make none.
+    """
+    if not layer.has_variable(collection, name) and not layer.is_mutable_collection(collection):
+        raise ValueError(
+            f"{'/'.join(layer.path)} runs in a scan or loop that carries no {collection!r}; leave "
+            "it out of the method's targets."
+        )
+
+
 def wrap_all(module: nn.Module, methods: Sequence[Method]) -> nn.Module:
     """The module in all methods, from left to right."""
     for method in methods:

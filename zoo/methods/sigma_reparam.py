@@ -34,7 +34,7 @@ from jaxtyping import Array, Float
 from zoo.checkpoints.ruleset import Rule, Rules
 from zoo.checkpoints.transforms import Transform, chain, conv, elementwise, identity
 from zoo.layers.patch import PatchEmbed
-from zoo.methods.method import Method, Variables, intercepted, unwrap
+from zoo.methods.method import Method, Variables, intercepted, refuse_lost, unwrap
 from zoo.tasks.apply import zeros_like_inputs
 
 NORMS = (nn.LayerNorm, nn.BatchNorm, nn.GroupNorm, nn.InstanceNorm, nn.RMSNorm)
@@ -101,6 +101,7 @@ class SigmaReparam(Method):
             left, values, _ = jnp.linalg.svd(jax.lax.stop_gradient(kernel), full_matrices=False)
             return left[:, 0], values[0]
 
+        refuse_lost(layer, "batch_stats", "spectral_u")
         u = layer.variable("batch_stats", "spectral_u", lambda: singular()[0])
         gamma = layer.param("gamma", lambda _: singular()[1])
         sigma, following = power_iteration(kernel, u.value)

@@ -103,6 +103,11 @@ class TokenPruning(Method):
             share = keep.get(int(found[1]))
             if share is None:
                 return y
+            if not heads:
+                raise ValueError(
+                    f"{path} has no attention over one sequence whose weights could say which "
+                    "tokens matter."
+                )
             mask = args[1] if masked else None
             places = self._places(heads[-1], maps, y, mask, share, prefix, first)
             if masked:

@@ -42,7 +42,14 @@ from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Bool, Float, Int
 
-from zoo.methods.method import Method, Variables, intercepted, outermost, unwrap
+from zoo.methods.method import (
+    Method,
+    Variables,
+    intercepted,
+    outermost,
+    refuse_lost,
+    unwrap,
+)
 from zoo.tasks.apply import zeros_like_inputs
 
 STATISTICS = "statistics"
@@ -331,6 +338,7 @@ class UnifiedNorms(Method):
         norm, x = context.module, args[0] if args else None
         if not _norm_call(context, self.targets):
             return call(*args, **kwargs)
+        refuse_lost(norm, "batch_stats", FORWARD[0])
         if not norm.has_variable("batch_stats", FORWARD[0]):
             y = call(*args, **kwargs)
             self._states(norm, x.shape[-1])
