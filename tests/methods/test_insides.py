@@ -48,6 +48,7 @@ def test_a_narrow_student_learns_from_all_that_is_inside():
     assert losses[-1]["loss"] < losses[0]["loss"]
 
 
+@pytest.mark.slow
 def test_shapes_that_cannot_be_compared_are_said():
     task = LayerDistillation(hidden=1.0)
     program = make_program(config(task, (Insides(),), embed_dim=12, num_heads=3))

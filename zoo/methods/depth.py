@@ -185,8 +185,8 @@ class EarlyExit(Method):
         blocks = blocks_of(module, variables, BLOCK)
         if len(blocks) < 2:
             raise ValueError(
-                f"{type(module).__name__} has no blocks layers_0, layers_1, ... to leave after; "
-                "stacked layers need scan_layers=False."
+                f"{type(module).__name__} has no blocks layers_0, layers_1 and so on to leave "
+                "after; stacked layers need scan_layers=False."
             )
         return super().adapt(module, variables, rng, batches)
 

@@ -241,10 +241,11 @@ class SmallFloat(Method):
                 "The range of inputs comes from data: give `adapt` batches, or use "
                 "input_bits=None and rounds=0."
             )
+        make = jax.jit(self._quantised)  # compiled once for maps of one shape
         for path in places:
             kernel = flat[path].astype(jnp.float32)
             rows = seen.get(path[1:-1], jnp.ones((*kernel.shape[:-2], 1, kernel.shape[-2])))
-            quantised, bias = over_layers(jax.jit(self._quantised), 2, kernel, rows)
+            quantised, bias = over_layers(make, 2, kernel, rows)
             flat[path] = quantised.astype(flat[path].dtype)
             if self.input_bits is not None:
                 flat[(*path[:-1], "input_bias")] = bias

@@ -50,7 +50,7 @@ class Insides(Method):
         """
         if not blocks_of(module, variables, BLOCK):
             raise ValueError(
-                f"{type(module).__name__} has no blocks layers_0, layers_1, ... that could be "
+                f"{type(module).__name__} has no blocks layers_0, layers_1 and so on that could be "
                 "compared; stacked layers need scan_layers=False."
             )
         return super().adapt(module, variables, rng, batches)

@@ -148,11 +148,11 @@ class Prune(Method):
             grams = observed(module, variables, batches, self.targets, _gram, jnp.add)
         elif self.criterion == "sparse_gpt" and not isinstance(flat[places[0]], jax.core.Tracer):
             raise ValueError("SparseGPT looks at data: give `adapt` batches.")
-        chosen = partial(sparse_gpt, sparsity=self.sparsity, pattern=self.pattern)
+        chosen = jax.jit(partial(sparse_gpt, sparsity=self.sparsity, pattern=self.pattern))
         for path in places:
             kernel = flat[path]
             if path[1:-1] in grams:
-                flat[path] = over_layers(jax.jit(chosen), 2, kernel, grams[path[1:-1]])
+                flat[path] = over_layers(chosen, 2, kernel, grams[path[1:-1]])
             else:
                 mask = over_layers(lambda k: mask_of(k, self.sparsity, self.pattern), 2, kernel)
                 flat[path] = kernel * mask
