@@ -124,11 +124,11 @@ def methods() -> dict[str, Any]:
         "sigma_reparam": SigmaReparam(),
         "slimfit": SlimFit(),
         "int8": Int8(),
-        "int8_tensor": Int8("tensor"),
-        "smooth_quant": Int8("tensor", 0.5),
+        "int8_tensor": Int8("tensor", batches=16),
+        "smooth_quant": Int8("tensor", 0.5, batches=16),
         "int8_weights": Int8(activations=None),
-        "fp8": SmallFloat(8, 4, 8, 4),
-        "fp4": SmallFloat(),
+        "fp8": SmallFloat(8, 4, 8, 4, batches=16),
+        "fp4": SmallFloat(batches=16),
         "fp4_searched": SmallFloat(rounds=1),
         "magnitude_50": Prune(0.5),
         "magnitude_2_4": Prune(pattern=(2, 4)),
@@ -186,7 +186,7 @@ def measure(name: str, args: argparse.Namespace) -> None:
     else:
         variables = jax.jit(model.init)(jax.random.key(0), **inputs_of(name, model, args, 0))
     inputs = inputs_of(name, model, args, 1)
-    batches = [inputs_of(name, model, args, seed) for seed in (2, 3)]
+    batches = [inputs_of(name, model, args, seed) for seed in range(2, 18)]
 
     def compiled(module: Any, variables: Any) -> Any:
         run = jax.jit(lambda v, x: module.apply(v, **x)).lower(variables, inputs).compile()

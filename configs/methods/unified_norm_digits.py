@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from zoo.data import Data, Digits
 from zoo.data.transforms import Normalize
 from zoo.methods import UnifiedNorms
-from zoo.methods.unified_norm import STATISTICS, UnifiedNorm
+from zoo.methods.norms import STATISTICS
+from zoo.methods.unified_norm import UnifiedNorm
 from zoo.tasks import Classification, Phase
 from zoo.training import Checkpointing, Model, Optimizer, TrainConfig
 

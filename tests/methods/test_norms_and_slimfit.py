@@ -14,8 +14,9 @@ from zoo.data import Data
 from zoo.data.sources import Digits
 from zoo.data.transforms import Normalize
 from zoo.methods import FixedNorms, SlimFit, UnifiedNorms
+from zoo.methods.norms import STATISTICS
 from zoo.methods.slimfit import frozen_paths, layers_of
-from zoo.methods.unified_norm import STATISTICS, UnifiedNorm
+from zoo.methods.unified_norm import UnifiedNorm
 from zoo.tasks import Classification, Phase
 from zoo.training import Model, Optimizer, TrainConfig
 from zoo.training.program import make_program

@@ -22,8 +22,9 @@ from zoo.methods import (
     wrap_all,
 )
 from zoo.methods.method import trains
+from zoo.methods.norms import STATISTICS
 from zoo.methods.prompts import prompts_of, with_prompts
-from zoo.methods.unified_norm import STATISTICS, UnifiedNorm
+from zoo.methods.unified_norm import UnifiedNorm
 from zoo.tasks import imitation
 
 pytestmark = pytest.mark.slow

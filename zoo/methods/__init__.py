@@ -7,13 +7,13 @@ from zoo.methods.insides import Insides
 from zoo.methods.int8 import Int8
 from zoo.methods.lora import LoRA
 from zoo.methods.method import Method, adapt_all, wrap_all
+from zoo.methods.norms import FixedNorms, UnifiedNorms
 from zoo.methods.prompts import Prompts
 from zoo.methods.prune import Movement, Prune
 from zoo.methods.quiet_attention import QuietAttention
 from zoo.methods.sigma_reparam import SigmaReparam, WithoutNorms
 from zoo.methods.slimfit import SlimFit
 from zoo.methods.token_pruning import TokenPruning
-from zoo.methods.unified_norm import FixedNorms, UnifiedNorms
 
 __all__ = [
     "EarlyExit",
