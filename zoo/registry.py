@@ -77,6 +77,7 @@ SYSTEMS: dict[str, tuple[str, ...]] = {
     "zoo.models.timeseries.patchtst": ("patchtst_*",),
     "zoo.models.control.ebwm": ("ebt_*",),
     "zoo.models.graph.graphgps": ("graphgps_*",),
+    "zoo.models.graph.gps": ("gps_*",),
     "zoo.models.graph.graphtrans": ("graphtrans_*",),
     "zoo.models.graph.graphormer": ("graphormer_*",),
     "zoo.models.motion.story_to_motion": ("story_to_motion_*",),

@@ -45,6 +45,14 @@ class Leaves:
     slots: Mapping[str, Slot]
     collections: tuple[str, ...]
 
+    @property
+    def plain(self) -> nn.Module:
+        """The model without the methods that listen to its calls: what rules read fields of."""
+        from zoo.methods.method import Intercepted
+
+        model = self.model
+        return model.inner if isinstance(model, Intercepted) else model
+
 
 def model_leaves(model: nn.Module) -> Leaves:
     """The leaves of `model.init`, from `jax.eval_shape`: nothing is computed or allocated."""

@@ -42,7 +42,7 @@ def match(
     filled: set[str] = set()
     for (number, items), names in sorted(found.items()):
         rule, indices = rules.rules[number], dict(items)
-        step = make_step(rule, indices, leaves.model)
+        step = make_step(rule, indices, leaves.plain)
         if not all(path in leaves.unrolled for path in step.targets):
             continue
         if len(names) < len(step.sources):
@@ -205,7 +205,7 @@ def _misfits(
     if got is not None:
         triples = zip(step.targets, wanted, got, strict=True)
         if all(
-            rules.resizer(path) or kernel_resizer(g, w.shape, leaves.model)
+            rules.resizer(path) or kernel_resizer(g, w.shape, leaves.plain)
             for path, w, g in triples
             if g != w.shape
         ):
@@ -266,7 +266,7 @@ def _official_names(
         covered.update(step.targets)
     for path in paths:
         if path not in covered:
-            found = next(steps_for(path, rules, leaves.model), None)
+            found = next(steps_for(path, rules, leaves.plain), None)
             sources = found.sources if found else (f"{path} (no rule fills it)",)
             names.update((name, None) for name in sources)
     return list(names)

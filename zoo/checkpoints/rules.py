@@ -185,9 +185,9 @@ def convert_with_report(
                 resized[path] = (value.shape, wanted)
                 resizer = rules.resizer(path)
                 if resizer is not None:
-                    made = resizer(value, wanted, leaves.model, shapes)
+                    made = resizer(value, wanted, leaves.plain, shapes)
                 else:
-                    kernel = kernel_resizer(value.shape, wanted, leaves.model)
+                    kernel = kernel_resizer(value.shape, wanted, leaves.plain)
                     assert kernel is not None, path  # the plan has refused it otherwise
                     made = kernel(value)
                 value = np.asarray(made, value.dtype)
@@ -298,7 +298,7 @@ def _export(
     for step in steps:
         arrays = step.transform.inverse([value(leaves.slots[path]) for path in step.targets])
         yield from zip(step.sources, arrays, strict=True)
-    yield from _derived(rules, steps, leaves.model)
+    yield from _derived(rules, steps, leaves.plain)
 
 
 def _writing_layout(
@@ -325,7 +325,7 @@ def _export_steps(rules: Rules, leaves: Leaves) -> tuple[list[Step], str | None]
             continue
         fitting = (
             s
-            for s in steps_for(path, rules, leaves.model)
+            for s in steps_for(path, rules, leaves.plain)
             if all(t in leaves.unrolled and t not in written for t in s.targets)
         )
         step = next(fitting, None)

@@ -147,7 +147,7 @@ def _differences(
             indices = rule.sources[0].match(name)
             if indices is None:
                 continue
-            step = make_step(rule, indices, leaves.model)
+            step = make_step(rule, indices, leaves.plain)
             if any(source not in tensors for source in step.sources):
                 continue
             has.update((path, None) for path in step.targets)

@@ -3,6 +3,7 @@
 from zoo.methods.cut import PruneHeads, PruneNeurons
 from zoo.methods.depth import EarlyExit, LayerDrop
 from zoo.methods.float_quantize import SmallFloat
+from zoo.methods.gtsp import SparseHeads, SparseLayers, SparseTokens, SparseWeights
 from zoo.methods.insides import Insides
 from zoo.methods.int8 import Int8
 from zoo.methods.lora import LoRA
@@ -32,6 +33,10 @@ __all__ = [
     "SigmaReparam",
     "SlimFit",
     "SmallFloat",
+    "SparseHeads",
+    "SparseLayers",
+    "SparseTokens",
+    "SparseWeights",
     "TokenPruning",
     "UnifiedNorms",
     "WithoutNorms",
