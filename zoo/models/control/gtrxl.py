@@ -102,8 +102,12 @@ class RelativeAttention(nn.Module):
         table: Float[Array, "full channels"],
         biases: tuple[Float[Array, "heads head_dim"], Float[Array, "heads head_dim"]],
         train: bool = False,
+        same: Bool[Array, "batch length full"] | None = None,
     ) -> Float[Array, "batch length channels"]:
-        """The last `length` of `full` are queries, made of `x`; they see what is not after them."""
+        """The last `length` of `full` are queries, made of `x`; they see what is not after them.
+
+        Of that they see, where `same` is given, what is of their own episode.
+        """
         heads, channels, (length, size) = self.num_heads, x.shape[-1], (x.shape[1], full.shape[1])
 
         def project(name: str, t: Array) -> Array:
@@ -122,6 +126,8 @@ class RelativeAttention(nn.Module):
         # the row of the table for the distance of j from i: distances end at 0
         rows = jnp.arange(size) + length - 1 - jnp.arange(length)[:, None]
         visible = rows < size
+        if same is not None:
+            visible = visible & same[:, None]
         rows = jnp.broadcast_to(jnp.minimum(rows, size - 1), (*by_row.shape[:2], length, size))
         bias = jnp.take_along_axis(by_row, rows, axis=-1).astype(jnp.float32) * scale
         dropping = train and self.dropout > 0
@@ -161,6 +167,7 @@ class GTrXLBlock(nn.Module):
         table: Float[Array, "full channels"],
         biases: tuple[Array, Array],
         train: bool = False,
+        same: Bool[Array, "batch length full"] | None = None,
     ) -> Float[Array, "batch length channels"]:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = partial(LayerNorm, epsilon=1e-5, **types)
@@ -175,7 +182,7 @@ class GTrXLBlock(nn.Module):
             self.num_heads, self.head_dim, self.dropout, name="attention", **types
         )
         queries = full[:, memory.shape[1] :] if self.norm_query else x
-        a = drop(attention(queries, full, table, biases, train))
+        a = drop(attention(queries, full, table, biases, train, same))
         x = join("gate1", x, self.activation(a))
         y = norm(name="norm2")(x)
         for i in range(self.mlp_depth):
@@ -252,17 +259,31 @@ class GTrXL(nn.Module):
         self,
         state: Float[Array, "batch levels kept channels"],
         observations: Float[Array, "batch length dims"],
-        reset: Bool[Array, "batch"] | None = None,
+        reset: Bool[Array, "batch"] | Bool[Array, "batch length"] | None = None,
         train: bool = False,
     ) -> tuple[Array, Float[Array, "batch length channels"]]:
-        """Go on with a segment: the next memory, and the output at each observation."""
-        if reset is not None:
+        """Go on with a segment: the next memory, and the output at each observation.
+
+        Args:
+          state: the memory.
+          observations: of the segment.
+          reset: whether a row begins with an empty memory; or, of each observation, whether an
+            episode begins there. Then nothing of other episodes is seen, and no empty slot, so that
+            a segment gives what its observations give one by one, if the memory holds an episode.
+          train: whether to drop out.
+        """
+        episode = None
+        if reset is not None and reset.ndim == 2:
+            episode = jnp.cumsum(reset, axis=1)
+        elif reset is not None:
             state = jnp.where(reset[:, None, None, None], 0, state)
-        out = self._run(state, observations, train)
+        out = self._run(state, observations, train, episode)
         return out["memory"], out["logits"]
 
     @nn.compact
-    def _run(self, memory: Array, observations: Array, train: bool) -> dict[str, Array]:
+    def _run(
+        self, memory: Array, observations: Array, train: bool, episode: Array | None = None
+    ) -> dict[str, Array]:
         self._check(memory, observations)
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         activation = ACTIVATIONS[self.activation]
@@ -280,7 +301,11 @@ class GTrXL(nn.Module):
             for name in ("content_bias", "position_bias")
         )
         table = drop(distances(self.memory_length + x.shape[1], self.embed_dim))
-        every = [x]
+        every, same = [x], None
+        if episode is not None:
+            filled = (memory[:, 0] != 0).any(-1)
+            of_keys = jnp.concatenate([jnp.where(filled, 0, -1), episode], axis=1)
+            same = of_keys[:, None] == episode[:, :, None]
         for i in range(self.depth):
             block = GTrXLBlock(
                 self.num_heads,
@@ -294,9 +319,11 @@ class GTrXL(nn.Module):
                 name=f"layers_{i}",
                 **types,
             )
-            x = block(x, memory[:, i], table, biases, train)
+            x = block(x, memory[:, i], table, biases, train, same)
             every.append(x)
         seen = jnp.concatenate([memory, jnp.stack(every, 1).astype(memory.dtype)], axis=2)
+        if same is not None:
+            seen = jnp.where(same[:, -1][:, None, :, None], seen, 0)
         y = drop(x)
         if self.outputs is not None:
             y = torch_linear(self, self.outputs, self.embed_dim, "head")(y)
