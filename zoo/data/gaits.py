@@ -6,6 +6,7 @@ of its stance, stays there, and swings to the next place; legs follow by two-bon
 kinematics. So feet do not slide, and the gait of a given course is known exactly.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,19 +171,23 @@ class GaitWindows:
       length: frames.
       gap: smallest and largest number of unknown frames.
       seed: other seeds give other motions.
+      motions: of eight seconds, made when they are first needed, of which windows are cut.
     """
 
     count: int
     length: int = 40
     gap: tuple[int, int] = (5, 30)
     seed: int = 0
+    motions: int = 400
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = np.random.default_rng((self.seed, index))
-        rows = changing_gait(rng, self.length)
+        motion = _motion(self.seed, int(rng.integers(self.motions)), max(240, self.length))
+        first = int(rng.integers(len(motion) - self.length + 1))
+        rows = motion[first : first + self.length]
         low, high = self.gap
         gap = int(rng.integers(low, min(high, self.length - 4) + 1))
         start = int(rng.integers(2, self.length - gap - 1))
@@ -190,6 +195,11 @@ class GaitWindows:
         known = ((frame < start) | (frame >= start + gap)).astype(np.int32)
         return {"motion": rows, "known": known, "start": np.int32(start),
                 "stop": np.int32(start + gap)}  # fmt: skip
+
+
+@functools.lru_cache(maxsize=2048)
+def _motion(seed: int, number: int, frames: int) -> Float[np.ndarray, "frames numbers"]:
+    return changing_gait(np.random.default_rng((seed, number)), frames)
 
 
 def changing_gait(rng: Any, length: int) -> Float[np.ndarray, "frames numbers"]:

@@ -8,6 +8,7 @@ from zoo.evaluators.intervals import ConformalIntervals
 from zoo.evaluators.learning_curves import LearningCurves
 from zoo.evaluators.modes import ModesFound
 from zoo.evaluators.pictures import ForecastClips, RestoredImages, SampledClips
+from zoo.evaluators.stories import PlayedStory
 
 __all__ = [
     "ActivationMaps",
@@ -18,6 +19,7 @@ __all__ = [
     "ForecastPlots",
     "LearningCurves",
     "ModesFound",
+    "PlayedStory",
     "RestoredImages",
     "SampledClips",
 ]
