@@ -1,5 +1,6 @@
 """Made-up examples with known answers."""
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,3 +100,44 @@ class RingOfGaussians:
         """The corners, `[corners, 2]`."""
         angle = 2 * np.pi * np.arange(self.corners) / self.corners
         return np.stack([np.cos(angle), np.sin(angle)], 1)
+
+
+@dataclass(frozen=True)
+class MarkovText:
+    """Sequences of a Markov chain, whose entropy is known.
+
+    Examples are `tokens [length]` and `entropy`, the mean over their places of the entropy of what
+    comes next.
+
+    Attributes:
+      count: sequences.
+      length: tokens of each.
+      vocab_size: different ones.
+      sharpness: of the chances: 0 is uniform.
+      seed: other seeds give other sequences of the same chain.
+    """
+
+    count: int
+    length: int = 32
+    vocab_size: int = 16
+    sharpness: float = 2.0
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    @functools.cached_property
+    def chances(self) -> np.ndarray:
+        """Of each token behind each."""
+        scores = np.random.default_rng(7).normal(size=(self.vocab_size,) * 2) * self.sharpness
+        chances = np.exp(scores - scores.max(1, keepdims=True))
+        return chances / chances.sum(1, keepdims=True)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng((self.seed, index))
+        below, tokens = np.cumsum(self.chances, 1), [int(rng.integers(self.vocab_size))]
+        for draw in rng.random(self.length - 1):
+            tokens.append(min(int(np.searchsorted(below[tokens[-1]], draw)), self.vocab_size - 1))
+        entropy = -(self.chances * np.log(self.chances + 1e-30)).sum(1)
+        return {"tokens": np.array(tokens, np.int32),
+                "entropy": np.float32(entropy[tokens[:-1]].mean())}  # fmt: skip
