@@ -1,0 +1,62 @@
+"""Where a graph transformer looks: attention that atoms get, drawn on molecules."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zoo.evaluators.evaluator import Evaluator, some_examples
+
+
+@dataclass(frozen=True)
+class AttentionOnMolecules(Evaluator):
+    """`attention.png`: each atom as large as the attention that it gets in the last layer.
+
+    Attributes:
+      every: steps between pictures; 0 is at the end only.
+      count: held-out molecules.
+    """
+
+    every: int = 0
+    count: int = 6
+
+    def run(
+        self, program: Any, variables: Mapping[str, Any], data: Any, folder: Path
+    ) -> dict[str, float]:
+        """Draws; gives how often the most frequent class of the training set is right."""
+        import jax
+        from matplotlib.figure import Figure
+
+        from zoo.data.molecules import ELEMENTS
+        from zoo.tasks.apply import model_inputs
+
+        batch = some_examples(data, list(range(self.count)))
+        network = program.networks
+        inputs = model_inputs(network, batch)
+        sown = jax.jit(
+            lambda v, x: network.apply(v, **x, mutable=["intermediates"])[1]["intermediates"]
+        )(dict(variables), inputs)
+        last = max((k for k in sown if k.startswith("layers_")), key=lambda k: int(k[7:]))
+        weights = np.asarray(sown[last]["attention"]["attention"][0]).mean(1)
+        figure = Figure(figsize=(3 * self.count, 3), layout="constrained")
+        for i, axis in enumerate(np.atleast_1d(figure.subplots(1, self.count))):
+            count = int(batch["num_nodes"][i])
+            got = weights[i, :count, :count].mean(0) * count
+            x, y = batch["places"][i, :count].T
+            for a, b in batch["edges"][i]:
+                if b < count:
+                    axis.plot(x[[a, b]], y[[a, b]], color="0.7", zorder=1)
+            axis.scatter(x, y, s=60 * got, c=got, cmap="viridis", zorder=2)
+            for atom in range(count):
+                element = int(batch["nodes"][i, atom, 0])
+                if element != 0:
+                    name = ELEMENTS[element] if element < len(ELEMENTS) else "?"
+                    axis.text(x[atom], y[atom], name, ha="center", va="center", fontsize=8)
+            axis.set_aspect("equal")
+            axis.axis("off")
+        figure.savefig(folder / "attention.png", dpi=100)
+        labels = [np.array([int(part[i]["labels"]) for i in range(len(part))])
+                  for part in (data.train, data.eval)]  # fmt: skip
+        return {"most_frequent_class": float((labels[1] == np.bincount(labels[0]).argmax()).mean())}
