@@ -13,7 +13,10 @@ from zoo.tasks.language_modelling import LanguageModelling
 from zoo.tasks.layer_distillation import LayerDistillation
 from zoo.tasks.masked_language_modelling import MaskedLanguageModelling
 from zoo.tasks.metrics import Mean
+from zoo.tasks.motion_completion import MotionCompletion
 from zoo.tasks.regression import Regression
+from zoo.tasks.reinforcement import Reinforcement
+from zoo.tasks.sparsification import Sparsified
 from zoo.tasks.task import Aux, Networks, OneNetwork, Phase, Task
 from zoo.tasks.video_prediction import VideoPrediction
 
@@ -33,10 +36,13 @@ __all__ = [
     "LayerDistillation",
     "MaskedLanguageModelling",
     "Mean",
+    "MotionCompletion",
     "Networks",
     "OneNetwork",
     "Phase",
     "Regression",
+    "Reinforcement",
+    "Sparsified",
     "Task",
     "VideoPrediction",
 ]
