@@ -6,6 +6,7 @@ names a file may define, so that asking for one name imports one file.
 
 import fnmatch
 import importlib
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -112,7 +113,76 @@ def info(name: str) -> Variant:
     Raises:
       ValueError: if there is no such variant; the sentence gives the closest names.
     """
-    return system(name).variants[name]
+    return system(name).variants[canonical(name)]
+
+
+_ALIASES = {  # names that rules of `canonical` do not reach
+    "vit_b_16": "vit_base_patch16_224",
+    "vit_b_32": "vit_base_patch32_224",
+    "vit_l_16": "vit_large_patch16_224",
+    "swin_t": "swin_tiny_patch4_window7_224",
+    "swin_s": "swin_small_patch4_window7_224",
+    "swin_b": "swin_base_patch4_window7_224",
+    "swin3d_t": "swin_tiny_patch244_window877_kinetics400_1k",
+    "swin3d_s": "swin_small_patch244_window877_kinetics400_1k",
+    "swin3d_b": "swin_base_patch244_window877_kinetics400_1k",
+    "all_minilm_l6_v2": "minilm_l6_v2",
+    "all_minilm_l12_v2": "minilm_l12_v2",
+    "bert_tiny": "bert_tiny_uncased",
+    "bert_mini": "bert_mini_uncased",
+    "bert_small": "bert_small_uncased",
+    "bert_medium": "bert_medium_uncased",
+    "bert_uncased_l_2_h_128_a_2": "bert_tiny_uncased",
+    "bert_uncased_l_4_h_256_a_4": "bert_mini_uncased",
+    "bert_uncased_l_4_h_512_a_8": "bert_small_uncased",
+    "bert_uncased_l_8_h_512_a_8": "bert_medium_uncased",
+    "llama_2_7b": "llama2_7b",
+    "llama_2_13b": "llama2_13b",
+    "llama_2_70b": "llama2_70b",
+    "meta_llama_3_8b": "llama3_8b",
+    "meta_llama_3_70b": "llama3_70b",
+    "llama_3.1_8b": "llama3.1_8b",
+    "llama_3.2_1b": "llama3.2_1b",
+    "llama_3.2_3b": "llama3.2_3b",
+    "tinyllama_1.1b": "llama_tiny_1.1b",
+    "mistral_7b_v0.1": "mistral_7b",
+}
+
+
+def canonical(name: str) -> str:
+    """A variant's name from a hub id or a timm tag; any other name as it is.
+
+    `google/vit-base-patch16-224` and `vit_base_patch16_224.augreg_in21k` are both variants here:
+    the owner and the tag are dropped, `-` is `_`. A tag of ImageNet-21k's classes keeps them.
+
+    >>> canonical("facebook/opt-125m"), canonical("vit_b_16")
+    ('opt_125m', 'vit_base_patch16_224')
+    """
+    if _defined(name):
+        return name
+    text = name.rpartition("/")[2].partition("@")[0].replace("-", "_")
+    text = re.sub("_in22k$", "_22k", text)
+    stem, _, tag = text.partition(".")
+    large = bool(re.search(r"in2[12]k", tag)) and "ft_in1k" not in tag
+    ends = ("_in21k", "_22k", "") if large else ("",)
+    tried = [f"{stem}{end}" for end in ends] if tag else []
+    for candidate in (text, *tried):
+        for end in ("", "_hf", "_in1k_224", "_chat", "_instruct"):
+            for form in (candidate, candidate.lower()):
+                form = form.removesuffix(end)
+                form = _ALIASES.get(form, form)
+                if _defined(form):
+                    return form
+    return name
+
+
+def _defined(name: str) -> bool:
+    """Whether a variant has this name."""
+    return any(
+        fnmatch.fnmatchcase(name, g) and name in importlib.import_module(path).SYSTEM.variants
+        for path, globs in SYSTEMS.items()
+        for g in globs
+    )
 
 
 def file_of(name: str) -> str:
@@ -121,6 +191,7 @@ def file_of(name: str) -> str:
     Raises:
       ValueError: if there is no such variant; the sentence gives the closest names.
     """
+    name = canonical(name)
     for path, globs in SYSTEMS.items():
         if any(fnmatch.fnmatchcase(name, g) for g in globs):
             if name in importlib.import_module(path).SYSTEM.variants:

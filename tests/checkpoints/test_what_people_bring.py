@@ -10,7 +10,15 @@ import torch_writer as tw
 
 from zoo.checkpoints.files import CheckpointError, UnsafeCheckpoint, open_checkpoint
 from zoo.checkpoints.mismatch import CheckpointMismatch
-from zoo.checkpoints.rules import Rules, conv_rules, convert, convert_with_report, dense_rules
+from zoo.checkpoints.naming import _unstacked
+from zoo.checkpoints.rules import (
+    Rules,
+    _InMemory,
+    conv_rules,
+    convert,
+    convert_with_report,
+    dense_rules,
+)
 
 
 class Net(nn.Module):
@@ -217,3 +225,21 @@ def test_flax_files_are_read_one_array_at_a_time(tmp_path, monkeypatch):
     path.write_bytes(b"\x81\xa1a\xc7\x01\x05\x00")
     with pytest.raises(UnsafeCheckpoint, match="extension of type 5"):
         open_checkpoint(path)
+
+
+def test_flax_names_and_layouts_are_those_of_torch_turned_round():
+    flax_names = {}
+    for name, array in state().items():
+        stem, leaf = name.rsplit(".", 1)
+        kernel = leaf == "weight"
+        turned = np.moveaxis(array, (0, 1), (-1, -2)) if kernel else array
+        flax_names["params/" + stem.replace(".", "/") + ("/kernel" if kernel else "/bias")] = turned
+    assert equal(convert(LAYOUTS, flax_names, Net()), PLAIN)
+
+
+def test_scanned_blocks_of_big_vision_are_taken_apart():
+    whole = {f"Transformer/encoderblock_{i}/fc/kernel": np.full((2, 2), i) for i in range(3)}
+    stacked = {"Transformer/encoderblock/fc/kernel": np.stack(list(whole.values()))}
+    taken = _unstacked({n: _InMemory(a) for n, a in stacked.items()})
+    assert {t.name for t in taken.values()} == set(whole)
+    assert all(np.array_equal(t.read(), whole[t.name]) for t in taken.values())

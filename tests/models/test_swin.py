@@ -298,3 +298,32 @@ def test_images_of_another_size_are_refused(small):
     model, variables = small
     with pytest.raises(ValueError, match=r"\(batch, 32, 48, 3\), not \(1, 64, 64, 3\)"):
         model.apply(variables, jnp.zeros((1, 64, 64, 3)))
+
+
+def test_padded_maps_take_images_of_any_size_and_change_nothing_where_all_fits():
+    stage = dict(depths=(2,), num_heads=(2,), drop_path=0.0)
+    model, padded = (zoo.create("swin_test", pad=pad, **stage) for pad in (False, True))
+    size = model.image_size
+    images = jax.random.normal(jax.random.key(0), (1, *size, 3))
+    variables = jax.jit(model.init)(jax.random.key(1), images)
+    want, got = (jax.jit(m.apply)(variables, images) for m in (model, padded))
+    assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
+    odd = jnp.pad(images, ((0, 0), (0, 5), (0, 3), (0, 0)))
+    maps = jax.eval_shape(lambda x: padded.apply(variables, x, method="features"), odd)
+    assert maps["stage1"].shape[1] == -(-(size[0] + 5) // model.patch_size)
+    with pytest.raises(ValueError, match="pad=True"):
+        model.apply(variables, odd)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda x: x.transpose(0, 3, 1, 2), "channels first"),
+        (lambda x: (x * 255).astype(jnp.uint8), "divide by 255"),
+    ],
+)
+def test_images_in_another_form_are_refused_with_what_to_do(change, text):
+    model = zoo.create("swin_test")
+    images = jnp.zeros((2, *model.image_size, 3))
+    with pytest.raises(ValueError, match=text):
+        jax.eval_shape(lambda: model.init(jax.random.key(0), change(images)))

@@ -99,6 +99,8 @@ def test_inflation_resizes_tables_and_starts_a_fresh_head():
     table = inflated["backbone.layers.0.blocks.0.attn.relative_position_bias_table"]
     assert table.shape == (3 * 13 * 13, 2)
     variables = zoo.convert(model, inflated, adapt=True)
+    direct = zoo.convert(model, state, adapt=True)  # the image model's own file
+    assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), direct, variables))
     assert np.isfinite(apply(model, variables, clips(model))).all()
 
 

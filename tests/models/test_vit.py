@@ -17,6 +17,7 @@ from model_helpers import (
 import zoo
 from zoo.checkpoints.rules import CheckpointMismatch
 from zoo.layers.attention import Attention
+from zoo.layers.position import resize_grid
 from zoo.layers.stack import stack_layers, unstack_layers
 from zoo.models.vision import vit
 
@@ -298,6 +299,14 @@ def test_tables_of_a_grid_that_is_not_square_are_refused():
     state = filled_state_dict(zoo.create("vit_test", image_size=(32, 48)))
     with pytest.raises(ValueError, match="25 rows is not a square grid behind 1 prefix"):
         zoo.convert(zoo.create("vit_test", image_size=64), state, adapt=True)
+
+
+def test_tables_of_a_grid_in_the_new_ones_proportions_are_resized():
+    state = filled_state_dict(zoo.create("vit_test", image_size=(16, 48), depth=1))
+    model = zoo.create("vit_test", image_size=(24, 72), depth=1)
+    table = zoo.convert(model, state, adapt=True)["params"]["position_embedding"]
+    want = resize_grid(np.asarray(state["pos_embed"])[0, 1:], (2, 6), (3, 9))
+    np.testing.assert_array_equal(table[0, 1:], want)
 
 
 # ------------------------------------------------------------------------------- errors

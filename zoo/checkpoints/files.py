@@ -46,7 +46,7 @@ MAX_INDEX = 64 << 20  # bytes of an index.json
 _WHOLE = ("model.safetensors", "pytorch_model.bin", "flax_model.msgpack")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _WRAPPING = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
-HUB_SECONDS = 5.0  # after which a hub that does not answer is given up
+HUB_SECONDS = 3.0  # after which a hub that does not answer is given up
 
 
 def open_checkpoint(path: str | os.PathLike, weights: str | None = None) -> StateDict:
@@ -147,7 +147,7 @@ def _in_time(ask: Callable[[], T]) -> T:
 
     threading.Thread(target=run, daemon=True).start()
     try:
-        done, value = answer.get(timeout=HUB_SECONDS - 0.5)
+        done, value = answer.get(timeout=HUB_SECONDS)
     except queue.Empty:
         raise TimeoutError(f"no answer in {HUB_SECONDS:g} seconds") from None
     if done:
@@ -193,6 +193,9 @@ def _open_directory(folder: Path, weights: str | None) -> Mapping[str, Tensor]:
         found = [p for p in _children(folder) if p.suffix == suffix]
         if len(found) == 1:
             return _open_file(found[0], weights)
+    inner = folder / "0_Transformer"  # older folders of sentence-transformers
+    if inner.is_dir():
+        return _open_directory(inner, weights)
     names = ", ".join(p.name for p in _children(folder)[:8]) or "nothing"
     raise CheckpointError(
         f"{folder}: no weights that are known here (one of {', '.join(_WHOLE)}, their index, or a "

@@ -4,13 +4,15 @@ import dataclasses
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 
 from zoo import registry
-from zoo.checkpoints import files, rules
+from zoo.checkpoints import files, hub_config, rules
 from zoo.checkpoints.report import Report
+from zoo.system import Variant
 
 
 def load(
@@ -23,12 +25,20 @@ def load(
     **options: Any,
 ) -> tuple[nn.Module, dict, Report]:
     """See `zoo.load`; `options` are those of `zoo.checkpoints.rules.convert`."""
-    model = registry.create(name, **overrides)
+    named = source is not None
+    if not named:
+        name, source = os.fspath(name), name
+        if not Path(name).exists() and "/" not in name:
+            registry.info(name)  # an unknown name is said to be one
+            raise ValueError(f"zoo.load({name!r}, SOURCE) needs the file or folder of the weights.")
     if files.is_orbax(source):
-        from zoo.checkpoints import runs
-
-        return model, runs.load_variables(source, model, sharding=sharding), Report()
-    state = files.open_checkpoint(files.resolve(source), weights)
+        if not named:
+            raise ValueError(f"{os.fspath(source)!r} is a run: zoo.load(NAME, RUN) says of what.")
+        return _run(registry.create(name, **overrides), source, sharding, options)
+    path = files.resolve(source)
+    beside = hub_config.read(path)
+    model, notes = _model(name if named else None, path, beside, overrides)
+    state = files.open_checkpoint(path, weights)
     variables, report = rules.convert_with_report(
         registry.layouts(model),
         state,
@@ -38,7 +48,91 @@ def load(
         param_dtype=model.param_dtype if "param_dtype" in overrides else None,
         **options,
     )
-    report = dataclasses.replace(report, notes=(*state.notes, *report.notes))
+    report = dataclasses.replace(
+        report,
+        notes=(*notes, *state.notes, *report.notes),
+        preprocessing=beside.preprocessing,
+    )
     if str(report):
         print(report, file=sys.stderr)
+    return model, variables, report
+
+
+def _model(
+    name: str | os.PathLike | None,
+    path: Path,
+    beside: hub_config.Beside,
+    overrides: Mapping[str, Any],
+) -> tuple[nn.Module, list[str]]:
+    """The module that a folder's settings and the caller's fields make, and what to say of it."""
+    if name is None and beside.base is None:
+        kinds = ", ".join(hub_config.KINDS)
+        raise ValueError(
+            f"{path} does not say which model it is: it has no config.json with a model_type that "
+            f"is known here ({kinds}). Give the name: zoo.load(NAME, {str(path)!r})."
+        )
+    variant = registry.info(str(name if name is not None else beside.base))
+    known = {f.name for f in dataclasses.fields(variant.module)}
+    said = {k: v for k, v in beside.hidden.items() if k in known}
+    contradicted = {k: v for k, v in said.items() if k in overrides and not _same(overrides[k], v)}
+    if contradicted:
+        key, value = next(iter(contradicted.items()))
+        raise ValueError(
+            f"config.json in {path if path.is_dir() else path.parent} says {key}={value!r}, which "
+            f"contradicts {key}={overrides[key]!r}; leave {key} out to take the file's."
+        )
+    fields: dict[str, Any] = dict(said)
+    if name is None:
+        shown = {k: v for k, v in beside.shown.items() if k in known}
+        fields = {**shown, **said}
+    made = variant.create()
+    plain = {k: v for k, v in fields.items() if not _same(getattr(made, k), v)}
+    notes = list(beside.notes)
+    if plain and name is not None:
+        values = ", ".join(f"{k}={v!r} (not {getattr(made, k)!r})" for k, v in plain.items())
+        notes.append(f"config.json sets {values}.")
+    notes += _image_notes(variant, beside)
+    return variant.create(**{**plain, **overrides}), notes
+
+
+def _image_notes(variant: Variant, beside: hub_config.Beside) -> list[str]:
+    said, known = beside.preprocessing, variant.preprocessing
+    if said is None or known is None or (_same(said.mean, known.mean) and said.std == known.std):
+        return []
+    return [
+        f"preprocessor_config.json normalises with mean {said.mean} and std {said.std}, where the "
+        f"variant has {known.mean} and {known.std}; the report's preprocessing is the file's."
+    ]
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, float) or isinstance(other, float):
+        return one is not None and other is not None and abs(one - other) <= 1e-9 * abs(other)
+    if isinstance(one, tuple) and isinstance(other, int):
+        return set(one) == {other}
+    return one == other
+
+
+def _run(
+    model: nn.Module, source: str | os.PathLike, sharding: Any, options: Mapping[str, Any]
+) -> tuple[nn.Module, dict, Report]:
+    """The variables of a run of the trainer, adapted where asked for."""
+    from zoo.checkpoints import runs
+
+    if not options.get("adapt"):
+        return model, runs.load_variables(source, model, sharding=sharding), Report()
+    from zoo.checkpoints.leaves import flat_leaves
+
+    layouts = registry.layouts(model)
+    state = flat_leaves(runs.load_variables(source))
+    rule = next(iter(layouts.values()))
+    own = rules.Rules(
+        [rules.Rule(path, path) for path in {*state, *rules.leaf_paths(model)}],
+        fresh=rule.fresh,
+        resize=rule.resize,
+    )
+    variables, report = rules.convert_with_report(
+        {"zoo": own}, state, model, sharding=sharding, **options
+    )
+    print(report, file=sys.stderr)
     return model, variables, report

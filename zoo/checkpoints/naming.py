@@ -9,8 +9,11 @@ no model reads (`LEFTOVERS`).
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
 
 from zoo.checkpoints.leaves import Leaves
 from zoo.checkpoints.patterns import compile_pattern
@@ -24,7 +27,9 @@ LEFTOVERS = (  # counters of profilers, heads and queues of a pretraining that i
     "*_metric.*", "*_acc.*", "decoder_*", "decoder.*", "projector*", "projection_head.*",
     "predictor.*", "prototypes.*", "dino_head.*", "ibot_head.*", "decode_head.*",
     "auxiliary_head.*", "aux_head.*", "bbox_head.*", "rpn_head.*", "roi_head.*", "discriminator.*",
-    "logit_scale", "optimizer*", "ema_*", "teacher.*", "student.*",
+    "logit_scale", "*position_ids", "*rotary_emb.inv_freq", "*.num_batches_tracked", "score.*",
+    "classifier.*", "qa_outputs.*", "multiple_choice_head.*", "optimizer*", "ema_*",
+    "teacher.*", "student.*",
 )  # fmt: skip
 """Names that may stand beside a model's and that it never reads, where no layout knows them."""
 
@@ -76,13 +81,14 @@ def find(
     Raises:
       ValueError: if `weights` names a set that the file does not hold.
     """
-    plain = {_plain(name, layouts): name for name in tensors}
-    if len(plain) < len(tensors):
-        plain = {name: name for name in tensors}
-    scores = {
-        (layout, prefix): _score(layouts[layout], under, leaves)
-        for layout, prefix, under in _candidates(layouts, plain, tensors)
-    }
+    tensors = _unstacked(tensors)
+    plain, scores = _scored(layouts, tensors, leaves)
+    most = max((score[1] for score in scores.values()), default=0)
+    if 2 * most < len(leaves.unrolled) and any(name.endswith("/kernel") for name in tensors):
+        torch_tensors = _as_torch(tensors)  # Flax files of models that PyTorch's names are known of
+        others = _scored(layouts, torch_tensors, leaves)
+        if max((score[1] for score in others[1].values()), default=0) > most:
+            tensors, (plain, scores) = torch_tensors, others
     notes: list[str] = []
     best = max(scores.values(), default=(0, 0, 0))
     if 2 * best[1] < len(leaves.unrolled):  # too few names for a prefix to mean anything
@@ -102,6 +108,65 @@ def find(
     elif weights is not None:
         choose_set(kinds, weights)
     return _naming(layouts, layout, prefix, plain, tensors, notes)
+
+
+def _scored(
+    layouts: Mapping[str, Rules], tensors: Mapping[str, LazyTensor], leaves: Leaves
+) -> tuple[dict[str, str], dict[tuple[str, str], tuple[int, int, int]]]:
+    """Plain names -> names of the file, and what each layout and prefix explains of them."""
+    plain = {_plain(getattr(tensors[name], "name", name), layouts): name for name in tensors}
+    if len(plain) < len(tensors):
+        plain = {name: name for name in tensors}
+    return plain, {
+        (layout, prefix): _score(layouts[layout], under, leaves)
+        for layout, prefix, under in _candidates(layouts, plain, tensors)
+    }
+
+
+@dataclass(frozen=True)
+class _View:
+    """A tensor of the file under another name, changed when it is read."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+
+_STACKED = re.compile(r"(.*Transformer/)encoderblock(/.*)")
+
+
+def _unstacked(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """big_vision's scanned blocks as single ones."""
+    result: dict[str, LazyTensor] = {}
+    for name, tensor in tensors.items():
+        found = _STACKED.fullmatch(name)
+        if found is None:
+            result[name] = tensor
+            continue
+        for i in range(tensor.shape[0]):
+            row = f"{found[1]}encoderblock_{i}{found[2]}"
+            read = partial(lambda t, i: t.read()[i], tensor, i)
+            result[f"{name}[{i}]"] = _View(row, tuple(tensor.shape[1:]), tensor.dtype, read)
+    return result
+
+
+def _as_torch(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Flax's names and layouts as PyTorch's: `a/kernel [in, out]` is `a.weight [out, in]`."""
+    result: dict[str, LazyTensor] = {}
+    for name, tensor in tensors.items():
+        stem, _, leaf = getattr(tensor, "name", name).rpartition("/")
+        axes = tuple(range(len(tensor.shape)))
+        if leaf == "kernel" and len(axes) >= 2:
+            axes = (axes[-1], axes[-2], *axes[:-2])
+        ours = {"kernel": "weight", "scale": "weight", "embedding": "weight"}.get(leaf, leaf)
+        result[name] = _View(
+            f"{stem}/{ours}".replace("/", "."),
+            tuple(tensor.shape[i] for i in axes),
+            tensor.dtype,
+            partial(lambda t, axes: np.transpose(t.read(), axes), tensor, axes),
+        )
+    return result
 
 
 def _naming(

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from zoo.checkpoints.mismatch import grouped, listed
+from zoo.system import Preprocessing
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Report:
       resized: leaf -> its shape in the file and in the model.
       dropped: names of the file that this model has no place for.
       notes: which set of weights was taken, which settings were read.
+      preprocessing: of images, if the file's folder says it.
     """
 
     layout: str = ""
@@ -27,6 +29,7 @@ class Report:
     resized: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    preprocessing: Preprocessing | None = None
 
     def __str__(self) -> str:
         lines = list(self.notes)

@@ -198,8 +198,11 @@ def convert_with_report(
     rng = jax.random.key(0) if rng is None else rng
     for path, leaf in initialise(leaves.model, plan.fresh, rng).items():
         store.put(path, np.asarray(leaf))
+    used = {name for step in plan.steps for name in step.sources}
+    unused = [naming.original[n] for n in tensors if n not in used and matches(rules.unused, n)]
+    aside = (*ignored, *naming.aside, *unused)
     report = Report(
-        naming.layout, naming.prefix, (*ignored, *naming.aside), tuple(plan.fresh), resized,
+        naming.layout, naming.prefix, aside, tuple(plan.fresh), resized,
         tuple(plan.dropped), naming.notes,
     )  # fmt: skip
     return store.variables(), report

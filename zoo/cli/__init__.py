@@ -3,6 +3,7 @@
     zoo list "swin*"                                    names, parameters, FLOPs, source, licence
     zoo show minilm_l6_v2                               everything known of one variant
     zoo convert bert_base_uncased OLD.bin NEW.safetensors --layout huggingface
+    zoo export gpt2 served --weights gpt2_folder        a program that runs without the zoo
     zoo predict runs/photos new/ --out answers.csv      labels with probabilities; forecasts; scores
     zoo verify swin_test                                counts, checkpoint rules, goldens, gradients
     zoo plan configs/vision/vit_l16_imagenet.py --topology v5e:16x16    the train step on a TPU pod

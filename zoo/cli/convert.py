@@ -26,6 +26,23 @@ def add(commands: Any) -> None:
     sub.add_argument(
         "--adapt", action="store_true", help="resize tables and start heads afresh where needed"
     )
+    sub.add_argument(
+        "--weights", metavar="SET", help="raw, averaged, teacher or student, where a file has them"
+    )
+    sub.add_argument(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave aside tensors of this name (with *); may be repeated",
+    )
+    sub.add_argument(
+        "--rename",
+        action="append",
+        default=[],
+        metavar="OLD=NEW",
+        help="change names, e.g. 'trunk.*=blocks.*'; may be repeated",
+    )
     add_fields(sub)
 
 
@@ -36,8 +53,11 @@ def convert(
     layout: str | None,
     adapt: bool,
     overrides: Mapping[str, Any],
+    **options: Any,
 ) -> dict[str, Any]:
     """A checkpoint as a safetensors file of a published layout, or as an Orbax directory.
+
+    `options` are those of `zoo.load`.
 
     Raises:
       RequestError: if `out` is neither, or `layout` has no place for the model.
@@ -58,7 +78,7 @@ def convert(
     layouts = list(registry.system(name).layouts)
     if layout is not None and layout not in layouts:
         raise RequestError(f"{name} has no layout {layout!r}; it has {', '.join(layouts)}.")
-    model, variables = zoo.load(name, source, adapt=adapt, **overrides)
+    model, variables = zoo.load(name, source, adapt=adapt, **options, **overrides)
     target.parent.mkdir(parents=True, exist_ok=True)
     if as_file:
         from zoo.checkpoints import files
@@ -90,6 +110,13 @@ def _save_orbax(target: Path, model: "nn.Module", variables: Mapping[str, Any]) 
     return len(jax.tree.leaves(variables))
 
 
+def _pairs(texts: list[str]) -> dict[str, str]:
+    for text in texts:
+        if "=" not in text:
+            raise RequestError(f"--rename takes OLD=NEW, not {text!r}.")
+    return dict(text.split("=", 1) for text in texts)
+
+
 def run(options: argparse.Namespace) -> int:
     """Convert a file and say what was written."""
     done = convert(
@@ -99,6 +126,9 @@ def run(options: argparse.Namespace) -> int:
         options.layout,
         options.adapt,
         overrides(options.set),
+        weights=options.weights,
+        ignore=tuple(options.ignore),
+        rename=_pairs(options.rename),
     )
     if options.json:
         output.print_json(done)

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Sequence
 
 import zoo
-from zoo.cli import convert, methods, objectives, plan, predict, show, verify
+from zoo.cli import convert, export, methods, objectives, plan, predict, show, verify
 from zoo.cli import list as list_models
 from zoo.cli.arguments import Parser
 
@@ -17,7 +17,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="zoo", description="Published transformer systems in JAX.")
     parser.add_argument("--version", action="version", version=f"zoo {zoo.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (list_models, show, convert, predict, verify, plan, methods, objectives):
+    for command in (list_models, show, convert, export, predict, verify, plan, methods, objectives):
         command.add(commands)
     return parser
 

@@ -58,6 +58,25 @@ class ImageClassifier(nn.Module):
             return x
         return nn.Dense(self.num_classes, kernel_init=kernel_init, name="head", **self.types)(x)
 
+    def check_images(self, images: Array) -> None:
+        """Raises ValueError for what looks like images in another form than the model reads.
+
+        Whole numbers are pixels that nobody normalised; channels first is PyTorch's order.
+        """
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise ValueError(
+                f"This {type(self).__name__} takes images of floats as its authors normalise them, "
+                f"not {images.dtype}; divide by 255, subtract the mean and divide by the deviation "
+                "(zoo.data.transforms.published_transforms does it)."
+            )
+        shape = images.shape
+        if len(shape) == 4 and shape[3] != self.in_channels and shape[1] == self.in_channels:
+            raise ValueError(
+                f"This {type(self).__name__} takes images of shape (batch, height, width, "
+                f"{self.in_channels}), and {shape} looks like channels first, as PyTorch has them; "
+                "give images.transpose(0, 2, 3, 1)."
+            )
+
     def check_channels(self, shape: tuple[int, ...]) -> None:
         """Raises ValueError unless this is a batch of images with the right number of channels."""
         if len(shape) != 4 or shape[3] != self.in_channels or 0 in shape:
@@ -68,9 +87,10 @@ class ImageClassifier(nn.Module):
 
     def check_size(self, shape: tuple[int, ...]) -> None:
         """Raises ValueError unless images of this shape are of the one size of this model."""
+        pads = hasattr(self, "pad")
         if shape[1:] != (*self.image_size, self.in_channels):
             raise ValueError(
                 f"This {type(self).__name__} takes images of shape (batch, {self.image_size[0]}, "
                 f"{self.image_size[1]}, {self.in_channels}), not {shape}; resize them, or create "
-                "the model with another image_size."
+                f"the model with another image_size{' or with pad=True' if pads else ''}."
             )

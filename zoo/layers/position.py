@@ -69,17 +69,24 @@ def resize_grid(table: np.ndarray, old: tuple[int, int], new: tuple[int, int]) -
 def resize_table(table: np.ndarray, new: tuple[int, int], prefix: int = 0) -> np.ndarray:
     """`resize_grid` of a table `[1, prefix + rows, channels]`; prefix rows stay as they are.
 
-    The old grid is taken to be square, as official code does.
+    The old grid is taken to be square, as official code does; where the rows are no square number,
+    it is the grid whose sides are nearest to those of the new one in proportion.
 
     Raises:
-      ValueError: if the rows behind the prefix are not a square number.
+      ValueError: if the rows behind the prefix make no such grid.
     """
     rest = table[0, prefix:]
-    side = round(len(rest) ** 0.5)
-    if side * side != len(rest):
+    count, aspect = len(rest), new[0] / new[1]
+    side = math.isqrt(count)
+    pairs = [(rows, count // rows) for rows in range(1, count + 1) if count % rows == 0]
+    old = min(pairs, key=lambda p: abs(math.log(p[0] / p[1] / aspect)), default=(0, 1))
+    if side * side == count and count:
+        old = (side, side)
+    elif not count or abs(math.log(old[0] / old[1] / aspect)) > math.log(1.25):
         raise ValueError(
             f"A position table of {table.shape[1]} rows is not a square grid behind {prefix} "
-            "prefix rows, so it cannot be resized; load it at the image size it was trained with."
+            "prefix rows, nor one of the new grid's proportions, so it cannot be resized; load it "
+            "at the image size it was trained with."
         )
-    grid = resize_grid(rest, (side, side), new)
+    grid = resize_grid(rest, old, new)
     return np.concatenate([table[0, :prefix], grid])[None]

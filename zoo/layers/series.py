@@ -133,7 +133,7 @@ def read_classes(
     """
     x = nn.Dropout(model.dropout)(gelu(x), deterministic=not train)
     x = x if mask is None else jnp.where(mask[..., None], x, 0)
-    x = x.reshape(len(x), -1)
+    x = x.reshape(x.shape[0], -1)
     return torch_linear(model, model.num_classes, x.shape[-1], "head")(x)
 
 
@@ -369,10 +369,10 @@ def check_both(
       ValueError: naming it and what to change.
     """
     check_series(model, series, model.context_length, model.variates)
-    check_time_features(model, time_features, len(series))
+    check_time_features(model, time_features, series.shape[0])
     count = model.time_features if decodes(model) else 0
     if count or future_time_features is not None:
-        wanted = (len(series), model.horizon, count)
+        wanted = (series.shape[0], model.horizon, count)
         _check_features(model, "future_time_features", future_time_features, wanted)
     check_mask(model, mask, series.shape[:2] if model.masked else None)
     encodes = not decodes(model) and not model.num_classes

@@ -29,12 +29,14 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 import kernels_pallas
 from zoo.checkpoints.rules import (
     Rule,
     Rules,
+    Transform,
     chain,
     concat,
     conv,
@@ -271,7 +273,7 @@ class StateEncoder(nn.Module):
                     name=f"conv{i}",
                 )(x)
             )
-        x = x.reshape(len(x), -1)
+        x = x.reshape(x.shape[0], -1)
         return jnp.tanh(torch_linear(self, self.width, x.shape[-1], "dense")(x))
 
 
@@ -392,8 +394,23 @@ class AtariDecisionTransformer(nn.Module):
 # ---------------------------------------------------------------------------- checkpoints
 
 
-def _gym() -> Rules:
-    theirs, ours = "transformer.h.{i}", "layers_{i}"
+def _with_first_position(xs: list[np.ndarray]) -> list[np.ndarray]:
+    """Transformers adds row 0 of a table of positions to every token behind the norm."""
+    return [xs[0] + xs[1][0]]
+
+
+def _without_positions(xs: list[np.ndarray]) -> list[np.ndarray]:
+    return [xs[0], np.zeros((1024, len(xs[0])), xs[0].dtype)]
+
+
+def _gym(trunk: str = "transformer") -> Rules:
+    """The official names; in transformers' the trunk is called `encoder`."""
+    theirs, ours = f"{trunk}.h.{{i}}", "layers_{i}"
+    positions = Rule(
+        ("embed_ln.bias", "encoder.wpe.weight"),
+        "norm_embed/bias",
+        Transform(_with_first_position, _without_positions),
+    )
     return Rules(
         [
             Rule("embed_timestep.weight", "embed_time/embedding"),
@@ -402,6 +419,7 @@ def _gym() -> Rules:
                 for name in ("return", "state", "action")
                 for rule in dense_rules(f"embed_{name}", f"embed_{name}")
             ),
+            *([positions] if trunk == "encoder" else []),
             *norm_rules("embed_ln", "norm_embed"),
             *norm_rules(f"{theirs}.ln_1", f"{ours}/norm1"),
             *conv1d_rules(f"{theirs}.attn.c_attn", f"{ours}/attention/qkv"),
@@ -409,15 +427,15 @@ def _gym() -> Rules:
             *norm_rules(f"{theirs}.ln_2", f"{ours}/norm2"),
             *conv1d_rules(f"{theirs}.mlp.c_fc", f"{ours}/mlp/up"),
             *conv1d_rules(f"{theirs}.mlp.c_proj", f"{ours}/mlp/down"),
-            *norm_rules("transformer.ln_f", "norm"),
+            *norm_rules(f"{trunk}.ln_f", "norm"),
             *dense_rules("predict_state", "predict_state"),
             *dense_rules("predict_return", "predict_return"),
             *dense_rules("predict_action.0", "predict_action"),
         ],
         unused=(
-            "transformer.wte.weight",
-            "transformer.h.*.attn.bias",
-            "transformer.h.*.attn.masked_bias",
+            f"{trunk}.wte.weight",
+            f"{trunk}.h.*.attn.bias",
+            f"{trunk}.h.*.attn.masked_bias",
         ),
     )
 
@@ -470,7 +488,7 @@ def _atari() -> Rules:
     )
 
 
-LAYOUTS = {"gym": _gym(), "atari": _atari()}
+LAYOUTS = {"gym": _gym(), "huggingface": _gym("encoder"), "atari": _atari()}
 
 _COMMON = dict(
     module=DecisionTransformer,

@@ -157,7 +157,7 @@ class EnergyTransformer(nn.Module):
             table = self.param(
                 "step_embedding", nn.initializers.normal(1.0), shape, self.param_dtype
             )
-            first = jnp.broadcast_to(table[step], (len(tokens), 1, self.embed_dim))
+            first = jnp.broadcast_to(table[step], (tokens.shape[0], 1, self.embed_dim))
             tokens = jnp.concatenate([first.astype(tokens.dtype), tokens], 1)
         streams = (tokens, candidates)
         for i in range(self.depth):

@@ -276,7 +276,7 @@ class Graphormer(nn.Module):
         x = x + table("in_degree_embedding", self.num_in_degree)[degree]
         x = x + table("out_degree_embedding", self.num_out_degree)[degree]
         token = self.param("graph_token", init, (1, channels), self.param_dtype)
-        token = jnp.broadcast_to(token.astype(self.dtype), (len(x), 1, channels))
+        token = jnp.broadcast_to(token.astype(self.dtype), (x.shape[0], 1, channels))
         x = jnp.concatenate([token, x], 1)
         bias = StructureBias(
             self.num_heads,

@@ -265,7 +265,7 @@ class GraphTrans(nn.Module):
         if self.pool == "cls":
             normal = nn.initializers.normal(1.0)
             token = self.param("class_token", normal, (1, 1, self.embed_dim), self.param_dtype)
-            token = jnp.broadcast_to(token.astype(self.dtype), (len(x), 1, self.embed_dim))
+            token = jnp.broadcast_to(token.astype(self.dtype), (x.shape[0], 1, self.embed_dim))
             x = jnp.concatenate([token, x], 1)
             visible = jnp.pad(real, ((0, 0), (1, 0)), constant_values=True)
         if self.norm_input:
@@ -305,7 +305,7 @@ class GraphTrans(nn.Module):
             zeros = nn.initializers.zeros
             shape = (1, self.gnn_dim)
             graph = self.param("virtual_embedding", zeros, shape, self.param_dtype)
-            graph = jnp.broadcast_to(graph.astype(self.dtype), (len(h), self.gnn_dim))
+            graph = jnp.broadcast_to(graph.astype(self.dtype), (h.shape[0], self.gnn_dim))
         layers = []
         for i in range(self.gnn_depth):
             if graph is not None:

@@ -341,7 +341,7 @@ class PTDiT(nn.Module):
         parts = []
         for name, values in (("resolution", resolution), ("aspect_ratio", aspect_ratio)):
             embedded = TimeEmbed(channels, name=f"{name}_embed", **types)(values.reshape(-1))
-            parts.append(embedded.reshape(len(values), -1))
+            parts.append(embedded.reshape(values.shape[0], -1))
         return jnp.concatenate(parts, -1)
 
     def _check(self, shape: tuple[int, ...]) -> None:

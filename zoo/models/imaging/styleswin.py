@@ -565,7 +565,7 @@ class Discriminator(nn.Module):
         _, x = self._add(layer, bands, x, i, width(4), train)
         x = jnp.concatenate([x, self._deviation(x)], -1)
         x = layer(width(4), 3, name="final_conv")(x, train)
-        x = x.transpose(0, 3, 1, 2).reshape(len(x), -1)
+        x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
         if self.spectral:
             x = layer(width(4), 0, bias=True, name="final_1")(x, train)
             x = layer(1, 0, bias=True, activate=False, name="final_2")(x, train)
@@ -586,7 +586,7 @@ class Discriminator(nn.Module):
 
     def _deviation(self, x: Float[Array, "batch rows columns channels"]) -> Array:
         """One channel: the mean deviation over the group that an example belongs to."""
-        batch = len(x)
+        batch = x.shape[0]
         group = min(batch, self.group)
         if batch % group:
             raise ValueError(

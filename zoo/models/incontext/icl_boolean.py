@@ -262,7 +262,7 @@ class InContextBoolean(nn.Module):
 
     def _cells(self, x: Array, state: tuple | None) -> tuple[list[Array], tuple | None]:
         keep = state is not None
-        state = state if keep else self.init_state(len(x), x.shape[1])
+        state = state if keep else self.init_state(x.shape[0], x.shape[1])
         every, after = [], []
         for i, past in enumerate(jax.tree.map(lambda s: s.astype(self.dtype), state)):
             cell = RecurrentCell(self.mixer, self.dtype, self.param_dtype, name=f"layers_{i}")

@@ -42,6 +42,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from zoo.checkpoints.rules import Rule, Rules, Transform, dense_rules, tied
 from zoo.layers.attention import Attention
+from zoo.layers.causal import check_tokens
 from zoo.layers.dense import Dense
 from zoo.layers.mlp import ACTIVATIONS, Mlp, gelu
 from zoo.layers.norm import LayerNorm
@@ -121,6 +122,21 @@ def mean_pool(
     return jnp.einsum("blc,bl->bc", x, keep) / jnp.maximum(keep.sum(1, keepdims=True), 1e-9)
 
 
+def max_pool(
+    x: Float[Array, "batch length channels"], mask: Int[Array, "batch length"] | None = None
+) -> Float[Array, "batch channels"]:
+    """The largest value of each channel over the tokens that `mask` keeps."""
+    return x.max(1) if mask is None else jnp.where(mask[..., None] != 0, x, -1e9).max(1)
+
+
+POOLINGS: dict[str, Callable[..., Array]] = {
+    "mean": mean_pool,
+    "cls": lambda x, mask: x[:, 0],
+    "max": max_pool,
+}
+"""How `head="sentence"` makes one vector, as sentence-transformers names it."""
+
+
 def unit_length(x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
     """`x / |x|`; zeros, and their gradient, stay zeros."""
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))
@@ -142,6 +158,7 @@ class Bert(nn.Module):
       pooler_activation: of that layer, a key of `ACTIVATIONS`.
       head: None or a key of `HEADS` (see the table above).
       num_classes: of the classification heads.
+      pooling: of `head="sentence"`, a key of `POOLINGS`.
       scan_layers: one stacked `layers` instead of `layers_0 ...`, compiled once
         (`zoo.layers.stack` converts the parameters).
       remat: recompute layers in the backward pass instead of keeping their activations; True, or
@@ -163,6 +180,7 @@ class Bert(nn.Module):
     pooler_activation: str = "tanh"
     head: str | None = None
     num_classes: int = 2
+    pooling: str = "mean"
     dropout: float = 0.1
     attention_dropout: float = 0.1
     scan_layers: bool = False
@@ -211,6 +229,9 @@ class Bert(nn.Module):
     ) -> dict[str, Array]:
         """Every named intermediate (see the table above); arguments as those of `__call__`."""
         self._check(tokens, token_types, mask, positions)
+        tokens, mask = check_tokens(self, tokens, mask, positions)
+        token_types = self._inside(token_types, mask, self.num_token_types, "token_types")
+        positions = self._inside(positions, mask, self.max_positions, "positions")
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         width = self.word_dim or self.embed_dim
         embed = nn.Embed(self.vocab_size, width, embedding_init=init, name="embed", **types)
@@ -284,6 +305,20 @@ class Bert(nn.Module):
         last, stacked = scan(layer(name="layers"), x, visible)
         return [*list(stacked)[:-1], last]  # training reads, and so keeps, the last alone
 
+    def _inside(
+        self, numbers: Array | None, mask: Array | None, rows: int, name: str
+    ) -> Array | None:
+        """Numbers of rows of a table: 0 at padding, NaN's row where a traced one is outside."""
+        if numbers is None or not rows:
+            return numbers
+        wrong = (numbers < 0) | (numbers >= rows)
+        if mask is not None and mask.shape == numbers.shape:
+            numbers = jnp.where(mask, numbers, 0)
+            wrong &= mask
+        if not isinstance(wrong, jax.core.Tracer) and bool(wrong.any()):
+            raise ValueError(f"{name} are 0 to {rows - 1} in this model, not {numbers[wrong][0]}.")
+        return jnp.where(wrong, rows, numbers)
+
     def _check(
         self,
         tokens: Array,
@@ -291,18 +326,13 @@ class Bert(nn.Module):
         mask: Array | None,
         positions: Array | None,
     ) -> None:
-        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-            raise ValueError(
-                f"BERT takes tokens as integers of shape (batch, length), not {tokens.dtype} of "
-                f"shape {tokens.shape}; a tokenizer makes them from text."
-            )
-        if tokens.shape[1] > self.max_positions:
+        if tokens.ndim == 2 and tokens.shape[1] > self.max_positions:
             raise ValueError(
                 f"This BERT reads at most {self.max_positions} tokens, not {tokens.shape[1]}; cut "
                 "the text, or create the model with more max_positions."
             )
         for name, value in (("token_types", token_types), ("mask", mask), ("positions", positions)):
-            shapes = (tokens.shape, (1, tokens.shape[1]) if name == "positions" else tokens.shape)
+            shapes = (tokens.shape, (1, *tokens.shape[1:]) if name == "positions" else tokens.shape)
             if value is not None and value.shape not in shapes:
                 raise ValueError(
                     f"{name} has shape {value.shape}; it should be that of tokens, {tokens.shape}."
@@ -381,7 +411,9 @@ def _classification(
 
 def _sentence(model: Bert, out: dict, embed: nn.Embed, mask: Array | None, train: bool) -> dict:
     hidden = out["last_hidden_state"].astype(jnp.float32)
-    return {"logits": unit_length(mean_pool(hidden, mask))}
+    if model.pooling not in POOLINGS:
+        raise ValueError(f"pooling={model.pooling!r} is none of {', '.join(POOLINGS)}.")
+    return {"logits": unit_length(POOLINGS[model.pooling](hidden, mask))}
 
 
 HEADS: dict[str, Callable[..., dict]] = {

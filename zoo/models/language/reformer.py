@@ -410,8 +410,9 @@ class Reformer(nn.Module):
             mask = jnp.pad(mask, widths)
         at = jnp.arange(total)[None]
         if positions is not None:
-            at = jnp.concatenate([jnp.broadcast_to(positions, (len(tokens), length)),
-                                  jnp.broadcast_to(at[:, length:], (len(tokens), total - length))],
+            batch = tokens.shape[0]
+            at = jnp.concatenate([jnp.broadcast_to(positions, (batch, length)),
+                                  jnp.broadcast_to(at[:, length:], (batch, total - length))],
                                  axis=1)  # fmt: skip
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         drop = nn.Dropout(self.dropout, deterministic=not train)

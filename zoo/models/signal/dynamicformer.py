@@ -190,7 +190,7 @@ def pool(
     varies = variance > 0  # the root of 0 has no gradient
     deviation = jnp.where(varies, jnp.sqrt(jnp.where(varies, variance, 1)), 0)
     summaries = [scaled.sum(1), scaled.max(1), scaled.mean(1), deviation]
-    return jnp.stack(summaries, 2).reshape(len(x), -1)
+    return jnp.stack(summaries, 2).reshape(x.shape[0], -1)
 
 
 class Pool(nn.Module):
@@ -211,7 +211,7 @@ def alignment(
 
     Squared differences on the diagonal, and half the squares beside it (Barlow twins).
     """
-    correlation = jnp.einsum("bi,bj->ij", x, y, precision="highest") / len(x)
+    correlation = jnp.einsum("bi,bj->ij", x, y, precision="highest") / x.shape[0]
     on = jnp.diagonal(correlation)
     beside = jnp.square(correlation).sum() - jnp.square(on).sum()
     return (jnp.square(on - 1).sum() + 0.5 * beside).reshape(1, 1)

@@ -307,7 +307,7 @@ class Autoformer(nn.Module):
             part[:, self.context_length - self.label_length :]
             for part in decompose(series, self.moving_average)
         )
-        ahead = (len(series), self.horizon, series.shape[2])
+        ahead = (series.shape[0], self.horizon, series.shape[2])
         mean = jnp.broadcast_to(series.mean(1, keepdims=True), ahead)
         season = jnp.concatenate([season, jnp.zeros(ahead, season.dtype)], axis=1)
         return season, jnp.concatenate([trend, mean], axis=1)

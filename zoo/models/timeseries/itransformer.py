@@ -102,7 +102,7 @@ class ITransformer(nn.Module):
         """Every named intermediate (see the table above)."""
         variates = self.variates if self.num_classes else None
         check_series(self, series, self.context_length, variates)
-        check_time_features(self, time_features, len(series))
+        check_time_features(self, time_features, series.shape[0])
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         scaled = self.standardise and not self.num_classes
         x, mean, deviation = standardise(series) if scaled else (series, 0.0, 1.0)

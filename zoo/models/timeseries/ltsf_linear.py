@@ -107,7 +107,7 @@ class Linear(nn.Module):
         """The forecast, or logits of it."""
         if not self.num_classes:
             return {"forecast": y}
-        y = y.reshape(len(y), -1)
+        y = y.reshape(y.shape[0], -1)
         return {"logits": torch_linear(self, self.num_classes, y.shape[-1], "head")(y)}
 
     def __call__(

@@ -153,7 +153,7 @@ class PatchTST(nn.Module):
         x = out["norm"] = norm(x, use_running_average=not train).reshape(shape)
         x = x.swapaxes(2, 3)  # the library flattens channels first
         if self.num_classes:
-            x = dropout(x).reshape(len(x), -1)
+            x = dropout(x).reshape(x.shape[0], -1)
             bias = bias_init(x.shape[-1])
             out["logits"] = dense(self.num_classes, bias_init=bias, name="head")(x)
             return out

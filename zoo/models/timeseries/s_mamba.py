@@ -212,7 +212,7 @@ class SMamba(nn.Module):
     ) -> dict[str, Array]:
         """Every named intermediate (see the table above)."""
         check_series(self, series, self.context_length)
-        check_time_features(self, time_features, len(series))
+        check_time_features(self, time_features, series.shape[0])
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         x, mean, deviation = standardise(series) if self.standardise else (series, 0.0, 1.0)
         if time_features is not None:

@@ -134,7 +134,7 @@ class T2(nn.Module):
     ) -> dict[str, Array]:
         """Every named map (see the table above)."""
         check_series(self, series, self.context_length, self.variates)
-        self._check_aux(aux, len(series))
+        self._check_aux(aux, series.shape[0])
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         x = series if aux is None else APPEND[self.add_aux_to](series, aux)
         dense = partial(nn.Dense, kernel_init=init, **types)

@@ -272,7 +272,7 @@ class TEMPO(nn.Module):
                 pieces.append(gpt2(x)["norm"])
                 continue
             prompt = self._dense(width, width, f"prompt_{name}")(embed(jnp.array(words)))
-            prompt = jnp.broadcast_to(prompt, (len(x), *prompt.shape))
+            prompt = jnp.broadcast_to(prompt, (x.shape[0], *prompt.shape))
             if pool is not None:
                 prompt, keys = pool(x)
                 chosen.append(keys)
@@ -309,7 +309,7 @@ class TEMPO(nn.Module):
         count = each if self.read_prompts else count
         y = 0.0
         for i, name in enumerate(PARTS):
-            part = x[:, (i + 1) * each - count : (i + 1) * each].reshape(len(x), -1)
+            part = x[:, (i + 1) * each - count : (i + 1) * each].reshape(x.shape[0], -1)
             y = y + self._dense(self.horizon, part.shape[1], f"head_{name}")(part)
         return y
 

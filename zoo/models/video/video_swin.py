@@ -237,6 +237,16 @@ def _index(model: VideoSwin, **_: int) -> np.ndarray:
     return relative_position_index(model.window_size)
 
 
+def _resize_bias(
+    table: np.ndarray, shape: tuple[int, ...], model: VideoSwin, *_: object
+) -> np.ndarray:
+    """The bias of an image model, the same for every offset in time (see `inflate`)."""
+    _, height, width = model.window_size
+    side, grid = round(len(table) ** 0.5), (2 * height - 1, 2 * width - 1)
+    table = table if (side, side) == grid else resize_grid(table, (side, side), grid)
+    return np.tile(table, (2 * model.window_size[0] - 1, 1))
+
+
 def _naming(backbone: str, head: str, stage: str, merge: str, mlp: tuple[str, str]) -> Rules:
     """Rules of one published naming; `stage` and `merge` hold `{s}`."""
     ours = "stages_{s}/layers_{b}"
@@ -264,8 +274,9 @@ def _naming(backbone: str, head: str, stage: str, merge: str, mlp: tuple[str, st
             *norm_rules(f"{backbone}norm", "norm"),
             *dense_rules(head, "head"),
         ),
-        derived={f"{theirs}.attn.relative_position_index": _index},
+        derived={f"{theirs}.attn.relative_position_index": _index, f"{theirs}.attn_mask": None},
         fresh=("head/kernel", "head/bias"),
+        resize={f"{ours}/attention/relative_position_bias": _resize_bias},
     )
 
 

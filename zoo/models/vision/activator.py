@@ -105,6 +105,7 @@ class Activator(ImageClassifier):
         self, images: Float[Array, "batch height width in_channels"], train: bool = False
     ) -> dict[str, Array]:
         """Every named intermediate (see the table above)."""
+        self.check_images(images)
         self.check_channels(images.shape)
         types = self.types
         out = {}

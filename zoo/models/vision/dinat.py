@@ -122,7 +122,7 @@ class NeighborhoodAttention(nn.Module):
         if self.kernel_size is None:
             index = relative_position_index((height, width)).T  # key minus query
             bias = table.reshape(self.num_heads, -1)[:, index][None]
-            flat = (t.reshape(len(x), height * width, *heads[3:]) for t in (query, key, value))
+            flat = (t.reshape(x.shape[0], height * width, *heads[3:]) for t in (query, key, value))
             x = kernels_pallas.attention(*flat, bias=bias, scale=self.scale).reshape(heads)
         else:
             x = kernels_pallas.neighborhood_attention(
@@ -199,6 +199,7 @@ class DiNAT(ImageClassifier):
         self, images: Float[Array, "batch height width in_channels"], train: bool = False
     ) -> dict[str, Array]:
         """Every named map (see the table above): `stage1 ...` is the pyramid, before merging."""
+        self.check_images(images)
         self._check(images.shape)
         types = self.types
         out = {}

@@ -224,6 +224,7 @@ class FaViT(ImageClassifier):
         self, images: Float[Array, "batch height width in_channels"], train: bool = False
     ) -> dict[str, Array]:
         """Every named map (see the table above): `stage1 ...` is the pyramid."""
+        self.check_images(images)
         self.check_channels(images.shape)
         types = self.types
         out = {}

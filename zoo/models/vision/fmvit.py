@@ -279,7 +279,7 @@ class LightAttention(nn.Module):
         few = average(x, self.pool)
         query, key, value = (
             RepConv(channels, name=name, **how)(t, train).reshape(
-                len(x), -1, self.num_heads, channels // self.num_heads
+                x.shape[0], -1, self.num_heads, channels // self.num_heads
             )
             for name, t in (("query", x), ("key", few), ("value", few))
         )
@@ -370,6 +370,7 @@ class FMViT(ImageClassifier):
         self, images: Float[Array, "batch height width in_channels"], train: bool = False
     ) -> dict[str, Array]:
         """Every named map (see the table above): `stage1 ...` is the pyramid, before merging."""
+        self.check_images(images)
         self._check(images.shape)
         types = self.types
         how = {"deploy": self.deploy, **types}

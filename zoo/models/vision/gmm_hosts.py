@@ -136,7 +136,7 @@ class Neighborhoods(nn.Module):
         at = np.stack(np.unravel_index(tokens, grid), -1)
         offset = (at - at[:, None]) // self.dilation * visible[..., None] + reach
         bias = jnp.where(visible, table[:, offset[..., 0], offset[..., 1]], -1e30)[None]
-        x = attention(padded.reshape(len(x), -1, channels), grid_distances(grid), bias, train)
+        x = attention(padded.reshape(x.shape[0], -1, channels), grid_distances(grid), bias, train)
         return x.reshape(padded.shape)[:, : size[0], : size[1]]
 
 
@@ -215,6 +215,7 @@ class GmmCaiT(ImageClassifier):
         self, images: Float[Array, "batch height width in_channels"], train: bool = False
     ) -> dict[str, Array]:
         """Every named intermediate: those of `GmmViT`, and `class_block0 ...`."""
+        self.check_images(images)
         self.check_size(images.shape)
         types = self.types
         out = {}
@@ -241,9 +242,9 @@ class GmmCaiT(ImageClassifier):
         for i in range(self.depth):
             layer = partial(block, mixer, mlp, _layer_scale(i), drop_path=self.drop_path)
             x = out[f"block{i}"] = layer(name=f"layers_{i}", **types)(x, train)
-        patches = x.reshape(len(x), -1, self.embed_dim)
+        patches = x.reshape(x.shape[0], -1, self.embed_dim)
         token = self.param("class_token", unit_init, (1, 1, self.embed_dim), self.param_dtype)
-        x = jnp.broadcast_to(token.astype(self.dtype), (len(x), 1, self.embed_dim))
+        x = jnp.broadcast_to(token.astype(self.dtype), (x.shape[0], 1, self.embed_dim))
         for i in range(self.class_depth):
             sizes = (self.num_heads, self.head_dim, self.hidden, _layer_scale(i))
             x = ClassBlock(*sizes, name=f"class_layers_{i}", **types)(x, patches)
@@ -286,6 +287,7 @@ class GmmSwin(ImageClassifier):
         self, images: Float[Array, "batch height width in_channels"], train: bool = False
     ) -> dict[str, Array]:
         """Every named map (see the table above): `stage1 ...` is the pyramid, before merging."""
+        self.check_images(images)
         self.check_size(images.shape)
         types = self.types
         out = {}

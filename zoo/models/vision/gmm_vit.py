@@ -241,7 +241,7 @@ class GridAttention(nn.Module):
     def __call__(
         self, x: Float[Array, "batch height width channels"], train: bool = False
     ) -> Float[Array, "batch height width channels"]:
-        tokens = x.reshape(len(x), -1, x.shape[-1])
+        tokens = x.reshape(x.shape[0], -1, x.shape[-1])
         distances = grid_distances(x.shape[1:3])
         return self.attention(name="attention")(tokens, distances, train=train).reshape(x.shape)
 
@@ -287,6 +287,7 @@ class GmmViT(ImageClassifier):
         self, images: Float[Array, "batch height width in_channels"], train: bool = False
     ) -> dict[str, Array]:
         """Every named intermediate (see the table above)."""
+        self.check_images(images)
         self.check_size(images.shape)
         types = self.types
         out = {}
@@ -295,8 +296,8 @@ class GmmViT(ImageClassifier):
         if self.mask is None:
             shape = (1, 1, self.embed_dim)
             token = self.param("class_token", unit_init, shape, self.param_dtype)
-            token = jnp.broadcast_to(token.astype(self.dtype), (len(x), *shape[1:]))
-            x = jnp.concatenate([token, x.reshape(len(x), -1, self.embed_dim)], 1)[:, None]
+            token = jnp.broadcast_to(token.astype(self.dtype), (x.shape[0], *shape[1:]))
+            x = jnp.concatenate([token, x.reshape(x.shape[0], -1, self.embed_dim)], 1)[:, None]
         shape = (1, x.shape[1] * x.shape[2], self.embed_dim)
         table = self.param("position_embedding", unit_init, shape, self.param_dtype)
         x = x + table.astype(self.dtype).reshape(1, *x.shape[1:])

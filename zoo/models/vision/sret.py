@@ -330,7 +330,7 @@ class SReT(ImageClassifier):
                 name=f"stages_{i}",
                 **types,
             )
-            tokens = stage(x.reshape(len(x), -1, x.shape[-1]), train)
+            tokens = stage(x.reshape(x.shape[0], -1, x.shape[-1]), train)
             x = out[f"stage{i + 1}"] = tokens.reshape(x.shape)
         x = out["pooled"] = LayerNorm(name="norm", **types)(x.mean((1, 2)))
         out["logits"] = self.classify(x, torch_default_init)

@@ -149,7 +149,9 @@ def dtcwt(
     y = product("qjw,bhwc->bqhjc", columns, x)
     y = product("pih,bqhjc->bpqijc", rows, y)
     high = jnp.stack([y[:, 1, 0], y[:, 1, 1], y[:, 0, 1]], 1)  # 15/165, 45/135, 75/105 degrees
-    high = high.reshape(len(x), 3, height // 2, 2, width // 2, 2, -1) * np.sqrt(0.5).astype(x.dtype)
+    high = high.reshape(x.shape[0], 3, height // 2, 2, width // 2, 2, -1) * np.sqrt(0.5).astype(
+        x.dtype
+    )
     a, b, c, d = (high[:, :, :, i, :, j] for i in (0, 1) for j in (0, 1))
     first = jnp.stack([a - d, b + c], 2)
     second = jnp.stack([a + d, b - c], 2)
@@ -236,7 +238,7 @@ class MapAttention(Attention):
         self, x: Float[Array, "batch height width channels"], train: bool = False
     ) -> Float[Array, "batch height width channels"]:
         """Attend."""
-        tokens = x.reshape(len(x), -1, x.shape[-1])
+        tokens = x.reshape(x.shape[0], -1, x.shape[-1])
         return super().__call__(tokens, train=train).reshape(x.shape)
 
 
@@ -345,6 +347,7 @@ class SVT(ImageClassifier):
         self, images: Float[Array, "batch height width in_channels"], train: bool = False
     ) -> dict[str, Array]:
         """Every named map (see the table above): `stage1 ...` is the pyramid, before merging."""
+        self.check_images(images)
         self.check_size(images.shape)
         types = self.types
         norm = partial(LayerNorm, epsilon=self.epsilon, **types)
@@ -368,7 +371,7 @@ class SVT(ImageClassifier):
             if i + 1 < len(self.depths):
                 merge = ConvMerging(self.embed_dims[i + 1], name=f"downsample_{i}", **types)
                 x = out[f"downsample{i + 1}"] = merge(norm(name=f"norm_{i}")(x))
-        x = x.reshape(len(x), -1, x.shape[-1])
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
         x = jnp.concatenate([x.mean(1, keepdims=True), x], 1)
         layer = ClassBlock(
             self.num_heads[-1], self.mlp_ratios[-1], self.epsilon, name="class_block", **types

@@ -56,7 +56,12 @@ from zoo.layers.patch import PatchEmbed
 from zoo.layers.position import relative_position_index, resize_grid, resize_table
 from zoo.layers.stack import remat_block
 from zoo.layers.stochastic import drop_path_rates
-from zoo.layers.window import ShiftedWindowAttention, fit_window, shifted_window_mask
+from zoo.layers.window import (
+    ShiftedWindowAttention,
+    fit_window,
+    pad_to_multiple,
+    shifted_window_mask,
+)
 from zoo.system import File, Preprocessing, System, Variant
 
 LayerNorm = partial(_LayerNorm, epsilon=1e-5)
@@ -73,6 +78,8 @@ class Swin(ImageClassifier):
       absolute_position: add a learned table after the patch embedding (`ape` in the code).
       patch_norm: LayerNorm in the patch embedding.
       drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
+      pad: take images of any size, with zeros to whole patches, windows and merged maps, as code
+        for detection and torchvision do; a map of one window is not shifted.
     """
 
     patch_size: int = 4
@@ -88,13 +95,21 @@ class Swin(ImageClassifier):
     dropout: float = 0.0
     attention_dropout: float = 0.0
     drop_path: float = 0.1
+    pad: bool = False
 
     @nn.compact
     def features(
         self, images: Float[Array, "batch height width in_channels"], train: bool = False
     ) -> dict[str, Array]:
         """Every named map (see the table above): `stage1 ...` is the pyramid, before merging."""
-        self.check_size(images.shape)
+        self.check_images(images)
+        if self.pad:
+            self.check_channels(images.shape)
+            images = pad_to_multiple(images, self.patch_size, self.patch_size)
+            if self.absolute_position:
+                raise ValueError("A table of absolute positions has one size: it excludes pad.")
+        else:
+            self.check_size(images.shape)
         types = self.types
         out = {}
         x = PatchEmbed(self.embed_dim, self.patch_size, name="embed", **types)(images)
@@ -117,10 +132,15 @@ class Swin(ImageClassifier):
             blocks = []
             for b in range(depth):
                 window, shift = fit_window(size, _window_size(self, i), b % 2 == 1)
-                if size[0] % window or size[1] % window:
+                shifts = (shift, shift)
+                if self.pad:
+                    window = _window_size(self, i)
+                    shifts = tuple(window // 2 * (b % 2 and length > window) for length in size)
+                elif size[0] % window or size[1] % window:
                     raise ValueError(
                         f"A map of {size[0]}x{size[1]} tokens cannot be cut into {window}x{window} "
-                        "windows; choose an image size or window size that fits every stage."
+                        "windows; choose an image size or window size that fits every stage, or "
+                        "pad=True."
                     )
                 attention = partial(
                     ShiftedWindowAttention,
@@ -130,12 +150,12 @@ class Swin(ImageClassifier):
                     self.scale,
                     self.attention_dropout,
                     self.dropout,
-                    shift=(shift, shift),
+                    shift=shifts,
                     name="attention",
                     **types,
                 )
                 blocks.append(partial(block, attention, mlp, drop_path=rates[i][b], **types))
-            merge = None if last else partial(PatchMerging, **types)
+            merge = None if last else partial(PatchMerging, self.pad, **types)
             out[f"stage{i + 1}"], merged = Stage(tuple(blocks), merge, name=f"stages_{i}")(x, train)
             if not last:
                 x = out[f"downsample{i + 1}"] = merged

@@ -165,22 +165,23 @@ class T2TViT(ImageClassifier):
         self, images: Float[Array, "batch height width in_channels"], train: bool = False
     ) -> dict[str, Array]:
         """Every named intermediate (see the table above)."""
+        self.check_images(images)
         self._check(images.shape)
         types = self.types
         layer = partial(TokenLayer, self.token_dim, self.performer, self.token_dropout, **types)
         out = {}
         x = unfold(images.astype(self.dtype), 7, 4, 2)
-        out["soft_split0"] = x.reshape(len(x), -1, x.shape[-1])
+        out["soft_split0"] = x.reshape(x.shape[0], -1, x.shape[-1])
         for i in (1, 2):
             batch, rows, columns, _ = x.shape
             tokens = layer(name=f"tokens_{i}")(x.reshape(batch, rows * columns, -1), train)
             out[f"token_layer{i}"] = constrain(tokens, "batch", "length", "channels")
             x = unfold(tokens.reshape(batch, rows, columns, -1), 3, 2, 1)
-        x = x.reshape(len(x), -1, x.shape[-1])
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
         x = out["tokens"] = nn.Dense(self.embed_dim, kernel_init=init, name="embed", **types)(x)
 
         token = self.param("class_token", init, (1, 1, self.embed_dim), self.param_dtype)
-        token = jnp.broadcast_to(token.astype(self.dtype), (len(x), 1, self.embed_dim))
+        token = jnp.broadcast_to(token.astype(self.dtype), (x.shape[0], 1, self.embed_dim))
         x = jnp.concatenate([token, x], 1)
         table = self.param(
             "position_embedding",

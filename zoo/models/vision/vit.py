@@ -148,6 +148,7 @@ class VisionTransformer(ImageClassifier):
         self, images: Float[Array, "batch height width in_channels"], train: bool = False
     ) -> dict[str, Array]:
         """Every named intermediate (see the table above); distilled models also give both heads."""
+        self.check_images(images)
         self._check(images.shape)
         types = self.types
         norm = partial(LayerNorm, epsilon=self.epsilon, **types)

@@ -116,6 +116,7 @@ class SwinVSA(ImageClassifier):
         self, images: Float[Array, "batch height width in_channels"], train: bool = False
     ) -> dict[str, Array]:
         """Every named map (see the table above): `stage1 ...` is the pyramid, before merging."""
+        self.check_images(images)
         self.check_size(images.shape)
         types = self.types
         out = {}
