@@ -11,12 +11,24 @@ import pytest
 
 CASES = sorted(golden.FOLDER.glob("*/*.npz"))
 SMALL = golden.FOLDER / "vit" / "tiny_rect_dim48.npz"
-LONG = ("delta_net_340m", "mamba2_130m", "swin_t_k400_32x224")  # tens of seconds each
+LONG = set(
+    """
+    bert/bert_base cswin/cswin_tiny_224 deltanet/delta_net_340m dinat/dinat_mini_224
+    ebwm/nlp_s1_2steps ebwm/tiny_time_embed favit/favit_b0_224 favit/tiny_plain_norms
+    gpt2/gpt2_124m hat/hat_s_x4_32 icl_boolean/retnet_d28 icl_linear/lsa_d3 inference_opt/numeric
+    lora/attention_grad mamba2/mamba2_130m opt/opt_125m predformer/mmnist_tsst
+    pt_dit/t2i_1b_width_2layers sigma_reparam/vit_base_sn sret/sret_t_224 stree/mamba2_tiny_tree
+    styleswin/d_256_cm2_sn styleswin/g_256_cm2 styleswin/g_32_cm1_b2 svt/svt_s_224
+    swin/swin_tiny_patch4_window7_224 teacher_intervention/bert_tiny tempo/tempo_80m_v1
+    video_swin/swin_t_k400_32x224
+    """.split()
+)
+"""Over three seconds each: these run with `-m slow`."""
 
 
 def parametrized(path):
-    marks = [pytest.mark.slow] if path.stem in LONG else []
-    return pytest.param(path, id=f"{path.parent.name}/{path.stem}", marks=marks)
+    name = f"{path.parent.name}/{path.stem}"
+    return pytest.param(path, id=name, marks=[pytest.mark.slow] if name in LONG else [])
 
 
 @pytest.mark.parametrize("path", [parametrized(path) for path in CASES])
@@ -29,6 +41,10 @@ def test_outputs_equal_the_reference(path):
     for result in report.results:
         assert result.passed, f"{result.name}: {result.error:.2e} of {result.scale:.3g}"
     assert report.case.published_params in (None, report.params)
+
+
+def test_only_cases_that_exist_are_long():
+    assert {f"{path.parent.name}/{path.stem}" for path in CASES} >= LONG
 
 
 def test_the_ledger_lists_every_case_and_only_small_errors():

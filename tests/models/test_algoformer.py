@@ -47,6 +47,7 @@ def by_hand(model, variables, xs, ys):
     return jnp.stack(predictions, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inject", ["add", "multiply"])
 def test_loops_are_calls_of_one_stack_and_early_ones_have_no_gradient(inject):
     fields = SMALL | dict(loops=4, window=2, inject=inject)

@@ -93,6 +93,7 @@ def test_a_batch_has_one_set_of_delays_in_training_and_each_example_its_own_afte
     jax.tree.map(np.testing.assert_array_equal, *alone)
 
 
+@pytest.mark.slow
 def test_training_and_inference_agree_on_one_example_and_differ_on_a_batch():
     model = zoo.create("autoformer_test", factor=1, dropout=0.0)
     variables = filled(model)

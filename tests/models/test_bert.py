@@ -187,6 +187,7 @@ def test_attention_maps_are_sown_when_asked_for(pretraining):
 # ------------------------------------------------------------------------------- training
 
 
+@pytest.mark.slow
 def test_scan_and_loop_and_remat_are_one_model(pretraining):
     model, variables = pretraining
     x = inputs()
@@ -223,6 +224,7 @@ def test_every_parameter_gets_a_finite_gradient_in_training(pretraining):
         assert np.abs(g).max() > 0, path
 
 
+@pytest.mark.slow
 def test_masked_words_of_periodic_text_are_learned():
     """Card: masked accuracy above 95 % in a few hundred steps on sequences of period 4."""
     vocab, length, batch = 16, 16, 32

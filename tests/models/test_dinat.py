@@ -132,6 +132,7 @@ def test_patches_and_odd_maps_are_completed_with_zeros():
     np.testing.assert_array_equal(merge.apply(params, x), merge.apply(params, even))
 
 
+@pytest.mark.slow
 def test_recomputing_blocks_changes_no_gradient():
     model = zoo.create("dinat_test", image_size=16, depths=(1, 1), dilations=None)
     variables, x = filled(model), random_images(model)

@@ -41,6 +41,7 @@ def test_energies_in_parallel_are_those_one_by_one(body):
         np.testing.assert_allclose(alone[:, i], together[:, i], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_small_steps_lower_the_energy():
     model = zoo.create("ebt_test", alpha=0.05, steps=3, conditioning="default", normalise="never")
     tokens = jax.random.randint(jax.random.key(0), (4, 6), 0, 11)
@@ -53,6 +54,7 @@ def test_small_steps_lower_the_energy():
     assert falls.mean() > 0.95
 
 
+@pytest.mark.slow
 def test_the_loss_is_differentiated_through_the_steps():
     model = zoo.create("ebt_test", detach=False)
     tokens = jax.random.randint(jax.random.key(0), (2, 7), 1, 11)

@@ -71,6 +71,7 @@ def test_grouped_kernels_are_block_diagonal():
     np.testing.assert_array_equal(fmvit.regroup(full, 1, 4), kernel)
 
 
+@pytest.mark.slow
 def test_the_deployed_model_gives_the_same_with_fewer_parameters_and_no_batch_norm(small):
     """At a size that no step divides."""
     model, variables = small

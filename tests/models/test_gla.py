@@ -89,6 +89,7 @@ def test_a_window_forgets_what_the_state_remembers():
         assert (difference[14:].max() > 0) == sees
 
 
+@pytest.mark.slow
 def test_remat_and_scan_give_the_same_gradients():
     options = dict(depth=3)
     model = zoo.create("gla_test", **options)

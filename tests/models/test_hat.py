@@ -158,6 +158,7 @@ def test_the_range_of_pixels_moves_the_mean_only_through_the_network(small):
         np.testing.assert_allclose(out, np.broadcast_to(np.float32(hat.RGB_MEAN), out.shape))
 
 
+@pytest.mark.slow
 def test_recomputing_blocks_changes_nothing(small):
     model, variables = small
     x = images(8, 8)

@@ -132,6 +132,7 @@ def measured(covariance, weights, trained_on, examples, length, count):
     return errors.mean(), errors.std() / count**0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [1.0, 4.0])
 def test_the_error_under_covariate_shift_is_the_formula(factor):
     """Within 2 %, which is four standard errors or more of what is measured."""
