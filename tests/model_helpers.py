@@ -15,15 +15,16 @@ import zoo
 from zoo.checkpoints import rules
 
 
-def representatives(names):
+def representatives(names, published=True):
     """Parameters of a test: in the default run each system's small and smallest published one.
 
-    The others, alike but for their sizes, run with `-m variants`.
+    The others, alike but for their sizes, run with `-m variants`; so do all but the small ones
+    where `published` is False.
     """
     systems: dict[str, list[str]] = {}
     for name in sorted(names, key=lambda name: zoo.info(name).params or 10**12):
         systems.setdefault(zoo.registry.file_of(name), []).append(name)
-    quick = {found for group in systems.values() for found in group[:1]}
+    quick = {found for group in systems.values() for found in group[:1] if published}
     quick |= {name for name in names if name.endswith("_test")}
     others = pytest.mark.variants
     return [name if name in quick else pytest.param(name, marks=others) for name in names]

@@ -27,6 +27,7 @@ from zoo.tasks.task import Networks, joined, of_network
 from zoo.training import groups, partition
 from zoo.training.checks import checked, reading
 from zoo.training.config import Model, Optimizer, TrainConfig, resolve
+from zoo.training.first import one_by_one
 from zoo.training.offload import leaf_by_leaf, on_host
 from zoo.training.optimizer import make_optimizer, make_schedule, rate_factors
 from zoo.training.precision import compute_in
@@ -271,7 +272,10 @@ class Program:
             donate_argnums=0,
         )
         self.eval_step = jax.jit(eval_step, out_shardings=self.whole)
-        self._first = jax.jit(self._init, out_shardings=places)
+        if self.mesh.size == 1:
+            self._first = lambda seed: jax.device_put(one_by_one(self._init)(seed), places)
+        else:  # each leaf is made where it lives
+            self._first = jax.jit(self._init, out_shardings=places)
         # what variables become is what they were: no second copy is made
         self._first_with = jax.jit(self._begin, out_shardings=places, donate_argnums=0)
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from zoo.layers.materialize import materialized
 from zoo.tasks.metrics import Mean
 from zoo.tasks.task import Batch, Networks, Phase, Task
 from zoo.training.guard import first_bad
@@ -86,7 +87,7 @@ class Group:
         self, grads: Any, opt_state: Any, params: Any, bad: Array, step: Array
     ) -> tuple[Any, Any]:
         """New parameters and optimizer state; the old ones if `bad` is not -1."""
-        rate = -self.schedule(step)
+        rate = materialized(-jnp.asarray(self.schedule(step)))
         factors = self.factors(params)
         rates = jax.tree.map(lambda _: rate, params) if factors is None else None
         rates = rates or jax.tree.map(lambda factor: rate * factor, factors)
@@ -221,10 +222,11 @@ def make_train_step(
                 phase, chosen, join(rest, state.frozen), collections, carry, batch, key
             )
             metrics |= {prefix + name: mean for name, mean in means.items()}
-            norms[prefix] = optax.tree.norm(grads)
-            bad = first_bad(value, grads)
+            squares = [optax.tree.norm(g, squared=True) for g in jax.tree.leaves(grads)]
+            norms[prefix] = materialized(optax.tree.norm(grads))
+            bad = materialized(first_bad(value, squares))
             bads.append(jnp.where(bad < 0, bad, bad + watched))
-            watched += 1 + len(jax.tree.leaves(grads))
+            watched += 1 + len(squares)
             for name in phase.groups:
                 mine = lambda path, name=name: assigned[path] == name  # noqa: E731
                 own, _ = split(chosen, mine)
