@@ -73,14 +73,6 @@ CASES = {
     "64 x 64, neighbourhoods of 13 x 13, 4 heads of 32, float32": (
         "neighbourhoods", (1, 4096, 4, 32), {"kernel": 13, "dtype": "float32"},
     ),
-    "gates by channel, 4,096 tokens, 4 heads of 64": ("recurrence", (1, 4096, 4, 64), {}),
-    "delta rule, 4,096 tokens, 4 heads of 64": ("recurrence", (1, 4096, 4, 64), {"delta": True}),
-    "ssd, 4,096 tokens, 8 heads of 64, states of 128": (
-        "recurrence", (1, 4096, 8, 64), {"states": 128},
-    ),
-    "selective scan, 4,096 tokens, 512 channels, states of 16": (
-        "recurrence", (1, 4096, 512, 1), {"scan": 16},
-    ),
 }  # fmt: skip
 OPERATIONS = {"windows": "window_attention", "neighbourhoods": "neighborhood_attention"}
 
@@ -144,8 +136,6 @@ def program(operation, sizes, options, implementation, backward):
         if implementation == "xla":
             extra = [shape(heads, length, length)]
         out = arrays[0]
-    elif operation == "recurrence":
-        call, arrays, extra, out = recurrence(sizes, options, implementation, shape)
     else:
         call, arrays, extra, out = windows(sizes, options, implementation, shape)
     if not backward:
@@ -185,29 +175,6 @@ def windows(sizes, options, implementation, shape):
         return out.reshape(count, length, heads * width)
 
     return call, arrays, extra, shape(count, length, heads * width)
-
-
-def recurrence(sizes, options, implementation, shape):
-    """`(function, arrays, what else it takes, output)` of a recurrence; gates in float32."""
-    import kernels_pallas
-
-    batch, length, heads, _ = sizes
-    gates = partial(shape, dtype="float32")
-    if states := options.get("scan"):
-        arrays = [shape(batch, length, heads), gates(batch, length, heads), gates(heads, states)]
-        arrays += [shape(batch, length, states)] * 2
-        function, out = kernels_pallas.selective_scan, arrays[0]
-    elif states := options.get("states"):
-        arrays = [shape(*sizes), gates(batch, length, heads), gates(heads)]
-        arrays += [shape(batch, length, 1, states)] * 2
-        function, out = kernels_pallas.ssd, arrays[0]
-    elif options.get("delta"):
-        arrays = [shape(*sizes)] * 3 + [gates(batch, length, heads)]
-        function, out = kernels_pallas.delta_rule, arrays[0]
-    else:
-        arrays = [shape(*sizes)] * 3 + [gates(*sizes)]
-        function, out = kernels_pallas.gated_linear_attention, arrays[0]
-    return lambda *t: function(*t, implementation=implementation)[0], arrays, [], out
 
 
 def piece(case):

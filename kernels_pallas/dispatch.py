@@ -70,12 +70,12 @@ def choose(
     implementation: str | None,
     operation: str,
     size: int,
-    refusal: Callable[[str], str | None],
+    refusal: Callable[[str], str | None] = lambda platform: None,
     *,
     plain: Body,
     plain_on_cpu: Body | None = None,
-    pallas: dict[str, Body],
-    interpreted: dict[str, Body],
+    pallas: dict[str, Body] | None = None,
+    interpreted: dict[str, Body] | None = None,
 ) -> Choice:
     """The bodies that a call may run, by platform, and tells `explain` why.
 
@@ -88,13 +88,15 @@ def choose(
       refusal: of a platform: why its Pallas body cannot run the call, or None.
       plain: the plain JAX body.
       plain_on_cpu: the same for CPUs, if that is another.
-      pallas: the kernels by platform.
+      pallas: the kernels by platform; None where an operation has none.
       interpreted: the same kernels in Pallas's interpreter.
 
     Raises:
       ValueError: for an unknown implementation, or one that cannot run the call.
     """
     check_implementation(implementation)
+    if pallas is None:
+        refusal = lambda platform: _table()[operation][platform]["why"]  # noqa: E731
     cpu = (("cpu", plain_on_cpu),) if plain_on_cpu else ()
     if implementation in PLATFORM_OF:
         platform = PLATFORM_OF[implementation]

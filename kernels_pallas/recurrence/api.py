@@ -51,8 +51,7 @@ def gated_linear_attention(
       cu_seqlens: where packed sequences begin and end, from 0 to length, with a batch of one: each
         has a state of its own, `[sequences, heads, ...]` before and after. Runs in XLA.
       chunk: steps done at once, a power of two from 16.
-      implementation: None (by the platform that is compiled for, see `dispatch.explain`), "xla",
-        "pallas_tpu" or "pallas_gpu". Second derivatives need "xla".
+      implementation: None or "xla": there is no kernel (README.md of the package says why).
       precision: of the large matrix products, as in `jax.lax.dot_general`. Sums of decays and the
         state are always float32.
 
@@ -262,8 +261,7 @@ def selective_scan(
       cu_seqlens: where packed sequences begin and end, from 0 to length, with a batch of one: each
         has a state of its own, `[sequences, heads, ...]` before and after. Runs in XLA.
       chunk: steps between two states that are kept; a multiple of 16 up to 128, else the next one.
-      implementation: None (by the platform that is compiled for, see `dispatch.explain`), "xla",
-        "pallas_tpu" or "pallas_gpu". Second derivatives need "xla".
+      implementation: None or "xla": there is no kernel (README.md of the package says why).
 
     Returns:
       y `[batch, length, channels]` in x's type, and the final state in float32.
@@ -283,17 +281,18 @@ def selective_scan(
     _check("initial_state", initial_state, ((states, *A.shape),))
     _check_floats(x=x, dt=dt, A=A, B=B, C=C)
     chunk = min(chunk, length)
-    if length > 1 or implementation in PLATFORM_OF:
+    if length > 1:
         chunk = min(-(-chunk // SMALLEST_CHUNK) * SMALLEST_CHUNK, LARGEST_SCAN_CHUNK)
     wide = jnp.promote_types(x.dtype, jnp.float32)
     state = jnp.zeros((states, *A.shape), wide) if initial_state is None else initial_state
     A, D, state = (None if t is None else t.astype(wide) for t in (A, D, state))
     if cu_seqlens is not None:
-        _refuse_kernels(implementation)
         where = packed.layout(cu_seqlens, length, chunk)
         x, dt, B, C = (packed.align(t, where, 1) for t in (x, dt, B, C))
         arrays = packed.Arrays(scan.Operands(x, dt, A, B, C, D, state), where.starts, where.ends)
-        y, state = packed.run(packed.SELECTIVE_SCAN, Problem(chunk=chunk), arrays, (x, state))
+        y, state = packed.run(
+            implementation, "selective_scan", Problem(chunk=chunk), arrays, (x, state)
+        )
         return jnp.take(y, where.place, axis=1), state
     x, dt, B, C = (_pad(t, chunk, 1) for t in (x, dt, B, C))
     arrays = scan.Operands(x, dt, A, B, C, D, state)
@@ -416,11 +415,12 @@ def _chunked(
     ]
     problem = Problem(chunk=chunk, scale=scale, precision=stated_precision(precision))
     if bounds is not None:
-        _refuse_kernels(implementation)
         where = packed.layout(bounds, length, chunk)
         aligned = Operands(*(packed.align(t, where, 2) for t in heads_first), state)
         arrays = packed.Arrays(aligned, where.starts, where.ends)
-        out, state = packed.run(packed.CHUNKED, problem, arrays, (aligned.value, state))
+        out, state = packed.run(
+            implementation, "recurrence", problem, arrays, (aligned.value, state)
+        )
         return jnp.take(out, where.place, axis=2).transpose(0, 2, 1, 3), state
     x = Operands(*(None if t is None else _pad(t, chunk, 2) for t in heads_first), state)
     out, state = run(implementation, problem, x)
@@ -486,11 +486,6 @@ def _count_states(bounds, batch):
             "integers [sequences + 1] and a batch of one."
         )
     return bounds.shape[0] - 1
-
-
-def _refuse_kernels(implementation):
-    if implementation in PLATFORM_OF:
-        raise ValueError(f"implementation={implementation!r} does not take cu_seqlens; XLA does.")
 
 
 def _check_ssd(x, dt, A, B, C, D):

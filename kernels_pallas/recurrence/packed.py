@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from kernels_pallas import lazy
+from kernels_pallas import dispatch, lazy
 from kernels_pallas.lazy import Body
 from kernels_pallas.recurrence import xla
 from kernels_pallas.recurrence.problem import Problem
@@ -152,10 +152,20 @@ def _widened(t):
     return t if t is None else t.astype(jnp.promote_types(t.dtype, jnp.float32))
 
 
-def run(choice: lazy.Choice, problem: Problem, x: Arrays, results):
-    """The results of packed sequences, of these shapes."""
+def run(implementation: str | None, operation: str, problem: Problem, x: Arrays, results):
+    """The results of packed sequences, of these shapes.
+
+    Raises:
+      ValueError: for an implementation that is unknown, or a kernel.
+    """
+    plain, plain_on_cpu = BODIES[operation]
+    choice = dispatch.choose(
+        implementation, operation, len(x.ends), plain=plain, plain_on_cpu=plain_on_cpu
+    )
     return lazy.run(choice, problem, x, results)
 
 
-CHUNKED = lazy.Choice(_body(chunked, False), (("cpu", _body(chunked, True)),))
-SELECTIVE_SCAN = lazy.Choice(_body(selective_scan, False))
+BODIES = {
+    "recurrence": (_body(chunked, False), _body(chunked, True)),
+    "selective_scan": (_body(selective_scan, False), None),
+}

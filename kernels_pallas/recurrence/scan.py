@@ -5,12 +5,10 @@ Every body cuts the length into chunks and keeps one state before each chunk for
 """
 
 import jax
-import jax.numpy as jnp
 
 from kernels_pallas import dispatch, lazy
 from kernels_pallas.lazy import Body
 from kernels_pallas.recurrence import xla
-from kernels_pallas.recurrence.choice import kernel
 from kernels_pallas.recurrence.problem import Problem
 from kernels_pallas.recurrence.problem import ScanGradients as Gradients
 from kernels_pallas.recurrence.problem import ScanOperands as Operands
@@ -42,19 +40,6 @@ def _backward(problem: Problem, x: Operands, results, saved, cotangents):
 
 
 XLA = Body(_forward, _backward)
-MODULES = {"tpu": "scan_tpu", "cuda": "scan_gpu"}
-PALLAS = {name: kernel(MODULES, name, Gradients) for name in MODULES}
-INTERPRETED = {name: kernel(MODULES, name, Gradients, interpret=True) for name in MODULES}
-
-
-def refusal(platform: str, problem: Problem, x: Operands) -> str | None:
-    """Why the Pallas body of a platform cannot run a call, or None."""
-    if problem.chunk == 1:
-        return "the sequence is one step"
-    for name in ("x", "dt"):
-        if (dtype := getattr(x, name).dtype) not in (jnp.bfloat16, jnp.float32):
-            return f"{name} is {dtype}; the {platform} kernel takes bfloat16 and float32"
-    return None
 
 
 def run(implementation: str | None, problem: Problem, x: Operands):
@@ -63,11 +48,7 @@ def run(implementation: str | None, problem: Problem, x: Operands):
     Raises:
       ValueError: for an unknown implementation, or one that cannot run the call.
     """
-    choice = dispatch.choose(
-        implementation, "selective_scan", x.x.shape[1],
-        lambda platform: refusal(platform, problem, x),
-        plain=XLA, pallas=PALLAS, interpreted=INTERPRETED,
-    )  # fmt: skip
+    choice = dispatch.choose(implementation, "selective_scan", x.x.shape[1], plain=XLA)
     batch, _, channels = x.x.shape
 
     def call(x):

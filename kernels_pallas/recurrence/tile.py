@@ -1,4 +1,4 @@
-"""One chunk of a linear recurrence on plain two-dimensional values: shared by XLA, TPU and GPU.
+"""One chunk of a linear recurrence on plain two-dimensional values: what bodies have in common.
 
 With b_t the sum of the log decays up to and including step t of the chunk, z_s their sum after s,
 and d_ts = b_t - b_s (t >= s):
@@ -10,7 +10,11 @@ and d_ts = b_t - b_s (t >= s):
 
 Every exponent is a sum of log decays of consecutive steps, formed without subtraction: nothing
 overflows, and strong decays cost no digits. There is no slicing and no gather, only masks made of
-indices, products and reductions, so that the functions and their derivatives lower everywhere.
+indices, products and reductions.
+
+Numbers that are not finite stay with the steps that see them: they count as zeros in all products,
+where zero times infinity would carry them to earlier steps, and what a step sees decides which
+outputs become NaN. A gate that forgets everything forgets them, too.
 """
 
 from functools import partial
@@ -26,7 +30,7 @@ LOWEST_LOG_DECAY = -1e4
 SOLVE_BLOCK = 16
 
 
-def step(problem: Problem, q, k, v, g, beta, state, product=None, vector_scores=None):
+def step(problem: Problem, q, k, v, g, beta, state):
     """One chunk.
 
     Args:
@@ -37,38 +41,75 @@ def step(problem: Problem, q, k, v, g, beta, state, product=None, vector_scores=
       g: log decays, float32 `[C, 1]` or `[C, K]`, or None.
       beta: float32 `[C, 1]` for the delta rule, else None.
       state: float32 `[K, V]` before the chunk.
-      product: `(a, b, contract)` of the large products; None multiplies in the type of `v`.
-      vector_scores: how scores with decays of channels are formed; None is `scores_by_halving`.
 
     Returns:
       `o` `[C, V]` in float32 and the state after the chunk.
     """
-    product = product or partial(_product, v.dtype, problem.precision)
+    product = partial(_product, v.dtype, problem.precision)
+    row, column = indices(q.shape[0])
+    q, k, v, g, beta, state, bad_out, bad_state = _spoiled(q, k, v, g, beta, state)
     vector = g is not None and g.shape[1] > 1
     if vector:
         prefix, suffix, total = column_sums(g)
-        scores = (vector_scores or scores_by_halving)(product, q, k, g)
-        q_in, k_out = q * jnp.exp(prefix), k * jnp.exp(suffix)
+        scores, decay = scores_by_halving(product, q, k, g), None
     else:
         decay, prefix, suffix, total = scalar_decays(g, *q.shape)
-        scores = product(q, k, (1, 1)) * decay
-        q_in, k_out = q * jnp.exp(prefix), k * jnp.exp(suffix)
+        scores = jnp.where(row >= column, product(q, k, (1, 1)), 0.0)
+    good = jnp.isfinite(scores)  # products may overflow where the output's gradient is zero
+    bad_out += jnp.where(good.all(1, keepdims=True), 0.0, jnp.nan).astype(bad_out.dtype)
+    scores = jnp.where(good, scores, 0.0) * (1.0 if decay is None else decay)
+    q_in, k_out = q * jnp.exp(prefix), k * jnp.exp(suffix)
     if beta is None:
         u = v
     else:
-        row, column = indices(q.shape[0])
-        n = jnp.where(row > column, beta * product(k, k, (1, 1)) * decay, 0.0)
+        n = beta * jnp.where(row > column, product(k, k, (1, 1)), 0.0) * decay
         u = beta * (v - product(k * jnp.exp(prefix), state, (1, 0)))
-        u = exact(inverse(n), u)
+        u = exact(jnp.where(row >= column, inverse(n), 0.0), u)
     out = problem.scale * (product(q_in, state, (1, 0)) + product(scores, u, (1, 0)))
-    return out, jnp.exp(total) * state + product(k_out, u, (0, 0))
+    after = jnp.exp(total) * state + product(k_out, u, (0, 0))
+    return out + bad_out, after + bad_state
+
+
+def _spoiled(q, k, v, g, beta, state):
+    """The operands with zeros where they are not finite, and what is NaN because of them.
+
+    That is a number for each output `[C, V]` and each column of the state after `[1, V]`: NaN or 0.
+    """
+    row, column = indices(q.shape[0])
+    read, write = ~jnp.isfinite(q).all(1, keepdims=True), ~jnp.isfinite(v).all(1, keepdims=True)
+    good = jnp.isfinite(k)
+    sees, kept = row >= column, jnp.ones_like(read)
+    if beta is not None:
+        good &= jnp.isfinite(jnp.square(k.astype(state.dtype)).sum(1, keepdims=True))
+        write |= ~jnp.isfinite(beta)
+        beta = jnp.where(jnp.isfinite(beta), beta, 0.0)
+    if g is not None:
+        write |= ~jnp.isfinite(g).all(1, keepdims=True)
+        g = jnp.where(jnp.isfinite(g), g, 0.0)
+        cut = (g.max(1, keepdims=True) <= LOWEST_LOG_DECAY).astype(jnp.float32)
+        across = jnp.where(row == column, cut, 0.0).sum(0, keepdims=True)
+        cuts = jnp.where(row >= column, across, 0.0).sum(1, keepdims=True)  # up to each step
+        sees &= cuts == jnp.where(row <= column, cut, 0.0).sum(0, keepdims=True)
+        kept = cuts == 0
+    q, v = (jnp.where(jnp.isfinite(t), t, 0) for t in (q, v))
+    write |= ~good.all(1, keepdims=True)
+    k = jnp.where(good, k, 0)
+    lost = ~jnp.isfinite(state).all(0, keepdims=True)
+    state = jnp.where(jnp.isfinite(state), state, 0.0)
+    written = jnp.where(row == column, write, False).any(0, keepdims=True)
+    seen = (sees & written).any(1, keepdims=True)
+    at_end = row[:, :1] == len(q) - 1
+    bad_out = read | seen | (kept & lost)
+    bad_state = ((seen | (kept & lost)) & at_end).any(0, keepdims=True)
+    nan = lambda bad: jnp.where(bad, jnp.nan, 0.0).astype(state.dtype)  # noqa: E731
+    return q, k, v, g, beta, state, nan(bad_out), nan(bad_state)
 
 
 def _product(dtype, precision, a, b, contract):
     """`a b` over one axis each, operands in `dtype`, result in float32."""
     dims = ((contract[:1], contract[1:]), ((), ()))
     if dtype == jnp.bfloat16:
-        precision = None  # products of bfloat16 are exact in float32; Mosaic refuses other words
+        precision = None  # products of bfloat16 are exact in float32
     return lax.dot_general(
         a.astype(dtype),
         b.astype(dtype),
@@ -76,28 +117,6 @@ def _product(dtype, precision, a, b, contract):
         precision=precision,
         preferred_element_type=jnp.promote_types(dtype, jnp.float32),
     )
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 4))
-def product_of_one_type(dtype, precision, a, b, contract):
-    """`a b` whose derivatives, too, multiply operands in `dtype` only."""
-    return _product(dtype, precision, a, b, contract)
-
-
-def _one_type_forward(dtype, precision, a, b, contract):
-    return _product(dtype, precision, a, b, contract), (a, b)
-
-
-def _one_type_backward(dtype, precision, contract, saved, d_out):
-    a, b = saved
-    product = partial(_product, dtype, precision)
-    free_a, free_b = 1 - contract[0], 1 - contract[1]
-    d_a = product(d_out, b, (1, free_b)) if free_a == 0 else product(b, d_out, (free_b, 1))
-    d_b = product(a, d_out, (free_a, 0)) if free_b == 1 else product(d_out, a, (0, free_a))
-    return d_a.astype(a.dtype), d_b.astype(b.dtype)
-
-
-product_of_one_type.defvjp(_one_type_forward, _one_type_backward)
 
 
 def exact(a, b):
@@ -118,10 +137,7 @@ def as_column(row):
 
 
 def scalar_decays(g, size: int, keys: int):
-    """Decays e^d `[C, C]` (zero above the diagonal), b and z `[C, 1]`, b_C in a column `[K, 1]`.
-
-    (Not `[1, 1]`: its derivative is a sum over two axes, which Triton's lowering lacks.)
-    """
+    """Decays e^d `[C, C]` (zero above the diagonal), b and z `[C, 1]`, b_C in a column `[K, 1]`."""
     row, column = indices(size)
     causal = row >= column
     if g is None:
@@ -172,41 +188,6 @@ def _of_level(product, level, q, k, g):
     following = exact((same & (row < column)).astype(jnp.float32), g)
     part = product(q * jnp.exp(leading), k * jnp.exp(following), (1, 1))
     return jnp.where(_halves(row, column, level), part, 0.0)
-
-
-def scores_in_a_loop(product, q, k, g):
-    """`scores_by_halving`, one scale after the other: fewer arrays are in registers at once."""
-
-    def add(level, scores):
-        return scores + _of_level(product, level, q, k, g)
-
-    return lax.fori_loop(0, q.shape[0].bit_length() - 1, add, _same_step(q, k))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def scores_with_derivative(product, q, k, g):
-    """`scores_in_a_loop` whose derivative is a loop, too; of `product_of_one_type`."""
-    return scores_in_a_loop(product, q, k, g)
-
-
-def _scores_forward(product, q, k, g):
-    plain = partial(_product, *product.args)
-    return scores_in_a_loop(plain, q, k, g), (q, k, g)
-
-
-def _scores_backward(product, saved, d_out):
-    q, k, g = saved
-    _, pull = jax.vjp(_same_step, q, k)
-
-    def add(level, sums):
-        _, pull = jax.vjp(partial(_of_level, product, level), q, k, g)
-        return tuple(a + b for a, b in zip(sums, pull(d_out), strict=True))
-
-    start = (*pull(d_out), jnp.zeros_like(g))
-    return lax.fori_loop(0, q.shape[0].bit_length() - 1, add, start)
-
-
-scores_with_derivative.defvjp(_scores_forward, _scores_backward)
 
 
 def _halves(row, column, level):

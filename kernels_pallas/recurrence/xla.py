@@ -114,14 +114,35 @@ def selective_scan_backward(x, dt, A, B, C, states, d_y, d_final, *, chunk: int)
 
 
 def scan_chunk(A, state, x, dt, B, C):
-    """The state after a chunk of `[chunk, batch, ...]`, and its outputs."""
-    decay = jnp.exp(dt[..., None] * A)
-    write = (dt * x)[..., None] * B[:, :, None, :]
+    """The state after a chunk of `[chunk, batch, ...]`, and its outputs.
+
+    What is not finite counts as zero and makes later outputs of its channels NaN, not earlier ones.
+    """
+    each, all_channels = partial(_spoiled, axis=()), partial(_spoiled, axis=-1)
+    (x, bad_x), (dt, bad_dt), (state, lost) = each(x), each(dt), all_channels(state)
+    (B, bad_B), (C, bad_C) = all_channels(B), all_channels(C)
+    rate, bad_rate = each(dt * x)
+    decay, bad_decay = all_channels(jnp.exp(dt[..., None] * A))
+    write, bad_write = all_channels(rate[..., None] * B[:, :, None, :])
+    bad = bad_x | bad_dt | bad_B | bad_rate | (bad_decay | bad_write)[..., 0]
+    written = jax.lax.cummax(bad.astype(jnp.int32), axis=0) > 0
+    bad = _nan(written | lost[..., 0], state.dtype)
     decay, write = jax.lax.associative_scan(
         lambda a, b: (a[0] * b[0], b[0] * a[1] + b[1]), (decay, write)
     )
     h = decay * state + write
-    return h[-1], jnp.einsum("lben,lbn->lbe", h, C)
+    y = jnp.einsum("lben,lbn->lbe", h, C)
+    return h[-1] + bad[-1][..., None], y + bad + _nan(bad_C, y.dtype)
+
+
+def _spoiled(t, axis):
+    """`t` with zeros where it is not finite, and where that is, along an axis or each by itself."""
+    good = jnp.isfinite(t)
+    return jnp.where(good, t, 0), ~good.all(axis, keepdims=True)
+
+
+def _nan(bad, dtype):
+    return jnp.where(bad, jnp.nan, 0.0).astype(dtype)
 
 
 def chunks_first(t, chunk):
@@ -143,6 +164,11 @@ def tree_ssd(x, dt, A, B, C, parents, state):
     """
     ancestor = ancestors(parents).astype(x.dtype)
     strict = ancestor - jnp.eye(len(parents), dtype=ancestor.dtype)
+    (x, bad_x), (B, bad_B), (C, bad_C) = (_spoiled(t, -1) for t in (x, B, C))
+    (dt, bad_dt), (state, lost) = _spoiled(dt, ()), _spoiled(state, (-2, -1))
+    written = (bad_x | bad_B)[..., 0] | bad_dt
+    seen = jnp.einsum("ij,bjh->bih", ancestor, written.astype(x.dtype)) > 0
+    bad = _nan(seen | lost[:, None, :, 0, 0], x.dtype)[..., None]
     log_decay = dt * A  # [batch, nodes, heads]
     along = jnp.einsum("ir,rj,brh->bhij", ancestor, strict, log_decay, precision="highest")
     decay = jnp.exp(along) * ancestor
@@ -154,7 +180,8 @@ def tree_ssd(x, dt, A, B, C, parents, state):
     y = exact("bhij,bjhp->bihp", scores, x)
     y = y + from_root[..., None] * exact("bihn,bhnp->bihp", C, state)
     states = exact("bhij,bjhn,bjhp->bihnp", decay, B, x)
-    return y, states + from_root[..., None, None] * state[:, None]
+    states = states + from_root[..., None, None] * state[:, None] + bad[..., None]
+    return y + bad + _nan(bad_C, y.dtype), states
 
 
 def ancestors(parents):

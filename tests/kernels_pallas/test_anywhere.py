@@ -113,6 +113,42 @@ def test_neighbourhoods_keep_what_is_not_finite_to_those_who_see_it():
     np.testing.assert_array_equal(got[:, 5:, 5:], want[:, 5:, 5:])
 
 
+def recurrences(length):
+    q, k, v = (normal(1, length, 2, 8, seed=i) for i in range(3))
+    k, gate = k / jnp.linalg.norm(k, axis=-1, keepdims=True), -jnp.abs(normal(1, length, 2, 8))
+    x, dt, A = normal(1, length, 5), jnp.abs(normal(1, length, 5)), -jnp.abs(normal(5, 4))
+    return {
+        "gates": (lambda *a: kp.gated_linear_attention(*a, chunk=16), (q, k, v, gate[..., :1])),
+        "channels": (lambda *a: kp.gated_linear_attention(*a, chunk=16), (q, k, v, gate)),
+        "delta": (lambda q, k, v, g: kp.delta_rule(q, k, v, jnp.exp(g), g, chunk=16),
+                  (q, k, v, gate[..., 0])),
+        "scan": (lambda x, dt, B: kp.selective_scan(x, dt, A, B, B, chunk=16),
+                 (x, dt, normal(1, length, 4))),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", some_slow(recurrences(1), ["gates"]))
+def test_later_steps_change_no_bit_of_earlier_ones(name):
+    call, arrays = recurrences(24)[name]
+    early = jax.jit(jax.value_and_grad(lambda *a: (call(*a)[0][:, :20] ** 2).sum(), (0, 1, 2)))
+    want = early(*arrays)
+    for bad in (np.nan, np.inf, 3e38, 1e20):
+        spoiled = tuple(t.at[:, 20:].set(bad) for t in arrays[:3])
+        for a, b in zip(*map(jax.tree.leaves, (early(*spoiled, *arrays[3:]), want)), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_what_a_gate_forgets_and_what_is_packed_elsewhere_changes_nothing():
+    call, (q, k, v, g) = recurrences(40)["channels"]
+    v = v.at[:, 17].set(jnp.nan)
+    out, state = call(q, k, v, g.at[:, 20].set(-jnp.inf))
+    assert np.isnan(out[:, 17:20]).all() and np.isfinite(out[:, :17]).all()
+    assert np.isfinite(out[:, 20:]).all() and np.isfinite(state).all()
+    out, state = kp.delta_rule(q, k, v, jnp.exp(g[..., 0]), cu_seqlens=jnp.asarray([0, 19, 40]))
+    assert np.isnan(state[0]).all() and np.isfinite(state[1]).all()
+    assert np.isfinite(out[:, 19:]).all()
+
+
 def test_a_decoding_step_equals_the_row_of_the_full_pass():
     q, slopes = normal(2, 20, 4, 8), 2.0 ** -jnp.arange(1.0, 5.0)
     score = Softmax(modify=lambda s, i, j: s + 0.1 * jnp.cos((i - j).astype(jnp.float32)))
@@ -304,10 +340,9 @@ def test_groups_of_values_share_keys_in_the_delta_rule():
     v, beta = normal(2, 20, 6, 16), jax.nn.sigmoid(normal(2, 20, 6))
     decay = -jnp.abs(normal(2, 20, 6))
     want, state = kp.delta_rule(*(jnp.repeat(t, 3, 2) for t in (q, k)), v, beta, decay)
-    for implementation in ("xla", "pallas_tpu"):
-        got, own = kp.delta_rule(q, k, v, beta, decay, implementation=implementation)
-        assert_near(got, want, 3e-6)
-        assert_near(own, state, 3e-6)
+    got, own = kp.delta_rule(q, k, v, beta, decay)
+    assert_near(got, want, 3e-6)
+    assert_near(own, state, 3e-6)
 
 
 BOUNDS = [0, 5, 5, 40, 57]

@@ -43,6 +43,14 @@ def test_explain_says_why_trees_have_no_kernel():
     assert told["cpu"] == "xla" and "no kernel" in told["tpu"] and "no kernel" in told["cuda"]
 
 
+def test_recurrences_say_that_they_have_no_kernel():
+    q = jnp.zeros((1, 16, 2, 8))
+    for more in ({}, {"cu_seqlens": jnp.asarray([0, 4, 16])}):
+        with pytest.raises(ValueError, match="'pallas_tpu': no kernel"):
+            call = kernels_pallas.gated_linear_attention
+            call(q, q, q, None, implementation="pallas_tpu", **more)
+
+
 def test_a_kernel_that_cannot_run_the_call_says_so():
     arrays = [jnp.zeros((1, 16, 2, 8), jnp.float16)] * 3
     with pytest.raises(ValueError, match="'pallas_tpu': query is float16"):
