@@ -43,6 +43,9 @@ CASES = {
     "4,096 tokens, causal, 1 head of 64": ("attention", (1, 4096, 1, 64), {"causal": True}),
     "1,000 tokens, 8 heads of 64, bias [1,8,L,L]": ("attention", (1, 1000, 8, 64), {"bias": True}),
     "16,384 tokens, 8 heads of 64": ("attention", (1, 16384, 8, 64), {}),
+    "decoding: 8 x 1 query, 32 heads, 8,192 keys of 4 heads of 128": (
+        "attention", (8, 1, 32, 128), {"keys": (8192, 4)},
+    ),
     "Swin stage 1: 1,024 windows of 49, 3 heads": ("windows", (1024, 49, 3, 32), {"masks": 64}),
     "Swin stage 3: 1,024 windows of 49, 12 heads": ("windows", (1024, 49, 12, 32), {"masks": 4}),
     "Swin V2 stage 1: 1,024 windows of 64, 3 heads": ("windows", (1024, 64, 3, 32), {"masks": 64}),
@@ -91,7 +94,8 @@ def program(operation, sizes, options, implementation, backward):
 
     batch, length, heads, width = sizes
     if operation == "attention":
-        arrays = [shape(*sizes)] * 3
+        keys, kv_heads = options.get("keys", (length, heads))
+        arrays = [shape(*sizes), *[shape(batch, keys, kv_heads, width)] * 2]
         extra = [shape(1, heads, length, length)] if options.get("bias") else []
         mask = kernels_pallas.Causal() if options.get("causal") else None
 
@@ -291,7 +295,7 @@ def static_table(cases=tuple(CASES), chips=tuple(CLOCK)) -> list[str]:
             for chip in chips:
                 xla, ours = (figures(case, chip, i, backward) for i in ("xla", "pallas_tpu"))
                 flash = ""
-                if operation == "attention" and not options.get("bias"):
+                if operation == "attention" and not options.keys() & {"bias", "keys"}:
                     found = figures(case, chip, "jax_flash", backward)
                     flash = "refuses" if found is None else str(round(found["us"] or 0) or "?")
                 lines.append(

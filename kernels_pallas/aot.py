@@ -20,7 +20,15 @@ from typing import NamedTuple
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-CHIPS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2"}
+TOPOLOGIES = {
+    "v4": "v4:2x2x1",
+    "v5e": "v5e:2x2",
+    "v5p": "v5p:2x2x1",
+    "v6e": "v6e:2x2",
+    "v7x": "tpu7x:2x2x1",
+}
+CHIPS = ("v5e", "v6e")
+"""Those whose static figures stand in the README."""
 H100 = "NVIDIA H100 80GB HBM3"
 
 
@@ -36,12 +44,12 @@ def can_compile_for_tpu() -> bool:
 
 
 def tpu_mesh(chip: str, shape: tuple[int, ...] = (1,), names: tuple[str, ...] = ("data",)) -> Mesh:
-    """A mesh over described devices of a chip (`v5e`, `v6e`), up to four of them."""
+    """A mesh over described devices of a chip of `TOPOLOGIES`, up to four of them."""
     import numpy as np
     from jax.experimental import topologies
 
     prepare()
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip]).devices
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices
     count = int(np.prod(shape))
     types = (AxisType.Auto,) * len(shape)
     return Mesh(np.asarray(devices[:count]).reshape(shape), names, axis_types=types)

@@ -1,6 +1,7 @@
 """Pallas by one name: imported when a kernel is traced, the same for JAX 0.10 and 0.12."""
 
 import contextlib
+import importlib.util
 
 import jax
 
@@ -17,6 +18,11 @@ def tpu():
     from jax.experimental.pallas import tpu
 
     return tpu
+
+
+def has_triton() -> bool:
+    """Whether this JAX has Pallas-Triton; it is deprecated since 0.11 and will go."""
+    return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
 
 
 def triton():

@@ -13,7 +13,9 @@ from dataclasses import replace
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 
+from kernels_pallas import compat
 from kernels_pallas.lazy import Body, Choice
 
 IMPLEMENTATIONS = (None, "xla", "pallas_tpu", "pallas_gpu")
@@ -33,6 +35,23 @@ def check_implementation(implementation: str | None) -> None:
 def stated_precision(precision):
     """The precision of a call: the argument, or what `jax.default_matmul_precision` says now."""
     return jax.config.jax_default_matmul_precision if precision is None else precision
+
+
+def floats_alike(query, key, value):
+    """The arrays in the one floating type that holds them all.
+
+    Raises:
+      TypeError: if one is not floating-point.
+    """
+    arrays = query, key, value
+    for name, t in zip(("query", "key", "value"), arrays, strict=True):
+        if not jnp.issubdtype(t.dtype, jnp.floating) or jnp.finfo(t.dtype).bits < 16:
+            raise TypeError(
+                f"{name} is {t.dtype}; attention takes float16, bfloat16, float32 and float64: "
+                "convert it first."
+            )
+    one = jnp.result_type(*(t.dtype for t in arrays))
+    return tuple(t.astype(one) for t in arrays)
 
 
 def for_kernel(problem, dtype):
@@ -100,7 +119,10 @@ def choose(
     cpu = (("cpu", plain_on_cpu),) if plain_on_cpu else ()
     if implementation in PLATFORM_OF:
         platform = PLATFORM_OF[implementation]
-        if reason := refusal(platform):
+        reason = refusal(platform)
+        if platform == "cuda" and not reason and not compat.has_triton():
+            reason = f"JAX {jax.__version__} has no Pallas-Triton any more"
+        if reason:
             raise ValueError(f"implementation={implementation!r}: {reason}.")
         tell({platform: f"{implementation} (asked for)", "cpu": "its interpreter"})
         return Choice(pallas[platform], (("cpu", interpreted[platform]),), plain, cpu)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from kernels_pallas.attention.choice import choose
 from kernels_pallas.attention.core import attend
 from kernels_pallas.attention.problem import Operands, Problem, capture
-from kernels_pallas.dispatch import stated_precision
+from kernels_pallas.dispatch import floats_alike, stated_precision
 from kernels_pallas.masks import Causal, Full
 from kernels_pallas.scores import Score, Softmax
 
@@ -86,7 +86,8 @@ def attention(
       ValueError: if shapes do not fit, with the sizes.
       TypeError: if arrays are not floating-point.
     """
-    query, key, value, out_type = _types(query, key, value)
+    out_type = value.dtype
+    query, key, value = floats_alike(query, key, value)
     _check_shapes(query, key, value)
     lead, (queries, heads, head_dim), keys = query.shape[:-3], query.shape[-3:], key.shape[-3]
     batch = 1
@@ -140,19 +141,6 @@ def attention(
         out = (out * jnp.exp(own - lse)[..., None]).astype(out.dtype)
     out = out.transpose(0, 2, 1, 3).reshape(*lead, queries, heads, -1).astype(out_type)
     return (out, lse.reshape(*lead, heads, queries)) if return_lse else out
-
-
-def _types(query, key, value):
-    """The arrays in one floating type, and the type of the result."""
-    arrays = query, key, value
-    for name, t in zip(("query", "key", "value"), arrays, strict=True):
-        if not jnp.issubdtype(t.dtype, jnp.floating) or jnp.finfo(t.dtype).bits < 16:
-            raise TypeError(
-                f"{name} is {t.dtype}; attention takes float16, bfloat16, float32 and float64: "
-                "convert it first."
-            )
-    one = jnp.result_type(*(t.dtype for t in arrays))
-    return *(t.astype(one) for t in arrays), value.dtype
 
 
 def _flat(t, name, lead):

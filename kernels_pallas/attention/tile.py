@@ -187,10 +187,7 @@ class Tile(NamedTuple):
 
     def key(self, problem: Problem, key, value):
         """A block of keys, NaN where the value is not finite: rows that see it become NaN."""
-        if not self.guarded(problem):
-            return key
-        good = jnp.where(_is_finite(value.astype(jnp.float32)), 1.0, 0.0).min(1, keepdims=True)
-        return jnp.where(good > 0, key.astype(jnp.float32), jnp.nan).astype(key.dtype)
+        return marked(key, value) if self.guarded(problem) else key
 
 
 LARGEST = float(np.finfo(np.float32).max)
@@ -204,6 +201,17 @@ def finite(t):
     """Zeros where a block is not finite, by way of float32, which all chips compare."""
     wide = t.astype(jnp.float32)
     return jnp.where(_is_finite(wide), wide, 0.0).astype(t.dtype)
+
+
+def marked(key, value):
+    """A block of keys, NaN where the value is not finite."""
+    good = jnp.where(_is_finite(value.astype(jnp.float32)), 1.0, 0.0).min(1, keepdims=True)
+    return jnp.where(good > 0, key.astype(jnp.float32), jnp.nan).astype(key.dtype)
+
+
+def seen_only(w, t):
+    """`t` where weights are not zero, else zero, whatever `t` is there."""
+    return jnp.where(w == 0.0, 0.0, t)
 
 
 def quotient(a, b: int):

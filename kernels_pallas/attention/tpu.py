@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import compat
+from kernels_pallas import chips, compat
 from kernels_pallas.attention.problem import Gradients, Operands, Problem
 from kernels_pallas.attention.tile import (
     FULL,
@@ -45,8 +45,6 @@ from kernels_pallas.scores import EMPTY, MASKED
 LANES = 128
 BLOCK_WITHOUT_MASK = 1024
 BLOCK_WITH_MASK = 512
-VMEM_BYTES = 96 << 20
-SCALAR_BYTES = 3 << 18  # of the 1 MiB of scalar memory that a v5e has
 
 
 class _Call:
@@ -229,7 +227,7 @@ class _Call:
             ),
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
-                vmem_limit_bytes=VMEM_BYTES,
+                vmem_limit_bytes=chips.vmem_bytes(),
             ),
             name=f"attention_{name}",
             interpret=interpret,
@@ -239,8 +237,20 @@ class _Call:
 def block_limit(problem: Problem, x: Operands) -> int:
     """The longest block: short ones skip more, long ones have tables that fit scalar memory."""
     plain = problem.mask is None and x.bias is None
-    long = table_bytes(problem, x, BLOCK_WITH_MASK) > SCALAR_BYTES
-    return BLOCK_WITHOUT_MASK if plain or long else BLOCK_WITH_MASK
+    long = table_bytes(problem, x, BLOCK_WITH_MASK) > chips.SCALAR_BYTES
+    limit = BLOCK_WITHOUT_MASK if plain or long else BLOCK_WITH_MASK
+    while limit > LANES and block_bytes(x, limit) > chips.vmem_bytes():
+        limit //= 2
+    return limit
+
+
+def block_bytes(x: Operands, limit: int) -> int:
+    """About the vector memory of a step of the backward pass: six tiles of scores, and operands."""
+    size, widths = x.value.dtype.itemsize, (x.query.shape[3], x.value.shape[3])
+    rows, keys = (min(n, limit) for n in (x.query.shape[2], x.key.shape[2]))
+    arrays = sum(-(-w // LANES) * LANES * (rows + keys) for w in widths)
+    bias = 0 if x.bias is None else rows * keys * x.bias.dtype.itemsize
+    return 4 * 6 * rows * keys + arrays * (2 * size + 4) + 2 * bias
 
 
 def table_bytes(problem: Problem, x: Operands, limit: int) -> int:
@@ -253,7 +263,10 @@ def table_bytes(problem: Problem, x: Operands, limit: int) -> int:
 
 def refusal(problem: Problem, x: Operands) -> str | None:
     """Why the kernels cannot run a call, or None."""
-    if table_bytes(problem, x, block_limit(problem, x)) > SCALAR_BYTES:
+    limit = block_limit(problem, x)
+    if (held := block_bytes(x, limit)) > chips.vmem_bytes():
+        return f"a step needs {held >> 20} MB of vector memory, more than the chip has"
+    if table_bytes(problem, x, limit) > chips.SCALAR_BYTES:
         return "the tables of blocks to visit do not fit into scalar memory"
     return None
 
@@ -653,7 +666,7 @@ def _bias(problem, x, stats, *, limit, interpret):
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=VMEM_BYTES,
+            vmem_limit_bytes=chips.vmem_bytes(),
         ),
         name="attention_dbias",
         interpret=interpret,

@@ -5,7 +5,7 @@ import math
 import jax
 from jaxtyping import Array, Float
 
-from kernels_pallas.dispatch import check_implementation, stated_precision
+from kernels_pallas.dispatch import check_implementation, floats_alike, stated_precision
 from kernels_pallas.neighborhood.choice import run
 from kernels_pallas.neighborhood.geometry import Axis
 from kernels_pallas.neighborhood.problem import Operands, Problem
@@ -38,7 +38,8 @@ def neighborhood_attention(
     each array once, and keep nothing but the output for the backward pass.
 
     Args:
-      query: `[batch, *space, heads, head_dim]`, with one to three axes of space.
+      query: `[batch, *space, heads, head_dim]`, with one to three axes of space. Arrays of several
+        types are brought to the one that holds them all.
       key: `[batch, *space, heads, head_dim]`.
       value: `[batch, *space, heads, value_dim]`.
       kernel_size: one number, or one for each axis.
@@ -56,16 +57,19 @@ def neighborhood_attention(
 
     Raises:
       ValueError: if shapes do not fit or a window is larger than its axis, with the sizes.
+      TypeError: if arrays are not floating-point.
     """
     check_implementation(implementation)
     axes = _axes(query, key, value, kernel_size, dilation, causal)
+    out_type = value.dtype
+    query, key, value = floats_alike(query, key, value)
     heads = query.shape[-2]
     rows = tuple(2 * a.kernel - 1 for a in axes)
     if bias is not None and bias.shape != (heads, *rows):
         raise ValueError(f"bias has shape {bias.shape}; expected {(heads, *rows)}.")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     problem = Problem(axes, scale, stated_precision(precision))
-    return run(implementation, problem, Operands(query, key, value, bias))
+    return run(implementation, problem, Operands(query, key, value, bias)).astype(out_type)
 
 
 def _axes(query, key, value, kernel_size, dilation, causal) -> tuple[Axis, ...]:

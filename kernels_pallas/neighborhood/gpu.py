@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas import compat
-from kernels_pallas.attention.tile import dot, quotient
+from kernels_pallas.attention.tile import dot, finite, marked, quotient, seen_only
 from kernels_pallas.neighborhood.geometry import Axis
 from kernels_pallas.neighborhood.problem import Operands, Problem
 from kernels_pallas.scores import EMPTY, MASKED
@@ -52,11 +52,11 @@ def forward(problem: Problem, x: Operands, *, interpret=False):
         def step(j, carry):
             top, total, acc = carry
             there = grid.keys_of(here, j)
-            s = grid.scores(refs, h, here, there, q, refs["key"][b, there.at, h, :])
+            k, v = (refs[name][b, there.at, h, :] for name in ("key", "value"))
+            s = grid.scores(refs, h, here, there, q, marked(k, v))
             new = jnp.maximum(top, s.max(1))
-            w, keep = jnp.exp(s - new[:, None]), jnp.exp(top - new)
-            v = refs["value"][b, there.at, h, :]
-            acc = acc * keep[:, None] + dot(w.astype(v.dtype), v, (1, 0), problem.precision)
+            w, keep = _weights(s, new[:, None]), jnp.exp(top - new)
+            acc = acc * keep[:, None] + dot(w.astype(v.dtype), finite(v), (1, 0), problem.precision)
             return new, total * keep + w.sum(1), acc
 
         start = _rows(EMPTY), _rows(0.0), jnp.zeros((POSITIONS, out_ref.shape[3]), jnp.float32)
@@ -96,21 +96,22 @@ def _by_query(grid):
         def statistics(j, carry):
             top, total = carry
             there = grid.keys_of(here, j)
-            s = grid.scores(refs, h, here, there, q, refs["key"][b, there.at, h, :])
+            k, v = (refs[name][b, there.at, h, :] for name in ("key", "value"))
+            s = grid.scores(refs, h, here, there, q, marked(k, v))
             new = jnp.maximum(top, s.max(1))
-            return new, total * jnp.exp(top - new) + jnp.exp(s - new[:, None]).sum(1)
+            return new, total * jnp.exp(top - new) + _weights(s, new[:, None]).sum(1)
 
         blocks = grid.blocks(grid.keys)
         top, total = jax.lax.fori_loop(0, blocks, statistics, (_rows(EMPTY), _rows(0.0)))
-        lse = jnp.where(total > 0, top + jnp.log(jnp.maximum(total, 1e-37)), 0.0)
+        lse = jnp.where(total == 0, 0.0, top + jnp.log(jnp.maximum(total, 1e-37)))
 
         def step(j, dq):
             there = grid.keys_of(here, j)
-            k = refs["key"][b, there.at, h, :]
-            w = jnp.exp(grid.scores(refs, h, here, there, q, k) - lse[:, None])
-            dw = dot(do, refs["value"][b, there.at, h, :], (1, 1), precision)
-            d_raw = w * (dw - delta[:, None]) * grid.problem.scale
-            return dq + dot(d_raw.astype(k.dtype), k, (1, 0), precision)
+            k, v = (refs[name][b, there.at, h, :] for name in ("key", "value"))
+            w = _weights(grid.scores(refs, h, here, there, q, marked(k, v)), lse[:, None])
+            dw = dot(do, finite(v), (1, 1), precision)
+            d_raw = seen_only(w, w * (dw - delta[:, None])) * grid.problem.scale
+            return dq + dot(d_raw.astype(k.dtype), finite(k), (1, 0), precision)
 
         dq = jax.lax.fori_loop(0, blocks, step, jnp.zeros(q.shape, jnp.float32))
         grid.store(dq_ref, b, h, here, dq)
@@ -133,12 +134,13 @@ def _by_key(grid):
             there = grid.queries_of(here, j)
             q, do = (refs[name][b, there.at, h, :] for name in ("query", "d_out"))
             lse, delta = (refs[name][b, there.at, h] for name in ("lse", "delta"))
-            s = grid.scores(refs, h, there, here, q, k, transposed=True)
-            w = jnp.exp(s - lse[None, :])
-            dw = dot(v, do, (1, 1), precision)
-            d_raw = w * (dw - delta[None, :]) * grid.problem.scale
-            dv = dv + dot(w.astype(do.dtype), do, (1, 0), precision)
-            return dk + dot(d_raw.astype(q.dtype), q, (1, 0), precision), dv
+            s = grid.scores(refs, h, there, here, q, marked(k, v), transposed=True)
+            w = _weights(s, lse[None, :])
+            dw = seen_only(w, dot(finite(v), do, (1, 1), precision))
+            d_raw = seen_only(w, w * (dw - delta[None, :])) * grid.problem.scale
+            w = seen_only(w, w + 0.0 * dw)  # NaN where the output's gradient is
+            dv = dv + dot(w.astype(do.dtype), finite(do), (1, 0), precision)
+            return dk + dot(d_raw.astype(q.dtype), finite(q), (1, 0), precision), dv
 
         start = tuple(jnp.zeros(t.shape, jnp.float32) for t in (k, v))
         dk, dv = jax.lax.fori_loop(0, grid.blocks(grid.queries), step, start)
@@ -162,8 +164,9 @@ def _of_bias(grid):
             q, do = (refs[name][b, here.at, h, :] for name in ("query", "d_out"))
             k, v = (refs[name][b, there.at, h, :] for name in ("key", "value"))
             lse, delta = (refs[name][b, here.at, h] for name in ("lse", "delta"))
-            w = jnp.exp(grid.scores(refs, h, here, there, q, k) - lse[:, None])
-            return total + w * (dot(do, v, (1, 1), precision) - delta[:, None])
+            w = _weights(grid.scores(refs, h, here, there, q, marked(k, v)), lse[:, None])
+            dw = dot(do, finite(v), (1, 1), precision)
+            return total + seen_only(w, w * (dw - delta[:, None]))
 
         total = jnp.zeros((POSITIONS, grid.block), jnp.float32)
         total = jax.lax.fori_loop(0, grid.batch, step, total)
@@ -337,7 +340,9 @@ class _Grid:
         a, b = (k, q) if transposed else (q, k)
         s = dot(a, b, (1, 1), self.problem.precision) * self.problem.scale
         if "bias" in refs:
-            s = jnp.maximum(s + refs["bias"][h, row], MASKED)
+            bias = refs["bias"][h, row]
+            visible &= bias > MASKED
+            s = s + bias
         return jnp.where(visible, s, MASKED)
 
     def store(self, ref, b, h, tile: _Place, t):
@@ -361,6 +366,11 @@ class _Grid:
             name=f"neighborhood_{name}",
             interpret=self.interpret,
         )(*self.arrays.values())
+
+
+def _weights(s, lse):
+    """Zero where a key is hidden, even where a row that sees what is not finite is NaN."""
+    return jnp.where(s <= EMPTY, 0.0, jnp.exp(s - lse))
 
 
 def _rows(value):

@@ -18,10 +18,10 @@ import math
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import compat
-from kernels_pallas.attention.tile import dot
+from kernels_pallas import chips, compat
+from kernels_pallas.attention.tile import dot, finite, seen_only
 from kernels_pallas.neighborhood.problem import Operands, Problem
-from kernels_pallas.neighborhood.tpu_plan import LANES, VMEM_BYTES, Plan
+from kernels_pallas.neighborhood.tpu_plan import LANES, Plan
 from kernels_pallas.scores import EMPTY, MASKED
 
 LOG2E = math.log2(math.e)
@@ -31,7 +31,7 @@ def refusal(problem: Problem, x: Operands) -> str | None:
     """Why the kernel cannot run a call, or None."""
     if (kernel := problem.axes[-1].kernel) > LANES // 2:
         return f"kernel_size {kernel} on the last axis is above {LANES // 2}, the most it holds"
-    if (held := Plan(problem, x).vmem_bytes()) > VMEM_BYTES:
+    if (held := Plan(problem, x).vmem_bytes()) > chips.vmem_bytes():
         return f"images of {x.query.shape[1:-2]} need {held >> 20} MB of vector memory"
     return None
 
@@ -57,8 +57,8 @@ def forward(problem: Problem, x: Operands, *, interpret=False):
             tile = _Tile(plan, ids, numbers)
             q = plan.stacked(q_ref[tile.queries], ids, numbers)
             k, v = (ref[tile.window].reshape(plan.keys, -1) for ref in (k_ref, v_ref))
-            w, total = tile.weights(masks, table_ref, q, k)
-            parts = plan.products(v, w.astype(v.dtype))
+            w, total = tile.weights(masks, table_ref, q, k, v)
+            parts = plan.products(finite(v), w.astype(v.dtype))
             scale = 1.0 / total
             parts = [p * scale[:, h * LANES : (h + 1) * LANES] for h, p in enumerate(parts)]
             plan.write(out_ref, tile.queries, parts)
@@ -113,19 +113,20 @@ def backward(problem: Problem, x: Operands, out, d_out, *, interpret=False):
             tile, precision = _Tile(plan, ids, numbers), problem.precision
             q, do = (plan.stacked(ref[tile.queries], ids, numbers) for ref in (q_ref, do_ref))
             k, v = (ref[tile.window].reshape(plan.keys, -1) for ref in (k_ref, v_ref))
-            w, total = tile.weights(masks, table_ref, q, k)
-            w = w * (1.0 / total)
-            dw = dot(v, do, (1, 1), precision)
-            ds = w * (dw - (w * dw).sum(0, keepdims=True))
+            w, total = tile.weights(masks, table_ref, q, k, v)
+            w = seen_only(w, w * (1.0 / total))
+            dw = seen_only(w, dot(finite(v), do, (1, 1), precision))
+            ds = seen_only(w, w * (dw - (w * dw).sum(0, keepdims=True)))
+            w = seen_only(w, w + 0.0 * dw)  # NaN where the output's gradient is
             for ref in d_table:
                 tile.add(ref, ds)
             d_raw = (ds * problem.scale).astype(q.dtype)
             for ref, t in (
-                (dk_sum, dot(d_raw, q, (1, 0), precision)),
-                (dv_sum, dot(w.astype(do.dtype), do, (1, 0), precision)),
+                (dk_sum, dot(d_raw, finite(q), (1, 0), precision)),
+                (dv_sum, dot(w.astype(do.dtype), finite(do), (1, 0), precision)),
             ):
                 ref[tile.window] += t.reshape(*(a.keys for a in plan.axes), -1)
-            plan.write(dq_ref, tile.queries, plan.products(k, d_raw))
+            plan.write(dq_ref, tile.queries, plan.products(finite(k), d_raw))
 
         plan.each_tile(of_tile)
 
@@ -219,18 +220,23 @@ class _Tile:
             self.lead_kind = self.lead_kind * len(axis.shifted_kinds[1]) + kind
         self.distances = plan.distance_slices(distances)
 
-    def weights(self, masks, table_ref, q, k):
-        """Weights not yet normalised and their sums, `[keys, lanes]` and `[1, lanes]`."""
+    def weights(self, masks, table_ref, q, k, v):
+        """Weights not yet normalised and their sums, `[keys, lanes]` and `[1, lanes]`.
+
+        Hidden keys have weight zero. Sums are NaN where a key that is seen is not finite.
+        """
         plan = self.plan
-        s = dot(k, q, (1, 1), plan.problem.precision) * (plan.problem.scale * LOG2E)
-        s = s.reshape(plan.rows, plan.last.keys, plan.lanes)
+        s = dot(finite(k), q, (1, 1), plan.problem.precision) * (plan.problem.scale * LOG2E)
+        s = jnp.where(plan.spoiled(k, v) > 0, jnp.nan, s)
         table = [table_ref[self.column_kind, at] for at in self.distances]
-        s = s + (table[0] if len(table) == 1 else jnp.concatenate(table))
+        extra = table[0] if len(table) == 1 else jnp.concatenate(table)
         if plan.lead:
-            s = s + masks[0][self.lead_kind]
-        s = s.reshape(plan.keys, plan.lanes)
+            extra = extra + masks[0][self.lead_kind]
+        extra = jnp.broadcast_to(extra, (plan.rows, plan.last.keys, plan.lanes))
+        extra = extra.reshape(plan.keys, plan.lanes)
+        s = jnp.where(extra > MASKED, s + extra, MASKED)
         top = jnp.maximum(s.max(0, keepdims=True), EMPTY)
-        w = jnp.exp2(s - top)
+        w = jnp.where(s <= EMPTY, 0.0, jnp.exp2(s - top))
         return w, jnp.maximum(w.sum(0, keepdims=True), 1e-37)
 
     def add(self, table_ref, t):

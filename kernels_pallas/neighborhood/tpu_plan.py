@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import compat
-from kernels_pallas.attention.tile import dot, quotient, remainder
+from kernels_pallas import chips, compat
+from kernels_pallas.attention.tile import LARGEST, dot, quotient, remainder
 from kernels_pallas.neighborhood.geometry import Axis
 from kernels_pallas.neighborhood.problem import (
     Operands,
@@ -21,7 +21,6 @@ from kernels_pallas.scores import MASKED
 LANES = 128  # queries of a tile
 TILES = 8  # of a grid step
 COLUMNS = (128, 64, 32, 16)  # of them along the last axis
-VMEM_BYTES = 96 << 20
 
 
 class Plan:
@@ -293,6 +292,18 @@ class Plan:
             ]
         )
 
+    def spoiled(self, k, v):
+        """`[keys, lanes]`: how many channels of a head's key and value are not finite."""
+        count = 0.0
+        for t in (k, v):
+            bad = jnp.where(jnp.abs(t.astype(jnp.float32)) <= LARGEST, 0.0, 1.0)
+            shape = self.lanes, t.shape[1]
+            lane, column = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+            head, owner = quotient(lane, LANES), quotient(column, t.shape[1] // self.group)
+            own = jnp.where(head == owner, 1.0, 0.0)
+            count += dot(*(u.astype(jnp.bfloat16) for u in (bad, own)), (1, 1), None)
+        return count
+
     def products(self, keys, t):
         """`keys^T t` of each head, `[d, LANES]`: `keys [keys, width]`, `t [keys, lanes]`."""
         keys = keys.T
@@ -331,7 +342,7 @@ class Plan:
             scratch_shapes=[pltpu.VMEM(*s) for s in scratch],
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel",) + ("arbitrary",) * (1 + self.rank),
-                vmem_limit_bytes=VMEM_BYTES,
+                vmem_limit_bytes=chips.vmem_bytes(),
             ),
             cost_estimate=cost,
             name=f"neighborhood_{name}",

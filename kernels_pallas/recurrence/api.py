@@ -280,8 +280,9 @@ def selective_scan(
     states = _count_states(cu_seqlens, batch)
     _check("initial_state", initial_state, ((states, *A.shape),))
     _check_floats(x=x, dt=dt, A=A, B=B, C=C)
-    chunk = min(chunk, length)
-    if length > 1:
+    one_step = isinstance(length, int) and length == 1
+    chunk = min(chunk, length) if isinstance(length, int) else chunk
+    if not one_step:
         chunk = min(-(-chunk // SMALLEST_CHUNK) * SMALLEST_CHUNK, LARGEST_SCAN_CHUNK)
     wide = jnp.promote_types(x.dtype, jnp.float32)
     state = jnp.zeros((states, *A.shape), wide) if initial_state is None else initial_state
@@ -297,7 +298,7 @@ def selective_scan(
     x, dt, B, C = (_pad(t, chunk, 1) for t in (x, dt, B, C))
     arrays = scan.Operands(x, dt, A, B, C, D, state)
     y, state = scan.run(implementation, Problem(chunk=chunk), arrays)
-    return y[:, :length], state
+    return _first(y, length, 1), state
 
 
 def gated_linear_attention_step(
@@ -424,7 +425,7 @@ def _chunked(
         return jnp.take(out, where.place, axis=2).transpose(0, 2, 1, 3), state
     x = Operands(*(None if t is None else _pad(t, chunk, 2) for t in heads_first), state)
     out, state = run(implementation, problem, x)
-    return out[:, :, :length].transpose(0, 2, 1, 3), state
+    return _first(out, length, 2).transpose(0, 2, 1, 3), state
 
 
 def _one_step(query, key, value, log_decay, beta, state, scale):
@@ -444,8 +445,19 @@ def _one_step(query, key, value, log_decay, beta, state, scale):
 
 def _pad(t, multiple, axis):
     """Steps of zeros at the end: they neither write, nor decay, nor are they read."""
-    extra = -t.shape[axis] % multiple
-    return jnp.pad(t, [(0, extra if a == axis else 0) for a in range(t.ndim)]) if extra else t
+    length = t.shape[axis]
+    extra = (length + multiple - 1) // multiple * multiple - length
+    if isinstance(extra, int) and not extra:
+        return t
+    widths = [(0, extra if a == axis else 0, 0) for a in range(t.ndim)]
+    return jax.lax.pad(t, jnp.zeros((), t.dtype), widths)
+
+
+def _first(t, length, axis):
+    """The first steps of an axis, of a number that export may leave open."""
+    if isinstance(length, int):
+        return jax.lax.slice_in_dim(t, 0, length, axis=axis)
+    return jnp.take(t, jnp.arange(length), axis=axis, mode="clip")
 
 
 def _state_shape(key, value):

@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float
 from kernels_pallas.attention.choice import choose
 from kernels_pallas.attention.core import attend
 from kernels_pallas.attention.problem import Operands, Problem
-from kernels_pallas.dispatch import stated_precision
+from kernels_pallas.dispatch import floats_alike, stated_precision
 from kernels_pallas.spread import HEAD_AXES, divisions
 from kernels_pallas.window import core
 
@@ -56,10 +56,8 @@ def window_attention(
     given = (query,) if fused else (query, key, value)
     if fused:
         query, key, value = _unpack(query, num_heads)
-    for name, t in (("query", query), ("key", key), ("value", value)):
-        if t is not None and not jnp.issubdtype(t.dtype, jnp.floating):
-            raise TypeError(f"{name} is {t.dtype}; expected floats.")
     _check(query, key, value, num_heads, bias, mask)
+    floats_alike(query, key, value)
     windows, queries, heads, head_dim = query.shape
     scale = head_dim**-0.5 if scale is None else float(scale)
     problem = Problem(scale=scale, precision=stated_precision(precision))

@@ -22,12 +22,11 @@ groups. More tokens, masks that do not divide 128, and head sizes that are no mu
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import compat
+from kernels_pallas import chips, compat
+from kernels_pallas.attention.tile import finite, seen_only
 from kernels_pallas.scores import EMPTY, MASKED
 
 LANES = 128
-MAX_TABLE = 24 << 20  # bytes; the table of bias and mask takes 512 a head and pair of tokens
-VMEM_BYTES = 96 << 20
 F32 = jnp.float32
 
 
@@ -43,16 +42,21 @@ def layout(qkv, mask, heads: int) -> str | None:
     """
     windows, tokens, width = qkv.shape
     masks, head_dim = 1 if mask is None else mask.shape[0], width // (3 * heads)
-    tables = tokens * -(-tokens // 8) * 8 * LANES * 4
-    if LANES % masks or head_dim % 16 or tables > MAX_TABLE:
+    tables = tokens * -(-tokens // 8) * 8 * LANES * 4  # bias and mask of a head
+    most = chips.vmem_bytes() // 4
+    if LANES % masks or head_dim % 16 or tables > most:
         return None
     as_rows, turned = _padding(tokens, width), _padding(windows, width)
     if as_rows <= min(turned, _padding(8, windows)):
         return None
+    block = tokens * LANES * qkv.dtype.itemsize * 2
     if turned > _padding(8, windows):
-        return "windows"
+        held = 7 * block * head_dim + tokens * LANES * 4 * 7 * head_dim + 2 * tables
+        return "windows" if held <= chips.vmem_bytes() else None
     whole = windows % LANES == 0 and width // 3 % LANES == 0 and LANES % head_dim == 0
-    return "channels" if whole and tables * (LANES // head_dim) <= MAX_TABLE else None
+    held = 6 * block * LANES + tokens * LANES * 4 * 7 * LANES + 2 * tables * (LANES // head_dim)
+    fits = tables * (LANES // head_dim) <= most and held <= chips.vmem_bytes()
+    return "channels" if whole and fits else None
 
 
 def _divisor(n: int, most: int = 8) -> int:
@@ -181,13 +185,15 @@ class _Geometry:
         return self.loop(length, add, zeros)
 
     def weights(self, q, kt, table, first):
-        """Softmax over keys for the rows of a block, zero in rows that see no key."""
+        """Softmax over keys for the rows of a block, zero where a key is hidden."""
         scores = self.contract(q, kt, self.head_dim, self.tokens)
         every = []
         for j, s in enumerate(scores):
-            s = s + table[first + j]
+            extra = table[first + j]
+            s = jnp.where(extra > MASKED, s + extra, MASKED)
             w = jnp.exp(s - jnp.maximum(s.max(0, keepdims=True), EMPTY))
-            every.append(w * (1.0 / jnp.maximum(w.sum(0, keepdims=True), 1e-37)))
+            w = w * (1.0 / jnp.maximum(w.sum(0, keepdims=True), 1e-37))
+            every.append(jnp.where(s <= EMPTY, 0.0, w))
         return every
 
     def spread(self, left, right, into):
@@ -222,11 +228,18 @@ class _Geometry:
             out_shape=outputs,
             scratch_shapes=scratch,
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("arbitrary",) * 4, vmem_limit_bytes=VMEM_BYTES
+                dimension_semantics=("arbitrary",) * 4, vmem_limit_bytes=chips.vmem_bytes()
             ),
             name=f"window_attention_lanes_{name}",
             interpret=interpret,
         )(*arrays, *self.tables)
+
+
+def _marked(x):
+    """Keys, NaN where the value is not finite: rows that see one become NaN."""
+    k, v = x[:, 1].astype(F32), x[:, 2].astype(F32)
+    good = jnp.where(finite(v) == v, 1.0, 0.0).min(1, keepdims=True)
+    return jnp.where(good > 0, k, jnp.nan)
 
 
 def _optional(has, refs):
@@ -271,8 +284,8 @@ def forward(qkv, bias, mask, *, heads: int, scale: float, interpret=False):
 
         @pl.when(step == 0)
         def _():
-            kt[...] = jnp.swapaxes(x[:, 1].astype(F32), 0, 1)
-            v[...] = x[:, 2].astype(F32)
+            kt[...] = jnp.swapaxes(_marked(x), 0, 1)
+            v[...] = finite(x[:, 2].astype(F32))
 
         q[...] = x[pl.ds(first, rows), 0].astype(F32) * scale
         for j, t in enumerate(shape.weights(q, kt, table.at[head], first)):
@@ -332,9 +345,9 @@ def backward(qkv, bias, mask, d_out, *, heads: int, scale: float, interpret=Fals
 
         @pl.when(step == 0)
         def _():
-            k[...] = x[:, 1].astype(F32)
-            kt[...] = jnp.swapaxes(k[...], 0, 1)
-            vt[...] = jnp.swapaxes(x[:, 2].astype(F32), 0, 1)
+            k[...] = finite(x[:, 1].astype(F32))
+            kt[...] = jnp.swapaxes(_marked(x), 0, 1)
+            vt[...] = jnp.swapaxes(finite(x[:, 2].astype(F32)), 0, 1)
             dk[...] = jnp.zeros_like(dk)
             dv[...] = jnp.zeros_like(dv)
 
@@ -347,11 +360,14 @@ def backward(qkv, bias, mask, d_out, *, heads: int, scale: float, interpret=Fals
             lane = jax.lax.broadcasted_iota(jnp.int32, (n, LANES), 1)
             inside = (window < blocks - 1) | (lane < last_lane)
         for j, dw in enumerate(shape.contract(do, vt, d, n)):
-            t = w[j] * (dw - (w[j] * dw).sum(0, keepdims=True))
+            dw = seen_only(w[j], dw)
+            t = seen_only(w[j], w[j] * (dw - (w[j] * dw).sum(0, keepdims=True)))
             ds[j] = t
+            w[j] = seen_only(w[j], w[j] + 0.0 * dw)  # NaN where the output's gradient is
             sums[head, first + j] += t if inside is None else jnp.where(inside, t, 0.0)
         for j, t in enumerate(shape.contract(ds, k, n, d)):
             dx[first + j, 0] = (t * scale).astype(dx.dtype)
+        q[...], do[...] = finite(q[...]), finite(do[...])
         shape.spread(ds, q, dk)
         shape.spread(w, do, dv)
 

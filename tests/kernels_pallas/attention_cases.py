@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from kernels_pallas import (
     And,
@@ -21,6 +22,15 @@ from kernels_pallas.attention import reference
 from kernels_pallas.attention.problem import Operands, Problem
 
 SCORES = [Softmax(), Softmax(cap=2.0), Sigmoid(bias=-2.0), ClippedSoftmax(gamma=-0.1, zeta=1.05)]
+
+
+def pairs(first, second, default):
+    """Parameters of two lists; those pairs that are not `default` are marked slow."""
+    return [
+        pytest.param(a, b, id=f"{a}-{b}", marks=[] if (a, b) in default else [pytest.mark.slow])
+        for a in first
+        for b in second
+    ]
 
 
 def every_third_ancestor(q, k):

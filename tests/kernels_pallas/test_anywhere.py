@@ -102,15 +102,74 @@ def test_what_is_hidden_changes_nothing(name, case):
         np.testing.assert_array_equal(got, want)
 
 
-def test_neighbourhoods_keep_what_is_not_finite_to_those_who_see_it():
-    q = normal(1, 9, 9, 2, 4)
-    spoiled = q.at[0, 0, 0].set(jnp.nan)
-    both = lambda t: jax.vjp(lambda k: kp.neighborhood_attention(q, k, t, kernel_size=3), t)  # noqa: E731
-    (got, pull), (want, pull_want) = both(spoiled), both(q)
-    np.testing.assert_array_equal(got[:, 3:, 3:], want[:, 3:, 3:])
-    assert np.isnan(got[0, 0, 0]).all()
-    got, want = (p(jnp.ones_like(q))[0] for p in (pull, pull_want))
-    np.testing.assert_array_equal(got[:, 5:, 5:], want[:, 5:, 5:])
+def window_call(lanes, implementation):
+    """12 or 128 windows of 6 tokens, of which the last two are hidden from all others."""
+    windows, width = (128, 16) if lanes else (12, 8)
+    hidden = jnp.arange(6) >= 4
+    mask = jnp.stack([hidden[:, None] == hidden, jnp.ones((6, 6), bool)])
+
+    def call(qkv, bias):
+        return kp.window_attention(
+            qkv, num_heads=2, bias=bias, mask=mask, implementation=implementation
+        )
+
+    qkv, bias = normal(windows, 6, 6 * width), normal(2, 6, 6)
+    seen = np.ones((windows, 6), bool)
+    seen[::2, 4:] = False  # in windows of the first mask
+    seen[5] = False
+    return call, (qkv, bias), seen
+
+
+def neighbourhood_call(implementation):
+    """A map whose corner of two by two tokens is out of reach of all that is three or more away."""
+
+    def call(qkv, bias):
+        q, k, v = jnp.split(qkv, 3, -1)
+        return kp.neighborhood_attention(
+            q, k, v, kernel_size=3, bias=bias, implementation=implementation
+        )
+
+    seen = np.ones((1, 9, 9), bool)
+    seen[:, :2, :2] = False
+    return call, (normal(1, 9, 9, 2, 24), normal(2, 5, 5).at[:, 0, 0].set(-jnp.inf)), seen
+
+
+UNSEEN = {
+    **{f"windows in rows, {i}": partial(window_call, False, i) for i in ("xla", "pallas_tpu")},
+    "windows in lanes": partial(window_call, True, "pallas_tpu"),
+    **{
+        f"neighbourhoods, {i}": partial(neighbourhood_call, i)
+        for i in ("xla", "pallas_tpu", "pallas_gpu")
+    },
+}
+
+
+@pytest.mark.parametrize("case", some_slow(UNSEEN, ["neighbourhoods, xla"]))
+def test_small_windows_keep_what_is_not_finite_to_those_who_see_it(case):
+    call, (qkv, bias), seen = UNSEEN[case]()
+    far = seen.copy()
+    if case.startswith("neigh"):
+        far[:, :4, :4] = False  # what sees the corner, and shares keys with what does
+
+    def only(where, t, other=0.0):
+        return jnp.where(where.reshape(*where.shape, *(1,) * (t.ndim - where.ndim)), t, other)
+
+    def loss(qkv):
+        out = only(far, call(qkv, bias))
+        return (out**2).sum(), out
+
+    @jax.jit
+    def both(qkv):
+        (_, out), grad = jax.value_and_grad(loss, has_aux=True)(qkv)
+        return out, only(seen, grad)
+
+    want = both(qkv)
+    for bad in (np.nan, np.inf, 3e38, -3e38):
+        spoiled = only(seen, qkv, bad)
+        for a, b in zip(both(spoiled), want, strict=True):
+            np.testing.assert_array_equal(a, b)
+    if not case.startswith("windows in lanes"):
+        assert np.isnan(np.asarray(call(spoiled * jnp.nan, bias))).all()
 
 
 def recurrences(length):
@@ -176,6 +235,10 @@ def test_integers_are_refused_and_mixed_types_brought_together():
         attention(q)
     low, high = normal(1, 4, 1, 8, dtype=jnp.bfloat16), normal(1, 4, 1, 8)
     assert kp.attention(low, high, high).dtype == jnp.float32
+    with pytest.raises(TypeError, match="query is int8"):
+        kp.neighborhood_attention(q, q, q, kernel_size=3)
+    mixed = kp.neighborhood_attention(high, low, low, kernel_size=3)
+    assert mixed.dtype == jnp.bfloat16
     with pytest.raises(TypeError, match="query is int32"):
         kp.gated_linear_attention(*(jnp.ones((1, 4, 1, 8), jnp.int32),) * 3, None)
 
