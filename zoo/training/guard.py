@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -11,15 +12,10 @@ from zoo.errors import NonFiniteError
 from zoo.tasks.task import Phase
 
 
-def first_bad(loss: Float[Array, ""], squares: Sequence[Float[Array, ""]]) -> Int[Array, ""]:
-    """Index in `watched` of the first that is not finite, or -1 if all is.
-
-    Args:
-      loss: its value.
-      squares: of each gradient leaf the sum of its squares, which is not finite where the leaf is
-        not, or where no optimizer could square it.
-    """
-    fine = jnp.isfinite(jnp.stack([loss, *(s.astype(loss.dtype) for s in squares)]))
+def first_bad(loss: Float[Array, ""], grads: Any) -> Int[Array, ""]:
+    """Index in `watched` of the first that is not finite, or -1 if all is."""
+    flags = [jnp.isfinite(x).all() for x in (loss, *jax.tree.leaves(grads))]
+    fine = jnp.stack(flags)
     return jnp.where(fine.all(), -1, jnp.argmin(fine)).astype(jnp.int32)
 
 

@@ -222,11 +222,10 @@ def make_train_step(
                 phase, chosen, join(rest, state.frozen), collections, carry, batch, key
             )
             metrics |= {prefix + name: mean for name, mean in means.items()}
-            squares = [optax.tree.norm(g, squared=True) for g in jax.tree.leaves(grads)]
             norms[prefix] = materialized(optax.tree.norm(grads))
-            bad = materialized(first_bad(value, squares))
+            bad = materialized(first_bad(value, grads))
             bads.append(jnp.where(bad < 0, bad, bad + watched))
-            watched += 1 + len(squares)
+            watched += 1 + len(jax.tree.leaves(grads))
             for name in phase.groups:
                 mine = lambda path, name=name: assigned[path] == name  # noqa: E731
                 own, _ = split(chosen, mine)

@@ -225,6 +225,7 @@ _COMMON = dict(
     task="motion_completion",
     paper="Story-to-Motion: Synthesizing Infinite and Controllable Character Animation from Long "
     "Text, arXiv 2311.07446",
+    licence="none: no published weights",
 )
 
 VARIANTS: dict[str, Variant] = {
