@@ -114,6 +114,7 @@ def test_sampled_tokens_have_the_models_distribution(parents):
     assert np.mean(np.asarray(count) > 1) > 0.3
 
 
+@pytest.mark.slow
 def test_sampling_is_a_function_of_the_key():
     model = zoo.create("mamba2_test")
     variables = filled(model)

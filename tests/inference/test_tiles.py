@@ -40,6 +40,7 @@ def test_too_little_overlap_shows_at_the_seams_alone():
     assert off.any() and not off[inside].any()
 
 
+@pytest.mark.slow
 def test_a_network_of_windows_agrees_up_to_what_means_over_the_image_do():
     """HAT's channel attention takes means over all pixels: without it tiles are exact."""
     model = zoo.create("hat_test", depths=(2,), conv_scale=0.0)

@@ -50,6 +50,7 @@ def exits(method, name="bert_test"):
     return out, run(model, variables, inputs), (wrapped, adapted, inputs)
 
 
+@pytest.mark.slow
 def test_no_limit_is_the_whole_model_and_an_endless_one_the_first_layer():
     out, whole, (wrapped, adapted, _) = exits(EarlyExit(0.0))
     np.testing.assert_array_equal(out["logits"], whole)
@@ -64,6 +65,7 @@ def test_no_limit_is_the_whole_model_and_an_endless_one_the_first_layer():
     assert depths == sorted(depths, reverse=True)
 
 
+@pytest.mark.slow
 def test_training_learns_from_every_exit():
     _, _, (wrapped, adapted, inputs) = exits(EarlyExit(patience=1))
     rngs = {"dropout": jax.random.key(0)}
@@ -81,6 +83,7 @@ def test_words_have_no_exit():
         EarlyExit().adapt(model, variables, jax.random.key(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, fields",
     [("vit_test", {}), pytest.param("bert_test", CLASSES, marks=pytest.mark.variants)],

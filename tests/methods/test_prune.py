@@ -35,6 +35,7 @@ def run(model, variables, inputs):
     return jax.jit(lambda v: model.apply(v, **inputs))(variables)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method, batches",
     [
@@ -74,6 +75,7 @@ def test_sparse_gpt_errs_less_than_magnitude():
         assert error[0] < 0.4 * error[1]
 
 
+@pytest.mark.slow
 def test_scores_move_by_weight_times_gradient():
     model, inputs, variables = made("vit_test")
     method = Movement(0.5)

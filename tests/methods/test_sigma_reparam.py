@@ -28,6 +28,7 @@ def test_it_is_nothing_at_first_and_merges_into_the_matrices():
     assert_trees_close(run(plain, merged), run(model, variables), 1e-5)
 
 
+@pytest.mark.slow
 def test_outputs_do_not_depend_on_the_size_of_matrices():
     _, _, wrapped, adapted, run, _ = reparametrised()
     larger = jax.tree_util.tree_map_with_path(

@@ -22,6 +22,7 @@ def test_weights_are_on_the_grid_and_merge():
     assert_trees_close(run(plain, merged, inputs), run(method.wrap(model), adapted, inputs), 1e-6)
 
 
+@pytest.mark.slow
 def test_fewer_bits_err_more():
     model, inputs, variables = made("vit_test", depth=1)
     wanted = run(model, variables, inputs)

@@ -70,6 +70,7 @@ def test_photos_come_small_and_large():
         PhotoPatches(1, "cat")[0]
 
 
+@pytest.mark.slow
 def test_restoration_reports_bicubic_beside_the_model():
     model, task = zoo.create("hat_test"), ImageRestoration(crop=2)
     batch = batch_of(PhotoPatches(2, "flower", size=8), 2)
@@ -102,6 +103,7 @@ def test_digits_fly_straight_and_bounce():
         assert speed.max() <= 3.01
 
 
+@pytest.mark.slow
 def test_repeating_the_last_frame_is_the_baseline():
     model, task = zoo.create("predformer_test"), VideoPrediction()
     shape = model.example_inputs(2)["frames"].shape
@@ -125,6 +127,7 @@ def denoiser():
     return model, variables, clips
 
 
+@pytest.mark.slow
 def test_a_network_of_zeros_errs_as_much_as_zeros(denoiser):
     """At its start a VDT gives zeros, so its error is the mean square of what it should say."""
     model, variables, clips = denoiser
@@ -154,6 +157,7 @@ def test_samples_keep_what_is_given(denoiser):
         assert np.abs(said[:, 1:] - clips[:, 1:]).max() > 0.1
 
 
+@pytest.mark.slow
 def test_the_bound_trains_the_variance_alone():
     model = zoo.create("vdt_test", in_channels=1)
     clips = jax.random.normal(jax.random.key(0), (2, 3, 4, 4, 1))

@@ -40,6 +40,7 @@ def test_the_loss_is_the_mean_over_points_that_count(against, skip):
     assert aux.metrics["loss"].count == 3 * (5 - skip)
 
 
+@pytest.mark.slow
 def test_losses_of_all_loops_are_averaged_and_the_last_one_predicts():
     model = zoo.create("looped_linear", **SIZE, loops=3, window=2)
     task, examples = InContext(), prompts()
@@ -71,6 +72,7 @@ def test_other_losses(kind):
     np.testing.assert_allclose(loss, each[:3].mean(), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_several_learners_train_side_by_side_and_leave_their_curves(tmp_path):
     models = {
         "standard": Model("looped_standard", {**SIZE, "depth": 1}),
