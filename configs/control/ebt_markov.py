@@ -9,8 +9,8 @@ directory shows energy and cross-entropy behind every step.
 
 from zoo.data import Data
 from zoo.data.synthetic import MarkovText
-from zoo.evaluators.energies import EnergySteps
-from zoo.tasks.refinement import Refinement
+from zoo.evaluators import EnergySteps
+from zoo.tasks import Refinement
 from zoo.training import Checkpointing, Model, Optimizer, TrainConfig
 
 STEPS = 1500

@@ -10,7 +10,7 @@ the run directory shows which atoms the last layer attends to.
 
 from zoo.data import Data
 from zoo.data.molecules import EDGE_NUMBERS, NODE_NUMBERS, Solubility
-from zoo.evaluators.molecules import AttentionOnMolecules
+from zoo.evaluators import AttentionOnMolecules
 from zoo.tasks import Classification
 from zoo.training import Checkpointing, Model, Optimizer, TrainConfig
 

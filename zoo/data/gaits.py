@@ -206,7 +206,7 @@ def changing_gait(rng: Any, length: int) -> Float[np.ndarray, "frames numbers"]:
     """A motion whose speed, turning and posture go smoothly from values to others."""
 
     def course(draw: Any) -> np.ndarray:
-        knots = np.array([draw() for _ in range(length // 20 + 3)])
+        knots = np.array([draw() for _ in range(length // 45 + 3)])
         at = np.linspace(0, len(knots) - 1.001, length)
         part = at % 1
         whole = at.astype(int)
@@ -218,5 +218,5 @@ def changing_gait(rng: Any, length: int) -> Float[np.ndarray, "frames numbers"]:
     speed = course(choose(0.0, 0.7, 1.2, 1.4, 2.4))
     turning = course(lambda: rng.normal(0, 0.8))
     wave = course(lambda: float(rng.random() < 0.2))
-    sit = course(lambda: 0.5 * float(rng.random() < 0.1)) * (speed < 0.1)
+    sit = course(lambda: 0.5 * float(rng.random() < 0.1)) * np.clip(1 - speed / 0.5, 0, 1)
     return gait(speed, turning, wave, sit, phase=rng.random())

@@ -2,18 +2,22 @@
 
 from zoo.evaluators.activation_maps import ActivationMaps
 from zoo.evaluators.anomalies import AnomalyScores
+from zoo.evaluators.energies import EnergySteps
 from zoo.evaluators.evaluator import Evaluator
 from zoo.evaluators.forecasts import ForecastPlots
 from zoo.evaluators.intervals import ConformalIntervals
 from zoo.evaluators.learning_curves import LearningCurves
 from zoo.evaluators.modes import ModesFound
+from zoo.evaluators.molecules import AttentionOnMolecules
 from zoo.evaluators.pictures import ForecastClips, RestoredImages, SampledClips
 from zoo.evaluators.stories import PlayedStory
 
 __all__ = [
     "ActivationMaps",
     "AnomalyScores",
+    "AttentionOnMolecules",
     "ConformalIntervals",
+    "EnergySteps",
     "Evaluator",
     "ForecastClips",
     "ForecastPlots",

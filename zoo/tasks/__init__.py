@@ -14,6 +14,7 @@ from zoo.tasks.layer_distillation import LayerDistillation
 from zoo.tasks.masked_language_modelling import MaskedLanguageModelling
 from zoo.tasks.metrics import Mean
 from zoo.tasks.motion_completion import MotionCompletion
+from zoo.tasks.refinement import Refinement
 from zoo.tasks.regression import Regression
 from zoo.tasks.reinforcement import Reinforcement
 from zoo.tasks.sparsification import Sparsified
@@ -40,6 +41,7 @@ __all__ = [
     "Networks",
     "OneNetwork",
     "Phase",
+    "Refinement",
     "Regression",
     "Reinforcement",
     "Sparsified",
