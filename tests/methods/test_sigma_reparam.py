@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from methods.test_lora import random_inputs
 from model_helpers import assert_trees_close
 
