@@ -17,12 +17,26 @@ MODELS = {
     "llama_window": ("llama_test", {"window": 6}),
     "mamba2_hybrid": ("mamba2_test", {"attention_layers": (1,)}),
 }
+# Models whose steps are tested with one layer, as deeper ones do nothing else.
+SMALL = {
+    "performer": ("performer_test", {"strict": True, "depth": 1}),
+    "nprf": ("nprf_test", {"depth": 1}),
+    "sigmoid_alibi": ("sigmoid_attention_test", {"depth": 1, "position": "alibi"}),
+    "sigmoid_rope": (
+        "sigmoid_attention_test",
+        {"depth": 1, "position": "rope", "activation": "seq_len_normalized_sigmoid"},
+    ),
+    "extractors_relative": ("extractors_test", {"depth": 1}),
+    "extractors_absolute": ("extractors_test", {"depth": 1, "index": "absolute"}),
+    "combiner": ("combiner_test", {"depth": 1, "span": 4}),
+    "combiner_logsparse": ("combiner_test", {"depth": 1, "kind": "logsparse"}),
+}
 PROMPTS = [[5, 17, 42, 8, 90, 3, 11], [61], [7, 7, 23]]
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=[*MODELS, *SMALL])
 def system(request):
-    name, fields = MODELS[request.param]
+    name, fields = (MODELS | SMALL)[request.param]
     model = zoo.create(name, **fields)
     return model, filled(model)
 
@@ -37,7 +51,7 @@ def by_whole_texts(model, variables, prompt, steps):
     """Greedy tokens, each from a call on the whole text, and how clear each choice was."""
     call = jax.jit(model.apply)
     text, margins = list(prompt), []
-    length = len(prompt) + steps
+    length = -(-(len(prompt) + steps) // 16) * 16  # spans and blocks divide it
     for _ in range(steps):
         row = np.zeros((1, length), np.int32)  # one length, one compilation; nobody looks ahead
         row[0, : len(text)] = text
@@ -55,6 +69,46 @@ def test_greedy_tokens_are_those_of_whole_texts(system):
         want, margin = by_whole_texts(model, variables, prompt, 9)
         assert margin > 1e-4  # else rounding could choose
         assert row.tolist() == want
+
+
+WHOLE = {
+    "routing": ("routing_transformer_test", {"depth": 1, "causal": True}),
+    "reformer": ("reformer_test", {}),
+    "performer_shifted": ("performer_test", {"depth": 1, "shift_tokens": True, "local_heads": 1}),
+}
+
+
+@pytest.mark.parametrize("key", WHOLE)
+def test_models_of_whole_texts_run_them_at_every_step(key):
+    """Their layers look at all tokens, so logits are those of the text in the same room."""
+    name, fields = WHOLE[key]
+    model = zoo.create(name, **fields)
+    variables, steps, room = filled(model), 4, 11
+    got = generate(model, variables, PROMPTS, steps=steps)
+    call = jax.jit(model.apply)
+    for row, prompt in zip(got.tolist(), PROMPTS, strict=True):
+        text = list(prompt)
+        for token in row:
+            tokens, mask = np.zeros((1, room), np.int32), np.arange(room)[None] < len(text)
+            tokens[0, : len(text)] = text
+            logits = np.sort(call(variables, tokens, mask)[0, len(text) - 1])
+            assert logits[-1] - logits[-2] > 1e-4  # else rounding could choose
+            assert token == call(variables, tokens, mask)[0, len(text) - 1].argmax()
+            text.append(token)
+
+
+@pytest.mark.parametrize(
+    "name, fields, sentence",
+    [
+        ("nprf_test", {"causal": False}, "causal=False and cannot continue"),
+        ("combiner_test", {"causal": False}, "causal=False and cannot continue"),
+        ("reformer_test", {"head": "classification"}, "says no words"),
+        ("performer_test", {"max_length": 8}, "reads at most 8 tokens, not 9"),
+    ],
+)
+def test_a_model_that_cannot_continue_a_text_says_why(name, fields, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        zoo.create(name, **fields).init_state(1, 9)
 
 
 def test_padding_at_either_side_is_the_same(gpt2):

@@ -80,8 +80,8 @@ def test_later_tokens_are_not_seen_and_steps_are_the_whole(kind, index):
         state, logits = step(variables, state, x[:, t : t + 1])
         pieces.append(logits)
     assert_trees_close(jnp.concatenate(pieces, 1), whole, 1e-5)
-    late = [s | {"position": jnp.int32(64)} for s in state]
-    assert np.isnan(step(variables, tuple(late), x[:, :1])[1]).all()  # there are 64 slots
+    late = state | {"position": jnp.full(2, 64)}
+    assert np.isnan(step(variables, late, x[:, :1])[1]).all()  # there are 64 slots
 
 
 def test_relative_slots_commute_with_shifts_and_absolute_ones_do_not():

@@ -6,6 +6,7 @@ from model_helpers import assert_trees_close, documented_shapes, feature_shapes,
 
 import kernels_pallas
 import zoo
+from zoo.layers.causal import Context
 from zoo.models.language import sigmoid_attention
 from zoo.models.language.sigmoid_attention import SigmoidAttention, alibi_slopes
 
@@ -32,10 +33,10 @@ def test_attention_is_the_sum_over_its_weights(position, causal):
     """The weights are formed densely from the definition; the output by the kernel."""
     module = SigmoidAttention(4, position=position, causal=causal, bias=-3.0, temperature=0.3)
     x = jax.random.normal(jax.random.key(0), (2, 24, 32))
-    visible = jnp.ones((2, 24), bool).at[1, 15:].set(False)
-    variables = jax.jit(lambda k: module.init(k, x, visible))(jax.random.key(1))
+    context = Context(jnp.ones((2, 24), bool).at[1, 15:].set(False))
+    variables = jax.jit(lambda k: module.init(k, x, context=context))(jax.random.key(1))
     variables = variables | {"params": jax.tree.map(lambda p: p * 8, variables["params"])}
-    y, seen = module.apply(variables, x, visible, mutable=["intermediates"])
+    (y, _), seen = module.apply(variables, x, context=context, mutable=["intermediates"])
     weights = seen["intermediates"]["attention"][0]
     p = variables["params"]
     value = (x @ p["qkv"]["kernel"])[..., 64:].reshape(2, 24, 4, 8)

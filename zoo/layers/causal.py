@@ -37,11 +37,14 @@ class Context:
       positions: where each token stands in its text; None: 0, 1, ... of the sequence.
       parents: the tokens are the nodes of a tree: for each the number of the node that it
         continues, below its own; -1: it continues the state. None: they are a sequence.
+      segments: of packed sequences: the number of each token's document. Attention stays within a
+        document; only models that say so take them.
     """
 
     mask: Bool[Array, "batch length"] | None = None
     positions: Int[Array, "#batch length"] | None = None
     parents: Int[Array, "length"] | None = None
+    segments: Int[Array, "batch length"] | None = None
 
     def hide(self, x: Float[Array, "batch length *rest"]) -> Float[Array, "batch length *rest"]:
         """`x` with zeros at padding."""
@@ -54,6 +57,13 @@ class Context:
 def positions_of(mask: Bool[Array, "batch length"]) -> Int[Array, "batch length"]:
     """Where each token stands in its text: padding does not count (and stands at 0 before it)."""
     return jnp.maximum(jnp.cumsum(mask != 0, axis=1, dtype=jnp.int32) - 1, 0)
+
+
+def positions_in(segments: Int[Array, "batch length"]) -> Int[Array, "batch length"]:
+    """Where each token of a packed sequence stands in its document."""
+    at = jnp.arange(segments.shape[1], dtype=jnp.int32)
+    new = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+    return at - jax.lax.cummax(jnp.where(new, at, 0), axis=1)
 
 
 def check_tokens(
@@ -119,6 +129,7 @@ def causal_attention(
     value: Float[Array, "batch length kv_heads head_dim"],
     mask: Bool[Array, "batch length"] | None = None,
     window: int | None = None,
+    segments: Int[Array, "batch length"] | None = None,
     **options: Any,
 ) -> Float[Array, "batch length heads head_dim"]:
     """Attend to this token and those before it, `window` in all; to no padding.
@@ -132,13 +143,16 @@ def causal_attention(
       value: `[batch, length, kv_heads, head_dim]`.
       mask: True for text; None: all is.
       window: tokens that are seen, the query's own included; None: all.
+      segments: a token sees those of its own segment only, in place of a mask.
       **options: of `kernels_pallas.attention`.
     """
     visible = kernels_pallas.Causal()
     if window is not None:
         visible = kernels_pallas.SlidingWindow(left=window - 1, right=0)
-    if mask is None:
-        return kernels_pallas.attention(query, key, value, mask=visible, **options)
+    if mask is None or segments is not None:
+        return kernels_pallas.attention(
+            query, key, value, mask=visible, query_segments=segments, **options
+        )
     y = kernels_pallas.attention(
         query,
         key,
@@ -214,7 +228,7 @@ def continue_attention(
         return y, {"key": key, "value": value}
     if window is None:
         filled = state["filled"]
-        state = _write(state, key, value, text)
+        state = write(state, key, value, text)
         at = filled + jnp.arange(length)
         seen = state["text"][:, None] & (jnp.arange(kept) <= at[:, None])
         y = kernels_pallas.attention(
@@ -264,12 +278,17 @@ def keep_attention(
     )
     if "filled" in state:
         filled = state["filled"] + accepted.sum(1).max()
-        return _write(state, key, value, accepted) | {"filled": filled}
+        return write(state, key, value, accepted) | {"filled": filled}
     new, kept = {"key": key, "value": value, "text": accepted}, state["key"].shape[1]
     return {name: last(_join(state[name], t), accepted, kept) for name, t in new.items()}
 
 
-def _write(state, key, value, text):
+def write(
+    state: dict[str, Array],
+    key: Float[Array, "batch length heads key_dim"],
+    value: Float[Array, "batch length heads value_dim"],
+    text: Bool[Array, "batch length"],
+) -> dict[str, Array]:
     """A state of attention without a window, with new tokens behind those that it has."""
     filled = state["filled"]
 

@@ -225,14 +225,20 @@ class PositionDecoder(nn.Module):
 
     Subclasses have the fields `depth`, `embed_dim`, `num_heads`, `max_positions`, `activation`,
     `scan_layers` and `dtype`, and define `features` and `_run`.
+
+    Attributes:
+      packed: whether tasks give `segments` beside the tokens (`zoo.data.packing`).
     """
+
+    packed: bool = False
 
     def example_inputs(
         self, batch_size: int = 1, length: int = 128
     ) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of the arguments of `__call__` for sequences of `length` tokens."""
         shape = (batch_size, min(length, self.max_positions))
-        return {"tokens": jax.ShapeDtypeStruct(shape, jnp.int32)}
+        tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
+        return {"tokens": tokens} | ({"segments": tokens} if self.packed else {})
 
     def init_state(self, batch: int, length: int) -> dict[str, Any]:
         """The state before the first token; `length` is the most that attention will see.
@@ -251,6 +257,7 @@ class PositionDecoder(nn.Module):
         mask: Array | None = None,
         positions: Int[Array, "batch length"] | None = None,
         train: bool = False,
+        segments: Int[Array, "batch length"] | None = None,
     ) -> Float[Array, "batch length vocab_size"]:
         """Logits of the next token at each position.
 
@@ -259,8 +266,10 @@ class PositionDecoder(nn.Module):
           mask: 1 or True for text, 0 for padding at either side; None: all is text.
           positions: of the tokens in their texts; None: as the model's docstring says.
           train: whether to drop out.
+          segments: of packed sequences: numbers of documents, which do not see each other, and
+            whose positions begin anew; padding is a document, too. In place of a mask.
         """
-        return self.features(tokens, mask, positions, train)["logits"]
+        return self.features(tokens, mask, positions, train, segments)["logits"]
 
     def step(
         self, state: dict[str, Any], tokens: Int[Array, "batch length"], mask: Array | None = None
@@ -304,6 +313,57 @@ class PositionDecoder(nn.Module):
                 f"This {type(self).__name__} has {self.max_positions} positions, too few for "
                 f"{length} tokens; cut the text, or create the model with more max_positions."
             )
+
+
+class WholeTexts(nn.Module):
+    """Base of causal models whose layers look at whole texts: a step runs the text once more.
+
+    What is kept of a text is its tokens, as hashes, clusters or spans depend on all of them. Texts
+    stand at the left of a room of `length` tokens, and what comes behind them is masked: logits are
+    those of a call on the whole room. Subclasses have the fields `causal` and `vocab_size`, and
+    define `features`.
+    """
+
+    def init_state(self, batch: int, length: int) -> dict[str, Array]:
+        """The state before the first token, with room for `length` tokens.
+
+        Raises:
+          ValueError: if the model is not causal.
+        """
+        check_causal(self)
+        tokens = jnp.zeros((batch, length), jnp.int32)
+        return {"position": jnp.zeros(batch, jnp.int32), "tokens": tokens}
+
+    def step(
+        self, state: dict[str, Array], tokens: Int[Array, "batch length"], mask: Array | None = None
+    ) -> tuple[dict[str, Array], Float[Array, "batch length vocab_size"]]:
+        """Continue by one or more tokens: the state, and their logits (NaN beyond the room)."""
+        tokens, mask = check_tokens(self, tokens, mask)
+        text = jnp.ones(tokens.shape, bool) if mask is None else mask
+        kept, room = state["tokens"], state["tokens"].shape[1]
+        at = state["position"][:, None] + jnp.cumsum(text, axis=1, dtype=jnp.int32) - 1
+        rows = jnp.arange(len(tokens))[:, None]
+        kept = kept.at[rows, jnp.where(text, at, room)].set(tokens.astype(kept.dtype), mode="drop")
+        position = state["position"] + text.sum(1, dtype=jnp.int32)
+        logits = self.whole(kept, jnp.arange(room) < position[:, None])
+        logits = jnp.take_along_axis(logits, jnp.clip(at, 0, room - 1)[..., None], axis=1)
+        logits = jnp.where((at < room)[..., None], logits, jnp.nan)
+        return {"position": position, "tokens": kept}, logits
+
+    def whole(
+        self, tokens: Int[Array, "batch length"], mask: Bool[Array, "batch length"]
+    ) -> Float[Array, "batch length vocab_size"]:
+        """Logits of whole texts with padding at the right."""
+        return self.features(tokens, mask)["logits"]
+
+
+def check_causal(model: nn.Module) -> None:
+    """Raise ValueError for a model that sees what comes behind a token."""
+    if not model.causal:
+        raise ValueError(
+            f"This {type(model).__name__} has causal=False and cannot continue a text; create it "
+            "with causal=True."
+        )
 
 
 class CausalLM(nn.Module):

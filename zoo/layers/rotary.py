@@ -144,15 +144,15 @@ class Yarn:
 
 def rotate_pairs(
     x: Float[Array, "batch length heads head_dim"],
-    positions: Int[Array, "length"],
+    positions: Int[Array, "*#batch length"],
     theta: float = 10000.0,
 ) -> Float[Array, "batch length heads head_dim"]:
     """Rotary positions in their first form: channel 2i turns with channel 2i + 1."""
     angle = (
-        positions.astype(jnp.float32)[:, None]
+        positions.astype(jnp.float32)[..., None]
         * Rotary(theta).frequencies(x.shape[-1], positions)[0]
     )
-    sin, cos = jnp.sin(angle)[:, None], jnp.cos(angle)[:, None]
+    sin, cos = jnp.sin(angle)[..., None, :], jnp.cos(angle)[..., None, :]
     a, b = x[..., ::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
     y = jnp.stack([a * cos - b * sin, b * cos + a * sin], -1)
     return y.reshape(x.shape).astype(x.dtype)

@@ -18,8 +18,9 @@ class LanguageModelling(OneNetwork):
     """Cross-entropy of every token but the first of a sequence, given those before it.
 
     The model gives logits over the vocabulary at each of `tokens`; a batch may have `mask` (True is
-    text, False padding). Every predicted token counts the same, also over batches; metrics are loss
-    (in nats; its exponential is the perplexity) and accuracy.
+    text, False padding), or `segments` of packed documents (0 is padding), whose first tokens are
+    not predicted. Every predicted token counts the same, also over batches; metrics are loss (in
+    nats; its exponential is the perplexity) and accuracy.
     """
 
     def measure(
@@ -44,6 +45,10 @@ def _metrics(
     labels = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
     counted = jnp.arange(tokens.shape[1]) < tokens.shape[1] - 1
     counted = counted[None] & batch["valid"][:, None]
+    if "segments" in batch:  # the next token is of the same document, and no padding
+        segments = batch["segments"]
+        after = jnp.pad(segments[:, 1:], ((0, 0), (0, 1)))
+        counted &= (segments == after) & (after > 0)
     if "mask" in batch:
         counted &= jnp.pad(batch["mask"][:, 1:], ((0, 0), (0, 1)))
     logits = logits.astype(jnp.float32)

@@ -36,10 +36,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from zoo.checkpoints.rules import Rule, Rules, dense_rules, norm_rules
 from zoo.layers.causal import check_tokens
+from zoo.layers.decoder import WholeTexts
 from zoo.layers.dense import Dense
 from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
@@ -265,8 +266,11 @@ def span_for(length: int) -> int:
     return min(divisors, key=lambda d: abs(math.log(d * d / length)))
 
 
-class Combiner(nn.Module):
+class Combiner(WholeTexts):
     """A transformer with Combiner's attention.
+
+    `init_state(batch, length)` and `step(state, tokens)` run the whole text at every step; without
+    `span`, `length` says what the spans are.
 
     Attributes:
       vocab_size: words.
@@ -307,6 +311,15 @@ class Combiner(nn.Module):
           ValueError: if shapes or fields do not fit.
         """
         return self.features(tokens, train)["logits"]
+
+    def whole(
+        self, tokens: Int[Array, "batch length"], mask: Bool[Array, "batch length"]
+    ) -> Float[Array, "batch length vocab_size"]:
+        """Logits of whole texts with padding at the right, which no token of a text sees."""
+        del mask
+        length = tokens.shape[1]
+        tokens = jnp.pad(tokens, ((0, 0), (0, -length % (self.span or 1))))
+        return self.features(tokens)["logits"][:, :length]
 
     @nn.compact
     def features(self, tokens: Int[Array, "batch length"], train: bool = False) -> dict[str, Array]:

@@ -28,6 +28,7 @@ Fourier transform for the others. A text longer than L is an error.
 """
 
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -36,7 +37,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from zoo.checkpoints.rules import Rule, Rules, dense_rules, norm_rules
-from zoo.layers.causal import check_tokens
+from zoo.layers import decoder
+from zoo.layers.causal import Context, check_tokens, last
 from zoo.layers.dense import Dense
 from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
@@ -94,7 +96,7 @@ def extract(
 class Extractor(nn.Module):
     """One extractor; attributes are those of `Extractors`.
 
-    Its state is the running sum of the absolute slots, or the last tokens of the relative ones.
+    Its state is the running sum of the absolute slots, or the tokens of the relative ones.
     """
 
     kind: str = "she"
@@ -106,16 +108,15 @@ class Extractor(nn.Module):
 
     def init_state(self, batch: int, channels: int) -> dict[str, Array]:
         """The state before the first token."""
-        shape = (
-            (batch, channels) if self.index == "absolute" else (batch, self.max_length, channels)
-        )
-        return {"sum": jnp.zeros(shape, jnp.float32), "position": jnp.zeros((), jnp.int32)}
+        if self.index == "absolute":
+            return {"sum": jnp.zeros((batch, channels), jnp.float32)}
+        return {"inputs": jnp.zeros((batch, self.max_length - 1, channels), jnp.float32)}
 
     @nn.compact
     def __call__(
         self, x: Tokens, context: dict | None = None, train: bool = False
     ) -> Tokens | tuple[dict, Tokens]:
-        """The mixed tokens; with `context["state"]`, of one token: the next state, and it mixed."""
+        """The mixed tokens; with `context["state"]` the next state comes first."""
         channels = x.shape[-1]
         rest = {"she": (channels, channels), "he": (channels,), "we": (), "me": ()}[self.kind]
         start = nn.initializers.normal(self.max_length**-0.5)
@@ -126,8 +127,7 @@ class Extractor(nn.Module):
         if state is None:
             y = extract(x, weights, index=self.index, scale=self.scale)
         else:
-            state, y = self._step(state, x[:, 0].astype(jnp.float32), weights.astype(jnp.float32))
-            y = y[:, None]
+            state, y = self._step(state, x, weights.astype(jnp.float32), context["tokens"])
         y = y.astype(self.dtype)
         if self.kind != "me":
             adjust = Dense(
@@ -137,28 +137,41 @@ class Extractor(nn.Module):
             y = adjust(x) * y
         return y if state is None else (state, y)
 
-    def _step(self, state: dict, x: Array, weights: Array) -> tuple[dict, Array]:
-        at = state["position"]
+    def _step(
+        self, state: dict, x: Tokens, weights: Array, context: Context
+    ) -> tuple[dict, Tokens]:
+        """What a few more tokens give; those at padding count as zeros."""
+        x = context.hide(x.astype(jnp.float32))
+        at = context.positions
         if self.index == "absolute":
             w = jnp.take(weights, at, axis=0, mode="fill", fill_value=jnp.nan)
-            total = state["sum"] + (jnp.einsum("bd,de->be", x, w) if w.ndim == 2 else x * w)
-            kept = y = total
+            if weights.ndim == 3:
+                each = jnp.einsum("bld,blde->ble", x, w)
+            else:
+                each = x * w.reshape(*at.shape, -1)
+            y = state["sum"][:, None] + jnp.cumsum(context.hide(each), axis=1)
+            state = {"sum": y[:, -1]}
         else:
-            kept = jnp.roll(state["sum"], 1, axis=1).at[:, 0].set(x)
-            form = "bld,lde->be" if weights.ndim == 3 else "bld,ld->bd"
-            w = weights if weights.ndim > 1 else weights[:, None] * jnp.ones(x.shape[-1])
-            y = jnp.einsum(form, kept, w)
-            y = jnp.where(at < self.max_length, y, jnp.nan)
+            both = jnp.concatenate([state["inputs"], x], axis=1)
+            w = weights[::-1]
+            if weights.ndim < 3:  # each channel by itself
+                w = jnp.broadcast_to(w.reshape(len(w), 1, -1), (len(w), 1, x.shape[-1]))
+            y = jax.lax.conv_general_dilated(
+                both, w, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"),
+                feature_group_count=1 if weights.ndim == 3 else x.shape[-1],
+            )  # fmt: skip
+            y = jnp.where((at < self.max_length)[..., None], y, jnp.nan)
+            state = {"inputs": last(both, context.mask, self.max_length - 1)}
         if self.scale:
-            y = y * jax.lax.rsqrt(at + 1.0)
-        return {"sum": kept, "position": at + 1}, y
+            y = y * jax.lax.rsqrt(at + 1.0)[..., None]
+        return state, y
 
 
 class Extractors(nn.Module):
     """A language model with an extractor in place of attention.
 
     `init_state(batch, length)` and `step(state, tokens)` (through `apply(..., method="step")`) give
-    the same logits token by token as a call on the whole sequence.
+    the same logits token by token, or piece by piece, as a call on the whole sequence.
 
     Attributes:
       vocab_size: words.
@@ -188,14 +201,15 @@ class Extractors(nn.Module):
         shape = (batch_size, min(length, self.max_length))
         return {"tokens": jax.ShapeDtypeStruct(shape, jnp.int32)}
 
-    def init_state(self, batch: int, length: int) -> tuple[dict[str, Array], ...]:
+    def init_state(self, batch: int, length: int) -> dict[str, Any]:
         """The state before the first token.
 
         Raises:
           ValueError: if `length` is more than there are slots.
         """
         self._check(length)
-        return (self._mixer().init_state(batch, self.embed_dim),) * self.depth
+        layers = (self._mixer().init_state(batch, self.embed_dim),) * self.depth
+        return {"position": jnp.zeros(batch, jnp.int32), "layers": layers}
 
     def __call__(
         self, tokens: Int[Array, "batch length"], train: bool = False
@@ -209,22 +223,22 @@ class Extractors(nn.Module):
 
     def features(self, tokens: Int[Array, "batch length"], train: bool = False) -> dict[str, Array]:
         """Every named intermediate (see the table above)."""
-        return self._run(None, tokens, train)[1]
+        tokens, _ = check_tokens(self, tokens)
+        return self._run(tokens, None, train, Context())[0]
 
     def step(
-        self, state: tuple, tokens: Int[Array, "batch length"]
-    ) -> tuple[tuple, Float[Array, "batch length vocab_size"]]:
-        """Continue by one token: the state after it, and its logits (NaN past the last slot)."""
-        if tokens.shape[1] != 1:
-            raise ValueError(f"Extractors steps by one token at a time, not {tokens.shape[1]}.")
-        state, out = self._run(state, tokens, False)
-        return state, out["logits"]
+        self, state: dict[str, Any], tokens: Int[Array, "batch length"], mask: Array | None = None
+    ) -> tuple[dict[str, Any], Float[Array, "batch length vocab_size"]]:
+        """Continue by one or more tokens: the state, and their logits (NaN past the last slot).
+
+        `mask` is 0 or False for padding, which changes nothing.
+        """
+        return decoder.step(self, state, tokens, mask)
 
     @nn.compact
     def _run(
-        self, state: tuple | None, tokens: Array, train: bool
-    ) -> tuple[tuple | None, dict[str, Array]]:
-        tokens, _ = check_tokens(self, tokens)
+        self, tokens: Array, state: tuple | None, train: bool, context: Context
+    ) -> tuple[dict[str, Array], tuple | None]:
         self._check(tokens.shape[1])
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         x = nn.Embed(self.vocab_size, self.embed_dim, embedding_init=init, name="embed", **types)(
@@ -238,7 +252,7 @@ class Extractors(nn.Module):
             if state is None:
                 x = layer(x, {}, train)
             else:
-                now, y = layer.attend(x, {"state": state[i]}, train)
+                now, y = layer.attend(x, {"state": state[i], "tokens": context}, train)
                 x = x + y
                 x = x + layer.feed(x, {}, train)
                 after.append(now)
@@ -246,7 +260,7 @@ class Extractors(nn.Module):
         x = out["last_hidden_state"] = LayerNorm(epsilon=1e-5, name="norm", **types)(x)
         x = Dense(self.vocab_size, use_bias=False, kernel_init=init, name="head", **types)(x)
         out["logits"] = constrain(x, "batch", "length", "vocab")
-        return (None if state is None else tuple(after)), out
+        return out, None if state is None else tuple(after)
 
     def _mixer(self) -> Extractor:
         return Extractor(

@@ -33,7 +33,13 @@ from jaxtyping import Array, Float, Int
 
 from zoo.checkpoints.rules import Rule, Rules, dense_rules, linear, norm_rules, tied
 from zoo.layers import decoder
-from zoo.layers.causal import Context, causal_attention, check_tokens, continue_attention
+from zoo.layers.causal import (
+    Context,
+    causal_attention,
+    check_tokens,
+    continue_attention,
+    positions_in,
+)
 from zoo.layers.dense import Dense
 from zoo.layers.mlp import ACTIVATIONS, Mlp
 from zoo.layers.norm import LayerNorm
@@ -99,6 +105,7 @@ class CausalAttention(nn.Module):
                 key,
                 value,
                 context.mask,
+                segments=context.segments,
                 scale=self.scale,
                 dropout=self.dropout if dropping else 0.0,
                 rng=self.make_rng("dropout") if dropping else None,
@@ -221,10 +228,14 @@ class GPT2(decoder.PositionDecoder):
         mask: Array | None = None,
         positions: Int[Array, "batch length"] | None = None,
         train: bool = False,
+        segments: Int[Array, "batch length"] | None = None,
     ) -> dict[str, Array]:
         """Every named intermediate (see the table above); arguments as those of `__call__`."""
         tokens, mask = check_tokens(self, tokens, mask, positions)
-        return self._run(tokens, None, train, Context(mask, positions))[0]
+        if positions is None and segments is not None:
+            positions = positions_in(segments)
+        context = Context(mask, positions, segments=segments)
+        return self._run(tokens, None, train, context)[0]
 
     @nn.compact
     def _run(

@@ -25,6 +25,7 @@ of its largest value.
 """
 
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -33,7 +34,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from zoo.checkpoints.rules import Rule, Rules, dense_rules, norm_rules
-from zoo.layers.causal import check_tokens
+from zoo.layers import decoder
+from zoo.layers.causal import Context, attention_state, check_tokens, write
+from zoo.layers.decoder import check_causal
 from zoo.layers.dense import Dense
 from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
@@ -159,12 +162,7 @@ def nprf_attention(
       normalised: whether queries and keys are scaled to length one.
       visible: False at padding.
     """
-    if normalised:
-        query, key = (_unit(t.astype(jnp.float32)) for t in (query, key))
-    else:
-        query, key = (t.astype(jnp.float32) * t.shape[-1] ** -0.25 for t in (query, key))
-    q = positive_features(query, rows, is_query=True)
-    k = positive_features(key, rows, is_query=False)
+    q, k = _features(query, key, rows, normalised)
     if visible is not None:
         k = jnp.where(visible[..., None, None], k, 0)
     axes = tuple(range(1, bias.ndim))
@@ -181,6 +179,47 @@ def nprf_attention(
     space = tuple(range(1, below.ndim - 2))
     least = 1e-6 * jax.lax.stop_gradient(below.max(space, keepdims=True))
     return y[..., :-1] / jnp.maximum(below, jnp.maximum(least, 1e-30))
+
+
+def _features(query: Heads, key: Heads, rows: Array, normalised: bool) -> tuple[Array, Array]:
+    if normalised:
+        query, key = (_unit(t.astype(jnp.float32)) for t in (query, key))
+    else:
+        query, key = (t.astype(jnp.float32) * t.shape[-1] ** -0.25 for t in (query, key))
+    return (
+        positive_features(query, rows, is_query=True),
+        positive_features(key, rows, is_query=False),
+    )
+
+
+def continue_nprf(
+    query: Float[Array, "batch length heads head_dim"],
+    key: Float[Array, "batch room heads head_dim"],
+    value: Float[Array, "batch room heads head_dim"],
+    bias: Float[Array, "heads length room"],
+    rows: Float[Array, "features head_dim"],
+    seen: Bool[Array, "batch length room"],
+    *,
+    normalised: bool = True,
+) -> Float[Array, "batch length heads head_dim"]:
+    """The same attention of a few queries to all keys so far, in float32.
+
+    Args:
+      query: of the new tokens.
+      key: of all tokens, and of the room behind them.
+      value: of the same.
+      bias: b of each query and key.
+      rows: the random rows.
+      seen: which keys a query sees.
+      normalised: whether queries and keys are scaled to length one.
+    """
+    q, k = _features(query, key, rows, normalised)
+    weights = jnp.einsum("bqnm,bknm->bnqk", q, k)
+    weights = weights * jnp.exp(bias - bias.max((1, 2), keepdims=True))
+    weights = jnp.where(seen[:, None], weights, 0)
+    below = weights.sum(-1, keepdims=True)
+    weights = weights / jnp.maximum(below, 1e-30)
+    return jnp.einsum("bnqk,bknd->bqnd", weights, value.astype(jnp.float32))
 
 
 def exact_attention(
@@ -208,7 +247,8 @@ def _unit(x: Array) -> Array:
 class NprfAttention(nn.Module):
     """Kernelised attention with relative positions, and its maps.
 
-    Attributes are those of `Nprf`. The random rows are in the collection `batch_stats`.
+    Attributes are those of `Nprf`. The random rows are in the collection `batch_stats`. The state
+    is the keys and values so far: a table of offsets is no recurrence.
     """
 
     num_heads: int
@@ -224,10 +264,13 @@ class NprfAttention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "batch length channels"],
-        context: dict[str, Bool[Array, "batch length"] | None],
+        context: dict[str, Any],
         train: bool = False,
-    ) -> Float[Array, "batch length channels"]:
-        """Attend; `context["visible"]` is False at padding, or None."""
+    ) -> Array | tuple[dict[str, Array], Array]:
+        """Attend; `context["visible"]` is False at padding, or None.
+
+        With `context["state"]` the next state comes first.
+        """
         channels, length = x.shape[-1], x.shape[1]
         head_dim = channels // self.num_heads
         dense = partial(Dense, kernel_init=init, dtype=self.dtype, param_dtype=self.param_dtype)
@@ -241,7 +284,6 @@ class NprfAttention(nn.Module):
         farthest = self.max_length - 1 if self.max_distance is None else self.max_distance
         shape = (2 * farthest + 1, self.num_heads)
         table = self.param("relative_bias", nn.initializers.zeros, shape, self.param_dtype)
-        offset = np.clip(np.arange(1 - length, length), -farthest, farthest) + farthest
         rows = self.variable(
             "batch_stats",
             "features",
@@ -249,15 +291,35 @@ class NprfAttention(nn.Module):
                 self.make_rng("params"), (self.features, head_dim), self.param_dtype
             ),
         ).value
-        y = nprf_attention(
-            query, key, value, table.astype(jnp.float32)[offset].T, rows, causal=self.causal,
-            normalised=self.normalised, visible=context["visible"],
-        ).astype(self.dtype)  # fmt: skip
-        return dense(channels, name="out")(y.reshape(x.shape))
+        table, state, visible = table.astype(jnp.float32), context.get("state"), context["visible"]
+        out = dense(channels, name="out")
+        if state is None:
+            offset = np.clip(np.arange(1 - length, length), -farthest, farthest) + farthest
+            y = nprf_attention(
+                query, key, value, table[offset].T, rows, causal=self.causal,
+                normalised=self.normalised, visible=visible,
+            )  # fmt: skip
+            return out(y.astype(self.dtype).reshape(x.shape))
+        at = state["filled"] + jnp.arange(length)
+        text = jnp.ones(x.shape[:2], bool) if visible is None else visible
+        state = write(state, key, value, text)
+        room = jnp.arange(state["key"].shape[1])
+        seen = state["text"][:, None] & (room <= at[:, None])
+        offset = jnp.clip(room - at[:, None], -farthest, farthest) + farthest
+        y = continue_nprf(
+            query, state["key"], state["value"], jnp.moveaxis(table[offset], -1, 0), rows, seen,
+            normalised=self.normalised,
+        )  # fmt: skip
+        y = jnp.where(state["filled"] <= len(room), y, jnp.nan).astype(self.dtype)
+        return state, out(y.reshape(x.shape))
 
 
 class Nprf(nn.Module):
     """A transformer with kernelised attention and relative positions.
+
+    `init_state(batch, length)` and `step(state, tokens)` (through `apply(..., method="step")`) give
+    the same logits token by token, or piece by piece, as a call on the whole text; padding stands
+    at the left.
 
     Attributes:
       vocab_size: words.
@@ -303,7 +365,24 @@ class Nprf(nn.Module):
         """
         return self.features(tokens, mask, train)["logits"]
 
-    @nn.compact
+    def init_state(self, batch: int, length: int) -> dict[str, Any]:
+        """The state before the first token, with room for `length` tokens.
+
+        Raises:
+          ValueError: if the model is not causal, or if `length` is more than it reads.
+        """
+        check_causal(self)
+        self._check(length)
+        heads, width = self.num_heads, self.embed_dim // self.num_heads
+        layers = (attention_state(batch, length, heads, width, self.dtype),) * self.depth
+        return {"position": jnp.zeros(batch, jnp.int32), "layers": layers}
+
+    def step(
+        self, state: dict[str, Any], tokens: Int[Array, "batch length"], mask: Array | None = None
+    ) -> tuple[dict[str, Any], Float[Array, "batch length vocab_size"]]:
+        """Continue by one or more tokens: the state after them, and their logits."""
+        return decoder.step(self, state, tokens, mask)
+
     def features(
         self,
         tokens: Int[Array, "batch length"],
@@ -312,21 +391,30 @@ class Nprf(nn.Module):
     ) -> dict[str, Array]:
         """Every named intermediate (see the table above)."""
         tokens, mask = check_tokens(self, tokens, mask)
-        if tokens.shape[1] > self.max_length:
+        return self._run(tokens, None, train, Context(mask))[0]
+
+    def _check(self, length: int) -> None:
+        if length > self.max_length:
             raise ValueError(
-                f"This Nprf reads at most {self.max_length} tokens, not {tokens.shape[1]}; cut the "
-                "text, or create the model with more max_length."
+                f"This Nprf reads at most {self.max_length} tokens, not {length}; cut the text, or "
+                "create the model with more max_length."
             )
         if self.embed_dim % self.num_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} does not divide {self.embed_dim} channels; choose a "
                 "divisor."
             )
+
+    @nn.compact
+    def _run(
+        self, tokens: Array, state: tuple | None, train: bool, context: Context
+    ) -> tuple[dict[str, Array], tuple | None]:
+        self._check(tokens.shape[1])
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         x = nn.Embed(self.vocab_size, self.embed_dim, embedding_init=init, name="embed", **types)(
             tokens
         )
-        out = {"embed": constrain(x, "batch", "length", "channels")}
+        out, after = {"embed": constrain(x, "batch", "length", "channels")}, []
         mixer = NprfAttention(
             self.num_heads, self.max_length,
             self.features_per_head or self.embed_dim // self.num_heads, self.causal,
@@ -336,10 +424,18 @@ class Nprf(nn.Module):
             layer = ResidualLayer(
                 mixer, self.embed_dim, dropout=self.dropout, name=f"layers_{i}", **types
             )
-            x = out[f"layer{i}"] = layer(x, {"visible": mask}, train)
+            if state is None:
+                x = layer(x, {"visible": context.mask}, train)
+            else:
+                now, y = layer.attend(x, {"visible": context.mask, "state": state[i]}, train)
+                x = x + y
+                x = x + layer.feed(x, {}, train)
+                after.append(now)
+            out[f"layer{i}"] = x
         x = out["last_hidden_state"] = LayerNorm(epsilon=1e-5, name="norm", **types)(x)
         x = Dense(self.vocab_size, kernel_init=init, name="head", **types)(x)
-        return out | {"logits": constrain(x, "batch", "length", "vocab")}
+        out["logits"] = constrain(x, "batch", "length", "vocab")
+        return out, None if state is None else tuple(after)
 
 
 _OURS, _THEIRS = "layers_{i}", "layers.{i}.attention"

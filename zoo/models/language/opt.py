@@ -101,6 +101,7 @@ class SeparateAttention(nn.Module):
                 key,
                 value,
                 context.mask,
+                segments=context.segments,
                 dropout=self.dropout if dropping else 0.0,
                 rng=self.make_rng("dropout") if dropping else None,
                 **options,
@@ -228,12 +229,16 @@ class OPT(decoder.PositionDecoder):
         mask: Array | None = None,
         positions: Int[Array, "batch length"] | None = None,
         train: bool = False,
+        segments: Int[Array, "batch length"] | None = None,
     ) -> dict[str, Array]:
         """Every named intermediate (see the table above); arguments as those of `__call__`."""
         tokens, mask = check_tokens(self, tokens, mask, positions)
-        if positions is None and mask is not None:
+        if positions is None and segments is not None:
+            positions = causal.positions_in(segments)
+        elif positions is None and mask is not None:
             positions = jnp.where(mask, causal.positions_of(mask), -1)
-        return self._run(tokens, None, train, Context(mask, positions))[0]
+        context = Context(mask, positions, segments=segments)
+        return self._run(tokens, None, train, context)[0]
 
     @nn.compact
     def _run(

@@ -27,6 +27,7 @@ later tokens change earlier outputs by the little that 1e-4 weighs; `strict=True
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -36,7 +37,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 import kernels_pallas
 from zoo.checkpoints.rules import Rule, Rules, dense_rules, norm_rules, squeeze
-from zoo.layers.decoder import check_tokens
+from zoo.layers import decoder
+from zoo.layers.causal import Context, check_tokens
+from zoo.layers.decoder import WholeTexts
 from zoo.layers.dense import Dense
 from zoo.layers.local import local_attention
 from zoo.layers.mlp import gelu
@@ -104,17 +107,35 @@ def linear_attention(query: Features, key: Features, value: Heads, causal: bool)
     ones = jnp.ones((*value.shape[:3], 1), jnp.float32)
     value = jnp.concatenate([value.astype(jnp.float32), ones], -1)
     if causal:
-        y, _ = kernels_pallas.gated_linear_attention(query, key, value, None, scale=1.0)
-        return y[..., :-1] / (y[..., -1:] + 1e-6 * query.sum(-1, keepdims=True))
+        return _causal_sums(query, key, value, None)[0]
     context = jnp.einsum("blnm,blnd->bnmd", key, value)
     y = jnp.einsum("blnm,bnmd->blnd", query, context)
     return y[..., :-1] / y[..., -1:]
 
 
+def _causal_sums(
+    query: Features, key: Features, value: Heads, state: Array | None
+) -> tuple[Heads, Array]:
+    """Causal attention to values that end in a one, and the sums after the last token."""
+    y, state = kernels_pallas.gated_linear_attention(
+        query, key, value, None, scale=1.0, initial_state=state
+    )
+    return y[..., :-1] / (y[..., -1:] + 1e-6 * query.sum(-1, keepdims=True)), state
+
+
+def continue_linear(
+    query: Features, key: Features, value: Heads, state: Float[Array, "batch heads features more"]
+) -> tuple[Heads, Float[Array, "batch heads features more"]]:
+    """Causal linear attention behind what the state sums: keys times values, and keys alone."""
+    ones = jnp.ones((*value.shape[:3], 1), jnp.float32)
+    return _causal_sums(query, key, jnp.concatenate([value.astype(jnp.float32), ones], -1), state)
+
+
 class PerformerAttention(nn.Module):
     """Heads of random features, and heads of local softmax attention behind them.
 
-    Attributes are those of `Performer`; `local_heads` is this layer's number.
+    Attributes are those of `Performer`; `local_heads` is this layer's number. The state of a
+    recurrent layer is what `continue_linear` sums.
     """
 
     num_heads: int
@@ -138,10 +159,13 @@ class PerformerAttention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "batch length channels"],
-        context: dict[str, Bool[Array, "batch length"] | None],
+        context: dict[str, Any],
         train: bool = False,
-    ) -> Float[Array, "batch length channels"]:
-        """Attend; `context["visible"]` is False at padding, or None."""
+    ) -> Array | tuple[Array, Array]:
+        """Attend; `context["visible"]` is False at padding, or None.
+
+        With `context["state"]` the next state comes first.
+        """
         batch, length, channels = x.shape
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         dense = partial(Dense, kernel_init=init, **types)
@@ -162,6 +186,15 @@ class PerformerAttention(nn.Module):
             lambda: orthogonal_features(self.make_rng("params"), shape, self.param_dtype),
         ).value.astype(jnp.float32)
         cut, visible = self.num_heads - self.local_heads, context["visible"]
+        if context.get("state") is not None:
+            at = context["positions"]
+            if self.rotary:
+                query, key = rotate_pairs(query, at), rotate_pairs(key, at)
+            q, k = self._maps(features, query, key)
+            k = k if visible is None else jnp.where(visible[..., None, None], k, 0)
+            y, state = continue_linear(q, k, value, context["state"])
+            y = y.astype(self.dtype).reshape(batch, length, width)
+            return state, dense(channels, use_bias=self.out_bias, name="out")(y)
         outs = []
         if cut:
             q, k, v = (t[:, :, :cut] for t in (query, key, value))
@@ -218,8 +251,12 @@ def redraw_features(variables: dict, key: Array) -> dict:
     return jax.tree_util.tree_map_with_path(draw, variables)
 
 
-class Performer(nn.Module):
+class Performer(WholeTexts):
     """Performer language model or encoder.
+
+    `init_state(batch, length)` and `step(state, tokens)` (through `apply(..., method="step")`)
+    continue a text. Where `recurrent`, the state has one size; otherwise it is the tokens, and each
+    step runs the whole text.
 
     Attributes:
       vocab_size: words.
@@ -296,7 +333,40 @@ class Performer(nn.Module):
         """
         return self.features(tokens, mask, train)["logits"]
 
-    @nn.compact
+    @property
+    def recurrent(self) -> bool:
+        """Whether a sum is all that a token needs of those before it.
+
+        So it is without local heads and shifts, if no key is bounded by later ones, in layers that
+        are not reversible and have norms.
+        """
+        local = self.local_heads if isinstance(self.local_heads, tuple) else (self.local_heads,)
+        alone = self.strict or self.generalized or not self.projected
+        plain = not (self.shift_tokens or self.reversible or self.norm == "rezero" or any(local))
+        return self.causal and alone and plain
+
+    def init_state(self, batch: int, length: int) -> dict[str, Any]:
+        """The state before the first token.
+
+        Raises:
+          ValueError: if the model is not causal, or if `length` is more than it reads.
+        """
+        self._check_length(length)
+        if not self.recurrent:
+            return super().init_state(batch, length)
+        width = self.features_per_head if self.projected else self.head_dim
+        width = width or int(self.head_dim * math.log(self.head_dim))
+        sums = jnp.zeros((batch, self.num_heads, width, self.head_dim + 1), jnp.float32)
+        return {"position": jnp.zeros(batch, jnp.int32), "layers": (sums,) * self.depth}
+
+    def step(
+        self, state: dict[str, Any], tokens: Int[Array, "batch length"], mask: Array | None = None
+    ) -> tuple[dict[str, Any], Float[Array, "batch length vocab_size"]]:
+        """Continue by one or more tokens: the state after them, and their logits."""
+        if not self.recurrent:
+            return super().step(state, tokens, mask)
+        return decoder.step(self, state, tokens, mask)
+
     def features(
         self,
         tokens: Int[Array, "batch length"],
@@ -305,28 +375,48 @@ class Performer(nn.Module):
     ) -> dict[str, Array]:
         """Every named intermediate (see the table above; no layers if `reversible`)."""
         self._check(tokens, mask)
+        return self._run(tokens, None, train, Context(None if mask is None else mask != 0))[0]
+
+    @nn.compact
+    def _run(
+        self, tokens: Array, state: tuple | None, train: bool, context: Context
+    ) -> tuple[dict[str, Array], tuple | None]:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         embed = nn.Embed(
             self.vocab_size, self.embed_dim, embedding_init=init, name="embed", **types
         )
-        x = embed(tokens) + self._positions(tokens.shape[1]).astype(self.dtype)
+        if context.positions is None:
+            at = self._positions(tokens.shape[1])
+        else:
+            table = self._positions(self.max_length)
+            at = jnp.take(table, context.positions, axis=0, mode="fill", fill_value=jnp.nan)
+        x = embed(tokens) + at.astype(self.dtype)
         x = nn.Dropout(self.dropout)(x, deterministic=not train)
         x = constrain(x, "batch", "length", "channels")
-        out = {"embed": x}
+        out, after = {"embed": x}, []
         layers = [self._layer(i) for i in range(self.depth)]
-        context = {"visible": None if mask is None else mask != 0}
+        seen = {"visible": context.mask}
         if self.reversible:
-            x = sum(run_reversible(self, layers, x, x, context, train))
+            x = sum(run_reversible(self, layers, x, x, seen, train))
         else:
-            for i, layer in enumerate(layers):
-                x = out[f"layer{i}"] = layer(name=f"layers_{i}")(x, context, train)
+            for i, make in enumerate(layers):
+                layer = make(name=f"layers_{i}")
+                if state is None:
+                    x = layer(x, seen, train)
+                else:
+                    here = {"state": state[i], "positions": context.positions}
+                    now, y = layer.attend(x, seen | here, train)
+                    x = x + y
+                    x = x + layer.feed(x, seen, train)
+                    after.append(now)
+                out[f"layer{i}"] = x
         x = out["last_hidden_state"] = LayerNorm(epsilon=1e-5, name="norm", **types)(x)
         if self.tie_embeddings:
             x = embed.attend(x)
         else:
             x = Dense(self.vocab_size, kernel_init=init, name="head", **types)(x)
         out["logits"] = constrain(x, "batch", "length", "vocab")
-        return out
+        return out, None if state is None else tuple(after)
 
     def _layer(self, i: int) -> Callable[..., nn.Module]:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
@@ -377,13 +467,16 @@ class Performer(nn.Module):
         second = self.param("position_columns", start, (1, columns, width), self.param_dtype)
         return (first + second).reshape(rows * columns, width)[:length]
 
+    def _check_length(self, length: int) -> None:
+        if length > self.max_length:
+            raise ValueError(
+                f"This Performer reads at most {self.max_length} tokens, not {length}; cut the "
+                "text, or create the model with more max_length."
+            )
+
     def _check(self, tokens: Array, mask: Array | None) -> None:
         check_tokens(self, tokens)
-        if tokens.shape[1] > self.max_length:
-            raise ValueError(
-                f"This Performer reads at most {self.max_length} tokens, not {tokens.shape[1]}; "
-                "cut the text, or create the model with more max_length."
-            )
+        self._check_length(tokens.shape[1])
         if mask is not None and mask.shape != tokens.shape:
             raise ValueError(
                 f"mask has shape {mask.shape}; it should be that of tokens, {tokens.shape}."

@@ -37,6 +37,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from zoo.checkpoints.rules import Rule, Rules, dense_rules, norm_rules
 from zoo.layers.causal import check_tokens
+from zoo.layers.decoder import WholeTexts
 from zoo.layers.dense import Dense
 from zoo.layers.mlp import Mlp
 from zoo.layers.norm import LayerNorm
@@ -273,8 +274,11 @@ class ReformerLayer(nn.Module):
         return self.mlp(self.norm2(x), train)
 
 
-class Reformer(nn.Module):
+class Reformer(WholeTexts):
     """Reformer, with or without a head.
+
+    With a word head, `init_state(batch, length)` and `step(state, tokens)` run the whole text at
+    every step, as the borders of chunks depend on all tokens.
 
     Attributes:
       attention: "local" or "lsh" for each layer.
@@ -339,6 +343,20 @@ class Reformer(nn.Module):
             length = max(length // whole * whole, min(*chunks, length))
         shape = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
         return {"tokens": shape, "mask": shape}
+
+    def init_state(self, batch: int, length: int) -> dict[str, Array]:
+        """The state before the first token, with room for `length` tokens.
+
+        Raises:
+          ValueError: if the model is not causal, has no word head, or has too few positions.
+        """
+        if self.head != "language_model":
+            raise ValueError(
+                f"This Reformer has head={self.head!r} and says no words; create it with "
+                "head='language_model'."
+            )
+        self._check(length)
+        return super().init_state(batch, length)
 
     def _room(self) -> int:
         """Tokens of the longest text, filled up."""

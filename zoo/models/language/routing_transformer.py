@@ -42,6 +42,7 @@ from jaxtyping import Array, Bool, Float, Int
 import kernels_pallas
 from zoo.checkpoints.rules import Rule, Rules, chain, dense_rules, linear, norm_rules, split, tied
 from zoo.layers.causal import check_tokens
+from zoo.layers.decoder import WholeTexts
 from zoo.layers.dense import Dense
 from zoo.layers.local import local_attention
 from zoo.layers.mlp import gelu
@@ -302,8 +303,11 @@ class RoutingLayer(nn.Module):
         return y if self.norm is not None else y * self.gate2.astype(self.dtype)
 
 
-class RoutingTransformer(nn.Module):
+class RoutingTransformer(WholeTexts):
     """Routing Transformer with a word head at every token.
+
+    `init_state(batch, length)` and `step(state, tokens)` run the whole text at every step, as which
+    tokens are in a cluster depends on all of them.
 
     Attributes:
       vocab_size: words.

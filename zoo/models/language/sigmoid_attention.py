@@ -33,7 +33,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 import kernels_pallas
 from zoo.checkpoints.rules import Rule, Rules, dense_rules, norm_rules
-from zoo.layers.causal import check_tokens
+from zoo.layers import decoder
+from zoo.layers.causal import Context, attention_state, check_tokens, continue_attention
+from zoo.layers.decoder import check_causal
 from zoo.layers.dense import Dense
 from zoo.layers.mlp import gelu
 from zoo.layers.norm import LayerNorm
@@ -65,7 +67,8 @@ def alibi_slopes(heads: int) -> list[float]:
 class SigmoidAttention(nn.Module):
     """Attention of sigmoids; attributes are those of `SigmoidTransformer`.
 
-    Sows its weights as `attention` where the collection `intermediates` is mutable.
+    Its state is the values so far, and the keys with a channel more (b). It sows its weights as
+    `attention` where the collection `intermediates` is mutable.
     """
 
     num_heads: int
@@ -81,15 +84,24 @@ class SigmoidAttention(nn.Module):
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
+    def init_state(self, batch: int, channels: int, length: int) -> dict[str, Array]:
+        """Room for the keys and values of `length` tokens."""
+        heads, width = self.num_heads, channels // self.num_heads
+        state = attention_state(batch, length, heads, width, self.dtype)
+        return state | {"key": jnp.zeros((batch, length, heads, width + 1), self.dtype)}
+
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "batch length channels"],
-        visible: Bool[Array, "batch length"] | None = None,
+        state: dict | None = None,
         train: bool = False,
-    ) -> Float[Array, "batch length channels"]:
-        """Attend; `visible` is False at padding."""
+        context: Context = Context(),  # noqa: B008 (immutable)
+    ) -> tuple[Float[Array, "batch length channels"], dict | None]:
+        """The attended tokens and, if there is a state, the next one."""
         batch, length, channels = x.shape
+        visible = context.mask
+        at = jnp.arange(length) if context.positions is None else context.positions
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         dense = partial(Dense, use_bias=self.use_bias, kernel_init=init, **types)
         heads = (batch, length, self.num_heads, channels // self.num_heads)
@@ -102,7 +114,6 @@ class SigmoidAttention(nn.Module):
             norm = partial(LayerNorm, epsilon=self.epsilon, **types)
             query, key = norm(name="query_norm")(query), norm(name="key_norm")(key)
         if self.position == "rope":
-            at = jnp.arange(length)
             query, key = rotate_pairs(query, at), rotate_pairs(key, at)
         fixed = lambda name, value: self.variable(  # noqa: E731
             "batch_stats", name, lambda: jnp.full((1,), value, jnp.float32)
@@ -118,32 +129,38 @@ class SigmoidAttention(nn.Module):
         if self.position == "alibi":
             slopes = factor * jnp.asarray(alibi_slopes(self.num_heads), jnp.float32)
             if not self.causal:  # keys behind the query count up
-                at = jnp.arange(length, dtype=jnp.float32)
-                table = slopes[None, :, None, None] * (at - at[:, None])
+                away = jnp.arange(length, dtype=jnp.float32)
+                table = slopes[None, :, None, None] * (away - away[:, None])
                 slopes = None
         scale = ACTIVATIONS[self.activation]
+        options = {
+            "score": kernels_pallas.Softmax() if scale is None else kernels_pallas.Sigmoid(0.0),
+            "scale": 1.0,
+            "slopes": slopes,
+        }
         segments = None if visible is None else visible.astype(jnp.int32)
         dropping = train and self.dropout > 0
-        y = kernels_pallas.attention(
-            query,
-            key,
-            value,
-            bias=table,
-            mask=kernels_pallas.Causal() if self.causal else None,
-            score=kernels_pallas.Softmax() if scale is None else kernels_pallas.Sigmoid(0.0),
-            scale=1.0,
-            slopes=slopes,
-            query_segments=None if segments is None else jnp.ones_like(segments),
-            key_segments=segments,
-            dropout=self.dropout if dropping else 0.0,
-            rng=self.make_rng("dropout") if dropping else None,
-        )
-        rows = jnp.arange(1, length + 1, dtype=jnp.float32)
+        if state is None:
+            y = kernels_pallas.attention(
+                query,
+                key,
+                value,
+                bias=table,
+                mask=kernels_pallas.Causal() if self.causal else None,
+                query_segments=None if segments is None else jnp.ones_like(segments),
+                key_segments=segments,
+                dropout=self.dropout if dropping else 0.0,
+                rng=self.make_rng("dropout") if dropping else None,
+                **options,
+            )
+        else:
+            options["query_offset"] = state["filled"]
+            y, state = continue_attention(query, key, value, state, context, **options)
         if scale is not None:
-            y = y * scale(rows)[:, None, None].astype(y.dtype)
+            y = y * scale(at.astype(jnp.float32) + 1)[..., None, None].astype(y.dtype)
         if self.is_mutable_collection("intermediates"):
             self.sow("intermediates", "attention", self._weights(query, key, visible, factor))
-        return dense(channels, name="out")(y.reshape(x.shape))
+        return dense(channels, name="out")(y.reshape(x.shape)), state
 
     def _weights(self, query, key, visible, factor) -> Float[Array, "batch heads queries keys"]:
         """The weights themselves, dense: for looking at, not for speed."""
@@ -198,19 +215,21 @@ class SigmoidBlock(nn.Module):
     def __call__(
         self,
         x: Float[Array, "batch length channels"],
-        visible: Bool[Array, "batch length"] | None,
+        state: dict | None = None,
         train: bool = False,
-    ) -> Float[Array, "batch length channels"]:
-        """The tokens after both."""
+        context: Context = Context(),  # noqa: B008 (immutable)
+    ) -> tuple[Float[Array, "batch length channels"], dict | None]:
+        """The tokens after both and, if there is a state, the next one."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = partial(LayerNorm, epsilon=self.epsilon, **types)
         drop = nn.Dropout(self.dropout, deterministic=not train)
-        y = self.mixer.clone(name="attention", parent=self)(norm(name="norm1")(x), visible, train)
+        mixer = self.mixer.clone(name="attention", parent=self)
+        y, state = mixer(norm(name="norm1")(x), state, train, context)
         y = norm(name="hybrid_norm")(y) if self.hybrid_norm else y
         x = x + self._scaled(drop(y), "layer_scale1")
         mlp = SigmoidMlp(self.mlp_dim, self.mlp_bias, self.dropout, name="mlp", **types)
         x = x + self._scaled(drop(mlp(norm(name="norm2")(x), train)), "layer_scale2")
-        return constrain(x, "batch", "length", "channels")
+        return constrain(x, "batch", "length", "channels"), state
 
     def _scaled(self, y: Array, name: str) -> Array:
         if self.layer_scale is None:
@@ -221,6 +240,10 @@ class SigmoidBlock(nn.Module):
 
 class SigmoidTransformer(nn.Module):
     """A language model with sigmoid attention.
+
+    `init_state(batch, length)` and `step(state, tokens)` (through `apply(..., method="step")`) give
+    the same logits token by token, or piece by piece, as a call on the whole text; with ALiBi,
+    padding stands at the left.
 
     Attributes:
       vocab_size: words.
@@ -283,7 +306,22 @@ class SigmoidTransformer(nn.Module):
         """
         return self.features(tokens, mask, train)["logits"]
 
-    @nn.compact
+    def init_state(self, batch: int, length: int) -> dict:
+        """The state before the first token, with room for `length` tokens.
+
+        Raises:
+          ValueError: if the model is not causal.
+        """
+        check_causal(self)
+        layers = (self._mixer().init_state(batch, self.embed_dim, length),) * self.depth
+        return {"position": jnp.zeros(batch, jnp.int32), "layers": layers}
+
+    def step(
+        self, state: dict, tokens: Int[Array, "batch length"], mask: Array | None = None
+    ) -> tuple[dict, Float[Array, "batch length vocab_size"]]:
+        """Continue by one or more tokens: the state after them, and their logits."""
+        return decoder.step(self, state, tokens, mask)
+
     def features(
         self,
         tokens: Int[Array, "batch length"],
@@ -292,38 +330,54 @@ class SigmoidTransformer(nn.Module):
     ) -> dict[str, Array]:
         """Every named intermediate (see the table above)."""
         tokens, mask = check_tokens(self, tokens, mask)
+        return self._run(tokens, None, train, Context(mask))[0]
+
+    @nn.compact
+    def _run(
+        self, tokens: Array, state: tuple | None, train: bool, context: Context
+    ) -> tuple[dict[str, Array], tuple | None]:
         self._check()
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         x = nn.Embed(self.vocab_size, self.embed_dim, embedding_init=init, name="embed", **types)(
             tokens
         )
         if self.position == "sincos":
-            x = x + jnp.asarray(sinusoids(tokens.shape[1], self.embed_dim), self.dtype)
+            x = x + self._sines(tokens.shape[1], state, context)
         x = constrain(x, "batch", "length", "channels")
         out = {"embed": x}
-        bias = -math.log(self.train_length) if self.bias is None else self.bias
-        mixer = SigmoidAttention(
-            self.num_heads, self.activation, self.position, bias, self.temperature,
-            self.query_key_norm, self.causal, self.use_bias, self.epsilon, self.attention_dropout,
-            parent=None, **types,
-        )  # fmt: skip
-        for i in range(self.depth):
-            x = SigmoidBlock(
-                mixer,
-                self.mlp_dim or 4 * self.embed_dim,
-                self.layer_scale,
-                self.hybrid_norm,
-                self.mlp_bias,
-                self.epsilon,
-                self.dropout,
-                name=f"layers_{i}",
-                **types,
-            )(x, mask, train)
-            out[f"layer{i}"] = x
-        out["last_hidden_state"] = x
+        block = partial(
+            SigmoidBlock,
+            self._mixer(),
+            self.mlp_dim or 4 * self.embed_dim,
+            self.layer_scale,
+            self.hybrid_norm,
+            self.mlp_bias,
+            self.epsilon,
+            self.dropout,
+            **types,
+        )
+        every, state = decoder.run_blocks([block] * self.depth, x, state, train, context)
+        out |= {f"layer{i}": x for i, x in enumerate(every)}
+        x = out["last_hidden_state"] = every[-1] if every else x
         x = LayerNorm(epsilon=self.epsilon, name="norm", **types)(x)
         x = Dense(self.vocab_size, use_bias=False, kernel_init=init, name="head", **types)(x)
-        return out | {"logits": constrain(x, "batch", "length", "vocab")}
+        return out | {"logits": constrain(x, "batch", "length", "vocab")}, state
+
+    def _mixer(self) -> SigmoidAttention:
+        bias = -math.log(self.train_length) if self.bias is None else self.bias
+        return SigmoidAttention(
+            self.num_heads, self.activation, self.position, bias, self.temperature,
+            self.query_key_norm, self.causal, self.use_bias, self.epsilon, self.attention_dropout,
+            dtype=self.dtype, param_dtype=self.param_dtype, parent=None,
+        )  # fmt: skip
+
+    def _sines(self, length: int, state: tuple | None, context: Context) -> Array:
+        """What is added to the embedding; with a state, of as many positions as it has room for."""
+        room = length if state is None else state[0]["key"].shape[1]
+        table = jnp.asarray(sinusoids(room, self.embed_dim), self.dtype)
+        if context.positions is None:
+            return table
+        return jnp.take(table, context.positions, axis=0, mode="fill", fill_value=jnp.nan)
 
     def _check(self) -> None:
         for field, known in (("activation", ACTIVATIONS), ("position", POSITIONS)):
