@@ -399,10 +399,18 @@ _PUBLISHED = _COMMON | dict(
 
 VARIANTS: dict[str, Variant] = {
     "mamba2_130m": Variant(fields={}, params=128_989_632, **_PUBLISHED),
-    "mamba2_370m": Variant(fields=dict(embed_dim=1024, depth=48), **_PUBLISHED),
-    "mamba2_780m": Variant(fields=dict(embed_dim=1536, depth=48), **_PUBLISHED),
-    "mamba2_1.3b": Variant(fields=dict(embed_dim=2048, depth=48), **_PUBLISHED),
-    "mamba2_2.7b": Variant(fields=dict(embed_dim=2560, depth=64), **_PUBLISHED),
+    "mamba2_370m": Variant(
+        fields=dict(embed_dim=1024, depth=48), params=368_346_624, **_PUBLISHED
+    ),
+    "mamba2_780m": Variant(
+        fields=dict(embed_dim=1536, depth=48), params=780_161_280, **_PUBLISHED
+    ),
+    "mamba2_1.3b": Variant(
+        fields=dict(embed_dim=2048, depth=48), params=1_343_757_312, **_PUBLISHED
+    ),
+    "mamba2_2.7b": Variant(
+        fields=dict(embed_dim=2560, depth=64), params=2_702_599_680, **_PUBLISHED
+    ),
     "mamba2_codestral_7b": Variant(
         fields=dict(
             vocab_size=32768, embed_dim=4096, depth=64, groups=8, tie_embeddings=False,
