@@ -179,8 +179,9 @@ def test_the_error_gives_the_settings_that_fit_first():
         convert(LAYOUTS, other, Net())
     text = str(error.value)
     assert "The file fits with" in text
+    assert error.value.settings == {"num_classes": 7, "depth": 3, "width": 5}
     assert all(part in text for part in ("num_classes=7", "depth=3", "width=5"))
-    convert(LAYOUTS, other, Net(num_classes=7, depth=3, width=5))
+    convert(LAYOUTS, other, Net(**error.value.settings))
 
 
 def test_adapting_reports_what_is_fresh_resized_and_dropped():
@@ -243,3 +244,18 @@ def test_scanned_blocks_of_big_vision_are_taken_apart():
     taken = _unstacked({n: _InMemory(a) for n, a in stacked.items()})
     assert {t.name for t in taken.values()} == set(whole)
     assert all(np.array_equal(t.read(), whole[t.name]) for t in taken.values())
+
+
+def test_a_trunk_that_was_saved_by_itself_gets_its_prefix():
+    rules = Rules(
+        (
+            *conv_rules("trunk.embed", "embed"),
+            *dense_rules("trunk.blocks.{i}.fc", "layers_{i}"),
+            *dense_rules("head", "head"),
+        ),
+        fresh=("head/*",),
+    )
+    trunk = {n: a for n, a in state().items() if not n.startswith("head")}
+    variables, report = convert_with_report({"whole": rules}, trunk, Net(), adapt=True)
+    assert equal(variables["params"]["embed"], PLAIN["params"]["embed"])
+    assert "'trunk.', which was added" in str(report) and len(report.fresh) == 2

@@ -73,6 +73,7 @@ def _dinov2(config: Config) -> dict[str, Any]:
         "mlp_ratio": float(config.get("mlp_ratio", 4)),
         "layer_scale": config.get("layerscale_value", 1.0),
         "num_registers": registers,
+        "pool": "token_avg" if _classes(config) else "token",
         "position": "class" if registers else "all",
     }
 
@@ -83,6 +84,7 @@ def _swin(config: Config) -> dict[str, Any]:
 
 _BERT_HEADS = {
     "ForMaskedLM": "masked_lm",
+    "LMHeadModel": "masked_lm",
     "ForPreTraining": "pretraining",
     "ForNextSentencePrediction": "next_sentence",
     "ForSequenceClassification": "classification",
@@ -111,7 +113,12 @@ def _longformer(config: Config) -> dict[str, Any]:
     window = config.get("attention_window", 512)
     windows = tuple(window) if isinstance(window, list) else window
     same = isinstance(windows, tuple) and len(set(windows)) == 1
-    return {"window": windows[0] if same else windows}
+    fields = {"window": windows[0] if same else windows}
+    names = {"token_classes": "token_classification", "span": "question_answering"}
+    head = _bert(config)
+    if "head" in head:
+        fields |= head | {"head": names.get(head["head"], head["head"]), "pooler": False}
+    return fields
 
 
 def _rope(config: Config) -> dict[str, Any]:
@@ -152,7 +159,13 @@ def _llama(config: Config) -> dict[str, Any]:
     fields = _rope(config)
     bias = config.get("attention_bias", False)
     fields |= {"qkv_bias": bias, "out_bias": bias, "mlp_bias": config.get("mlp_bias", False)}
-    return fields
+    return fields | _without_head(config)
+
+
+def _without_head(config: Config) -> dict[str, Any]:
+    """A trunk, or a classifier, has no matrix of logits: the embedding is in its place."""
+    architecture = " ".join(config.get("architectures") or [""])
+    return {"tie_embeddings": True} if architecture and "ForCausalLM" not in architecture else {}
 
 
 def _mistral(config: Config) -> dict[str, Any]:
@@ -178,7 +191,8 @@ def _opt(config: Config) -> dict[str, Any]:
 
 def _mamba2(config: Config) -> dict[str, Any]:
     limit = config.get("time_step_limit")
-    return {"dt_limit": tuple(map(float, limit))} if limit else {}
+    fields = {"dt_limit": tuple(map(float, limit))} if limit else {}
+    return fields | _without_head(config)
 
 
 _TRANSFORMER = {"num_attention_heads": "num_heads"}
@@ -355,32 +369,32 @@ def read(source: str | os.PathLike) -> Beside:
     path = Path(source)
     folder = path if path.is_dir() else path.parent
     config = _json(folder / "config.json") or _json(folder / "0_Transformer" / "config.json")
-    if config is None or not _is_beside(path, folder):
+    if not _is_beside(path, folder):
         return Beside()
     preprocessing = _preprocessing(_json(folder / "preprocessor_config.json"))
+    pooling, notes = _pooling(folder)
+    hidden: dict[str, Any] = {"pooling": pooling} if pooling else {}
+    shown: dict[str, Any] = {"head": "sentence", "pooler": False} if pooling else {}
+    config = config if isinstance(config, dict) else {}
     if "architecture" in config and "model_type" not in config:  # a folder of timm
-        shown = {k: config[k] for k in ("num_classes",) if k in config}
-        return Beside(config["architecture"], {}, shown, preprocessing)
+        shown |= {k: config[k] for k in ("num_classes",) if k in config}
+        return Beside(config["architecture"], hidden, shown, preprocessing, notes)
     kind = KINDS.get(config.get("model_type", ""))
     if kind is None:
-        return Beside(preprocessing=preprocessing)
+        return Beside(None, hidden, shown, preprocessing, notes)
     for key, values in kind.only.items():
         if config.get(key) not in (*values, None):
             raise ValueError(
                 f"config.json says {key}={config[key]!r}, which this model does not do; it does "
                 f"{', '.join(repr(v) for v in values if v is not None)}."
             )
-    hidden = _taken(config, kind.fields)
-    shown = _taken(config, kind.shown)
+    said = _taken(config, kind.shown)
+    hidden |= _taken(config, kind.fields)
     for name, value in (kind.more(config) if kind.more else {}).items():
-        (shown if name in _SHOWN else hidden)[name] = value
+        (said if name in _SHOWN else hidden)[name] = value
     if "qkv_bias" in hidden:
-        shown["qkv_bias"] = hidden.pop("qkv_bias")
-    pooling, notes = _pooling(folder)
-    if pooling:
-        shown |= {"head": "sentence", "pooler": False}
-        hidden["pooling"] = pooling
-    return Beside(kind.base, hidden, shown, preprocessing, notes)
+        said["qkv_bias"] = hidden.pop("qkv_bias")
+    return Beside(kind.base, hidden, said | shown, preprocessing, notes)
 
 
 def _taken(config: Config, names: Mapping[str, str]) -> dict[str, Any]:
@@ -452,6 +466,11 @@ def _json(path: Path) -> Any:
     if path.stat().st_size > MAX_CONFIG:
         raise ValueError(f"{path}: more than {MAX_CONFIG} bytes are no configuration.")
     try:
-        return json.loads(path.read_text("utf-8"))
+        return json.loads(path.read_text("utf-8"), object_hook=_number)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON ({error}).") from None
+
+
+def _number(value: dict[str, Any]) -> Any:
+    """Transformers writes infinity as `{"__float__": "Infinity"}`."""
+    return float(value["__float__"]) if value.keys() == {"__float__"} else value

@@ -11,8 +11,12 @@ import flax.linen as nn
 
 from zoo import registry
 from zoo.checkpoints import files, hub_config, rules
+from zoo.checkpoints.mismatch import CheckpointMismatch
 from zoo.checkpoints.report import Report
 from zoo.system import Variant
+
+OF_THE_FILE = frozenset({"distilled_head"})
+"""Fields that a file decides, if the caller does not: which of two published heads it has."""
 
 
 def load(
@@ -34,20 +38,25 @@ def load(
     if files.is_orbax(source):
         if not named:
             raise ValueError(f"{os.fspath(source)!r} is a run: zoo.load(NAME, RUN) says of what.")
-        return _run(registry.create(name, **overrides), source, sharding, options)
+        return _run(registry.create(name, **overrides), source, sharding, weights, options)
     path = files.resolve(source)
     beside = hub_config.read(path)
     model, notes = _model(name if named else None, path, beside, overrides)
     state = files.open_checkpoint(path, weights)
-    variables, report = rules.convert_with_report(
-        registry.layouts(model),
-        state,
-        model,
-        sharding=sharding,
-        weights=None if state.chosen else weights,
-        param_dtype=model.param_dtype if "param_dtype" in overrides else None,
-        **options,
-    )
+    options |= {
+        "sharding": sharding,
+        "weights": None if state.chosen else weights,
+        "param_dtype": model.param_dtype if "param_dtype" in overrides else None,
+    }
+    layouts = registry.layouts(model)
+    try:
+        variables, report = rules.convert_with_report(layouts, state, model, **options)
+    except CheckpointMismatch as error:
+        if not error.settings or not error.settings.keys() <= OF_THE_FILE - overrides.keys():
+            raise
+        model = model.clone(**error.settings)
+        notes.append(", ".join(f"{k}={v!r}, as the file is" for k, v in error.settings.items()))
+        variables, report = rules.convert_with_report(layouts, state, model, **options)
     report = dataclasses.replace(
         report,
         notes=(*notes, *state.notes, *report.notes),
@@ -114,17 +123,26 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _run(
-    model: nn.Module, source: str | os.PathLike, sharding: Any, options: Mapping[str, Any]
+    model: nn.Module,
+    source: str | os.PathLike,
+    sharding: Any,
+    weights: str | None,
+    options: Mapping[str, Any],
 ) -> tuple[nn.Module, dict, Report]:
     """The variables of a run of the trainer, adapted where asked for."""
     from zoo.checkpoints import runs
 
-    if not options.get("adapt"):
-        return model, runs.load_variables(source, model, sharding=sharding), Report()
+    averaged = weights != "raw"
+    try:
+        variables = runs.load_variables(source, model, sharding=sharding, averaged=averaged)
+        return model, variables, Report()
+    except CheckpointMismatch:
+        if not options.get("adapt"):
+            raise
     from zoo.checkpoints.leaves import flat_leaves
 
     layouts = registry.layouts(model)
-    state = flat_leaves(runs.load_variables(source))
+    state = flat_leaves(runs.load_variables(source, averaged=averaged))
     rule = next(iter(layouts.values()))
     own = rules.Rules(
         [rules.Rule(path, path) for path in {*state, *rules.leaf_paths(model)}],

@@ -2,8 +2,8 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 SHOWN = 8  # groups listed per kind; the attributes of the error hold all
 
@@ -23,6 +23,7 @@ class CheckpointMismatch(ValueError):
       missing: official names of tensors that the model needs and the file lacks.
       unexpected: names in the file that the model has no use for.
       misshapen: tensors of another shape than the model's (`Misfit`).
+      settings: fields of the model with which all of the file fits, where they were found.
     """
 
     def __init__(
@@ -32,7 +33,9 @@ class CheckpointMismatch(ValueError):
         unexpected: Sequence[str] = (),
         misshapen: Sequence[Misfit] = (),
         hint: str = "",
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
+        self.settings = dict(settings or {})
         self.missing = tuple(missing)
         self.unexpected = tuple(unexpected)
         self.misshapen = tuple(misshapen)

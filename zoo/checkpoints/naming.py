@@ -90,6 +90,14 @@ def find(
         if max((score[1] for score in others[1].values()), default=0) > most:
             tensors, (plain, scores) = torch_tensors, others
     notes: list[str] = []
+    if 2 * most < len(leaves.unrolled):  # a trunk that was saved by itself
+        for lead in _leads(layouts):
+            longer = {n: _View(lead + n, t.shape, t.dtype, t.read) for n, t in tensors.items()}
+            others = _scored(layouts, longer, leaves)
+            filled = max((score[1] for score in others[1].values()), default=0)
+            if filled > max(most, len(leaves.unrolled) // 2):
+                most, tensors, (plain, scores) = filled, longer, others
+                notes = [f"The names lack the prefix {lead!r}, which was added."]
     best = max(scores.values(), default=(0, 0, 0))
     if 2 * best[1] < len(leaves.unrolled):  # too few names for a prefix to mean anything
         scores = {key: score for key, score in scores.items() if not key[1]}
@@ -121,6 +129,18 @@ def _scored(
         (layout, prefix): _score(layouts[layout], under, leaves)
         for layout, prefix, under in _candidates(layouts, plain, tensors)
     }
+
+
+def _leads(layouts: Mapping[str, Rules]) -> list[str]:
+    """First parts that most names of a layout have."""
+    leads: dict[str, None] = {}
+    for rules in layouts.values():
+        sources = [p.text for rule in rules.rules for p in rule.sources]
+        first = Counter(f"{text.partition('.')[0]}." for text in sources if "." in text)
+        for lead, count in first.most_common(1):
+            if 2 * count > len(sources) and "{" not in lead:
+                leads[lead] = None
+    return list(leads)
 
 
 @dataclass(frozen=True)

@@ -124,11 +124,11 @@ def make_plan(
 
     named = _official_names(missing, rules, leaves, incomplete, tensors)
     problems += len(missing) + len(unexpected)
-    hints = []
+    hints, settings = [], {}
     if used:
-        settings = settings_that_fit(layouts, naming, model, problems)
-        hints += [settings] if settings else []
-        hints += [] if adapt else [_adapt_hint(remedies, problems, bool(settings))]
+        said, settings = settings_that_fit(layouts, naming, model)
+        hints += [said] if said else []
+        hints += [] if adapt else [_adapt_hint(remedies, problems, bool(said))]
         if unexpected and not (missing or misshapen):
             pattern = _pattern_for(unexpected)
             hints.append(f"If the model does not need what is unexpected: ignore=({pattern!r},).")
@@ -140,6 +140,7 @@ def make_plan(
         unexpected=unexpected,
         misshapen=misshapen,
         hint="\n  ".join(filter(None, hints)),
+        settings=settings,
     )
 
 

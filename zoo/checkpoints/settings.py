@@ -23,9 +23,12 @@ MOST_TRIALS = 20  # each costs a trace of the model's shapes
 
 
 def settings_that_fit(
-    layouts: Mapping[str, Rules], naming: "Naming", model: nn.Module, problems: int
-) -> str:
-    """A sentence with settings that solve all or some of the problems, or an empty text."""
+    layouts: Mapping[str, Rules], naming: "Naming", model: nn.Module
+) -> tuple[str, dict[str, Any]]:
+    """A sentence on settings that solve all or most of the problems (or an empty text).
+
+    Beside it the settings themselves, where they solve all.
+    """
     from zoo.checkpoints.plan import problems_of
 
     rules, changes, tried = layouts[naming.layout], {}, set()
@@ -47,11 +50,11 @@ def settings_that_fit(
                 changes[field] = value
                 break
     if not changes or 4 * left > start:
-        return ""
+        return "", {}
     said = ", ".join(f"{field}={_short(value)}" for field, value in changes.items())
     if left:
-        return f"{said} would fit more of the file ({left} of {start} problems stay)."
-    return f"The file fits with {said}{_variants(model, changes)}."
+        return f"{said} would fit more of the file ({left} of {start} problems stay).", {}
+    return f"The file fits with {said}{_variants(model, changes)}.", changes
 
 
 def _variants(model: nn.Module, changes: Mapping[str, Any]) -> str:
@@ -132,7 +135,9 @@ def _image_sizes(
     aspect = size[0] / size[1]
     pairs = [(a, rows // a) for a in range(1, rows + 1) if rows % a == 0]
     pairs.sort(key=lambda pair: abs(np.log(pair[0] / pair[1] / aspect)))
-    yield from (("image_size", (a * patch, b * patch)) for a, b in pairs[:1])
+    best = pairs[0]
+    if 0.5 <= best[0] / best[1] / aspect <= 2:
+        yield "image_size", (best[0] * patch, best[1] * patch)
 
 
 def _differences(

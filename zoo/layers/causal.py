@@ -101,7 +101,7 @@ def check_tokens(
         _check_range(name, np.asarray(tokens), text, model.vocab_size)
     inside = (tokens >= 0) & (tokens < model.vocab_size)
     # Out of range, `take` fills with NaN, but a negative number would count from the end.
-    outside = jnp.asarray(model.vocab_size, tokens.dtype)
+    outside = model.vocab_size
     if text is None:
         return jnp.where(tokens >= 0, tokens, outside), None
     return jnp.where(inside, tokens, jnp.where(text, outside, 0)), text

@@ -48,8 +48,9 @@ def rotated(
     """Neighbouring channels turned by the position, which begins at `start`."""
     length, dim = x.shape[1], x.shape[-1]
     frequency = theta ** (-np.arange(0, dim, 2, dtype=np.float32) / dim)
-    angle = np.outer(np.arange(start, start + length, dtype=np.float32), frequency)
-    cos, sin = (jnp.asarray(f(angle), x.dtype)[:, None] for f in (np.cos, np.sin))
+    xp = np if isinstance(length, int) else jnp  # a symbolic length is known when it runs
+    angle = xp.outer(xp.arange(start, start + length, dtype=np.float32), frequency)
+    cos, sin = (jnp.asarray(f(angle), x.dtype)[:, None] for f in (xp.cos, xp.sin))
     even, odd = x[..., ::2], x[..., 1::2]
     pairs = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
     return pairs.reshape(x.shape)

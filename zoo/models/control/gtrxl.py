@@ -253,7 +253,7 @@ class GTrXL(nn.Module):
         self, observations: Float[Array, "batch length dims"], train: bool = False
     ) -> dict[str, Array]:
         """Every named intermediate (see the table above)."""
-        return self._run(self.init_state(len(observations)), observations, train)
+        return self._run(self.init_state(observations.shape[0]), observations, train)
 
     def step(
         self,
@@ -345,7 +345,7 @@ class GTrXL(nn.Module):
                 f"embed_dim={self.embed_dim} must be even and, with embedded=False, equal to "
                 f"observation_dim={self.observation_dim}."
             )
-        wanted = (len(observations), self.depth + 1, self.memory_length, self.embed_dim)
+        wanted = (observations.shape[0], self.depth + 1, self.memory_length, self.embed_dim)
         if memory.shape != wanted:
             raise ValueError(
                 f"The memory has shape {memory.shape}, not {wanted}: batch, levels, tokens, "

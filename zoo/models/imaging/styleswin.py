@@ -376,7 +376,7 @@ class Generator(nn.Module):
 
         shape = (1, 4, 4, self.base_channels)
         x = self.param("constant", nn.initializers.normal(1.0), shape, self.param_dtype)
-        x = jnp.broadcast_to(x.astype(self.dtype), (len(noise), *shape[1:]))
+        x = jnp.broadcast_to(x.astype(self.dtype), (noise.shape[0], *shape[1:]))
         image = None
         for i, size in enumerate(sizes):
             channels = channels_of(size, self.base_channels, self.channel_multiplier)

@@ -187,7 +187,7 @@ def sparse_contrastive_loss(
       weight: of that cost.
       radius: cells around the known one that are left alone.
     """
-    example = jnp.arange(len(heat_map))
+    example = jnp.arange(heat_map.shape[0])
     value = heat_map[example, box[:, 0], box[:, 1], box[:, 2]]
     others = ~near(heat_map.shape[1:], box, radius)
     apart = nn.relu(margin - (heat_map - value[:, None, None, None]))
@@ -223,7 +223,7 @@ def best_boxes(
         blocked |= (jnp.arange(shape[2]) != place[:, 1:])[:, None, None, :]
 
     def step(blocked: Array, _: None) -> tuple[Array, Array]:
-        flat = jnp.where(blocked, jnp.inf, heat_map).reshape(len(heat_map), -1)
+        flat = jnp.where(blocked, jnp.inf, heat_map).reshape(heat_map.shape[0], -1)
         at = jnp.stack(jnp.unravel_index(flat.argmin(-1), shape), -1)
         return blocked | near(shape, at, radius), at
 

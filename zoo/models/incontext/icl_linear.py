@@ -135,7 +135,7 @@ class InContextLinear(nn.Module):
 
 def gamma(covariance: Float[np.ndarray, "dims dims"], examples: int) -> Float[np.ndarray, "d d"]:
     """G, by which the trained layer divides: the covariance, and what N points add to it."""
-    dims = len(covariance)
+    dims = covariance.shape[0]
     more = np.trace(covariance) / examples * np.eye(dims)
     return (1 + 1 / examples) * covariance + more
 
@@ -146,7 +146,7 @@ def minimum(
     """W_KQ and W_PV at the minimum that gradient flow ends at."""
     inverse = np.linalg.inv(gamma(covariance, examples))
     size = np.trace(inverse @ inverse) ** 0.25
-    kq, pv = (np.zeros((len(covariance) + 1,) * 2) for _ in range(2))
+    kq, pv = (np.zeros((covariance.shape[0] + 1,) * 2) for _ in range(2))
     kq[:-1, :-1], pv[-1, -1] = inverse / size, size
     return kq, pv
 
@@ -185,7 +185,7 @@ def gradient_flow(
       steps: how many.
       record: after how many steps to note (u, U); the last step is always noted.
     """
-    dims = len(covariance)
+    dims = covariance.shape[0]
     big = gamma(covariance, examples) @ covariance
     square = covariance @ covariance
     u, matrix = start, start * np.eye(dims) / dims**0.5
@@ -229,7 +229,7 @@ def expected_error(
       noise: standard deviation of the labels' noise.
     """
     inverse = np.linalg.inv(gamma(trained_on, examples))
-    dims = len(covariance)
+    dims = covariance.shape[0]
     outer = np.eye(dims) if weights is None else np.outer(weights, weights)
     bias = inverse @ covariance - np.eye(dims)
     missed = np.sum((bias @ outer @ bias.T) * covariance)

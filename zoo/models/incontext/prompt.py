@@ -31,7 +31,7 @@ def interleave(
 ) -> Float[Array, "batch tokens dims"]:
     """The tokens of a prompt: `x_1, (y_1, 0, ...), x_2, ...`."""
     wide = jnp.pad(ys.astype(xs.dtype)[..., None], ((0, 0), (0, 0), (0, xs.shape[-1] - 1)))
-    return jnp.stack([xs, wide], axis=2).reshape(len(xs), -1, xs.shape[-1])
+    return jnp.stack([xs, wide], axis=2).reshape(xs.shape[0], -1, xs.shape[-1])
 
 
 def prompt_shapes(batch_size: int, points: int, dims: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -33,7 +33,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from zoo.checkpoints.rules import Rule, Rules, dense_rules, norm_rules
@@ -82,14 +81,18 @@ def extract(
         y = jnp.cumsum(each, axis=1)
     elif w.ndim == 3:
         y = jax.lax.conv_general_dilated(
-            x, w[::-1], (1,), [(length - 1, 0)], dimension_numbers=("NWC", "WIO", "NWC")
+            jnp.pad(x, ((0, 0), (length - 1, 0), (0, 0))),
+            w[::-1],
+            (1,),
+            "VALID",
+            dimension_numbers=("NWC", "WIO", "NWC"),
         )
     else:
         size = 2 * length
         product = jnp.fft.rfft(x, size, axis=1) * jnp.fft.rfft(w.reshape(length, -1), size, axis=0)
         y = jnp.fft.irfft(product, size, axis=1)[:, :length]
     if scale:
-        y = y * (np.arange(1, length + 1, dtype=np.float32) ** -0.5)[:, None]
+        y = y * (jnp.arange(1, length + 1, dtype=jnp.float32) ** -0.5)[:, None]
     return y
 
 

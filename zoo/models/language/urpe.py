@@ -91,7 +91,8 @@ def urpe_attention(
     """
     batch, length, heads, head_dim = query.shape
     query = query * head_dim**-0.5
-    size = max(1, min(length, BLOCK_SCORES // (batch * heads * key.shape[1])))
+    texts = batch if isinstance(batch, int) else 16  # exported for any batch: a guess
+    size = max(1, min(length, BLOCK_SCORES // (texts * heads * key.shape[1])))
     at = jnp.arange(key.shape[1])
 
     @partial(jax.checkpoint, static_argnums=(0, 1))

@@ -322,7 +322,7 @@ class DynamicFormer(nn.Module):
         }
 
     def _check(self, exponents: Array, sizes: Array, airy: Array) -> None:
-        batch = len(exponents)
+        batch = exponents.shape[0]
         wanted = {"exponents": (batch, self.points), "sizes": (batch, 2),
                   "airy": (batch, self.rows, 4)}  # fmt: skip
         for (name, shape), x in zip(wanted.items(), (exponents, sizes, airy), strict=True):

@@ -116,7 +116,7 @@ def lif(
     """
     current = x.astype(jnp.float32).swapaxes(0, 1)
     potential = jnp.zeros_like(current[0]) if potential is None else potential
-    valid = jnp.ones(len(current), bool) if valid is None else valid
+    valid = jnp.ones(current.shape[0], bool) if valid is None else valid
 
     def step(v: Array, now: tuple[Array, Array]) -> tuple[Array, Array]:
         charged = v + (now[0] - v) / 2

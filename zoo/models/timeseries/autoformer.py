@@ -103,7 +103,7 @@ def choose_delays(
     """Weights and delays of each example; `together`: the batch has the delays of its mean."""
     if together:
         delays = jax.lax.top_k(correlation.mean(0), count)[1]
-        delays = jnp.broadcast_to(delays, (len(correlation), count))
+        delays = jnp.broadcast_to(delays, (correlation.shape[0], count))
         found = jnp.take_along_axis(correlation, delays, axis=1)
     else:
         found, delays = jax.lax.top_k(correlation, count)
@@ -125,8 +125,8 @@ def auto_correlation(
     count = min(kept(length, factor), correlation.shape[1])
     weights, delays = choose_delays(correlation, count, together)
     # sum_i w_i v_(t + tau_i): again a correlation, with a series that has w_i at tau_i
-    rows = jnp.arange(len(weights))[:, None]
-    spikes = jnp.zeros((len(weights), length), weights.dtype).at[rows, delays].set(weights)
+    rows = jnp.arange(weights.shape[0])[:, None]
+    spikes = jnp.zeros((weights.shape[0], length), weights.dtype).at[rows, delays].set(weights)
     return circular_correlation(value, spikes[..., None, None]).astype(value.dtype)
 
 

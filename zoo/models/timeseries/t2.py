@@ -46,7 +46,7 @@ def append_steps(
     series: Float[Array, "batch time variates"], aux: Float[Array, "batch features"]
 ) -> Float[Array, "batch time+features variates"]:
     """`aux` over and over, cut into as many further times as it has numbers."""
-    steps = jnp.tile(aux, (1, series.shape[2])).reshape(len(aux), -1, series.shape[2])
+    steps = jnp.tile(aux, (1, series.shape[2])).reshape(aux.shape[0], -1, series.shape[2])
     return jnp.concatenate([series, steps], 1)
 
 

@@ -172,7 +172,7 @@ class VDT(nn.Module):
         out = {"embed": x}
 
         c = TimeEmbed(self.embed_dim, name="time_embed", **types)(times)
-        c = c + self._label(len(latents), train)
+        c = c + self._label(latents.shape[0], train)
         block = remat_block(Block, self.remat, static_argnums=())
         for i in range(self.depth):
             x = out[f"block{i + 1}"] = block(

@@ -171,7 +171,7 @@ def merge(params: Mapping[str, Any], statistics: Mapping[str, Any]) -> dict[str,
         total, bias = total + scale * regroup(kernel, g, groups), bias + shift
     if "identity_norm" in params:
         scale, shift = scale_and_shift("identity_norm")
-        unit = jnp.eye(len(scale), dtype=scale.dtype)
+        unit = jnp.eye(scale.shape[0], dtype=scale.dtype)
         if total.ndim == 4:
             middle = total.shape[0] // 2
             unit = jnp.zeros((*total.shape[:2], *unit.shape)).at[middle, middle].set(unit)

@@ -165,7 +165,7 @@ class ClassBlock(nn.Module):
         y = LayerNorm(name="norm1", **types)(token)
         query, key, value = (
             dense(inner, use_bias=False, name=name)(t).reshape(
-                len(t), -1, self.num_heads, self.head_dim
+                t.shape[0], -1, self.num_heads, self.head_dim
             )
             for name, t in (("query", y), ("key", patches), ("value", patches))
         )
@@ -174,7 +174,7 @@ class ClassBlock(nn.Module):
             self.param(name, unit_init, square, self.param_dtype)
             for name in ("mix_before", "mix_after")
         )
-        y = masked_attention(query, key, value, mix=mix)[0].reshape(len(token), 1, inner)
+        y = masked_attention(query, key, value, mix=mix)[0].reshape(token.shape[0], 1, inner)
         y = dense(channels, name="out")(y)
         start = nn.initializers.constant(self.layer_scale)
         scales = (

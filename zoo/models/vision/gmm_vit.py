@@ -151,7 +151,8 @@ def masked_attention(
     if mix is not None:
         mixed = jnp.einsum("bnqk,nm->bmqk", mixed, mix[0].astype(jnp.float32))
     if bias is not None:
-        mixed = mixed + jnp.tile(bias, (len(mixed) // len(bias), 1, 1, 1))
+        grouped = mixed.reshape(-1, bias.shape[0], *mixed.shape[1:])
+        mixed = (grouped + bias).reshape(mixed.shape)
     weights = jax.nn.softmax(mixed, -1)
     if mix is not None:
         weights = jnp.einsum("bnqk,nm->bmqk", weights, mix[1].astype(jnp.float32))

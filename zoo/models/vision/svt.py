@@ -169,7 +169,7 @@ def inverse_dtcwt(
     a, d = first[:, :, 0] + second[:, :, 0], second[:, :, 0] - first[:, :, 0]
     b, c = first[:, :, 1] + second[:, :, 1], first[:, :, 1] - second[:, :, 1]
     y = jnp.stack([jnp.stack([a, b], 4), jnp.stack([c, d], 4)], 3)  # batch 3 h 2 w 2 channels
-    y = y.reshape(len(low), 3, height, width, -1)
+    y = y.reshape(low.shape[0], 3, height, width, -1)
     y = jnp.stack([jnp.stack([low, y[:, 2]], 1), jnp.stack([y[:, 0], y[:, 1]], 1)], 1)
     rows, columns = (jnp.asarray(filter_bank("g0o", "g1o", n), low.dtype) for n in (height, width))
     y = product("pih,bpqhjc->bqijc", rows, y)

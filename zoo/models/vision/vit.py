@@ -11,6 +11,7 @@ of published weights are usually loaded with.
     logits = head(LN(x)[class])
 
 Options that published models use: `pool="avg"` averages the patches and normalises after it;
+`pool="token_avg"` reads the class token beside the patches' mean (DINOv2's linear classifiers);
 `distilled` reads a second head off the distillation token: the logits are the mean of both heads in
 evaluation, and the pair `(class, distillation)` in training, as DeiT's code returns them.
 
@@ -71,6 +72,7 @@ POOLS: dict[str, Callable[[Array, int], Array]] = {
     "avg": lambda x, prefix: x[:, prefix:].mean(1),
     "max": lambda x, prefix: x[:, prefix:].max(1),
     "avgmax": lambda x, prefix: (x[:, prefix:].mean(1) + x[:, prefix:].max(1)) / 2,
+    "token_avg": lambda x, prefix: jnp.concatenate([x[:, 0], x[:, prefix:].mean(1)], -1),
     "none": lambda x, prefix: x,
 }
 """Sequence `[batch, length, channels]` and number of prefix tokens -> what the head reads."""
@@ -165,7 +167,7 @@ class VisionTransformer(ImageClassifier):
         out |= {f"block{i}": x for i, x in enumerate(every)}
         x = out["blocks"] = every[-1] if every else x
 
-        tokens_first = self.pool in ("token", "none")
+        tokens_first = self.pool in ("token", "token_avg", "none")
         where = self.head_norm or ("tokens" if tokens_first else "pooled")
         x = out["norm"] = norm(name="norm")(x) if where == "tokens" else x
         pooled = POOLS[self.pool](x, self.num_prefix)
@@ -267,8 +269,10 @@ class VisionTransformer(ImageClassifier):
         ):
             if value not in known:
                 raise ValueError(f"{field}={value!r} is none of {', '.join(map(repr, known))}.")
-        if self.pool == "token" and not self.class_token:
-            raise ValueError('pool="token" reads the class token; use class_token or pool="avg".')
+        if self.pool in ("token", "token_avg") and not self.class_token:
+            raise ValueError(
+                f'pool="{self.pool}" reads the class token; use class_token or pool="avg".'
+            )
         if self.distilled and not (self.pool == "token" and self.head_norm in (None, "tokens")):
             raise ValueError(
                 'distilled=True reads the class and the distillation token: it needs pool="token" '
