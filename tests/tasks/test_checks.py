@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zoo.tasks import Classification, Mean
+from zoo.tasks import Classification, Mean, Regression
 from zoo.tasks.task import lower_is_better
 
 
@@ -43,7 +43,7 @@ def test_labels_that_do_not_fit_are_named_with_a_count(labels, said):
     ("images", "said"),
     [
         (IMAGES.transpose(0, 3, 1, 2), "put the channels last"),
-        (IMAGES[..., :1], "give 3 channels"),
+        (IMAGES[..., :1], r"give 3 \(ImageFolder\(\.\.\., channels=3\)\)"),
         (IMAGES[..., 0], r"\[8, 8\] for each example"),
         (IMAGES.astype("u1"), "end the transforms in Normalize"),
     ],
@@ -83,3 +83,20 @@ def test_weights_weigh_the_loss_in_training_only():
 def test_losses_are_good_where_small():
     assert all(map(lower_is_better, ("loss", "val/mse", "mae", "perplexity", "word_error_rate")))
     assert not any(map(lower_is_better, ("accuracy", "psnr", "adjusted_f1")))
+
+
+def test_targets_are_one_finite_number_each():
+    class Rows(Net):
+        def example_inputs(self, batch_size=1):
+            return {"x": jax.ShapeDtypeStruct((batch_size, 3), jnp.float32)}
+
+    batch = {"x": np.zeros((4, 3), "f")}
+    for target, said in (
+        (np.zeros((4, 1), "f"), r"shape \[4, 1\]; a target is one number"),
+        (np.array([0, np.nan, 1, 2], "f"), "1 of 4 targets are not finite"),
+        (np.array(list("abcd")), "Targets are <U1"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Regression().check(Rows(), {**batch, "target": target}, {})
+    with pytest.raises(ValueError, match="needs a target"):
+        Regression().check(Rows(), batch, {})

@@ -10,6 +10,7 @@ import sys
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from training import tiny
 
 from zoo.data import Arrays, Data, train_iterator
 from zoo.data.synthetic import RingOfGaussians
@@ -40,6 +41,7 @@ class Points(nn.Module):
 
 
 POINTS = f"{__file__}:Points"
+TINY = f"{tiny.__file__}:Tiny"
 IMAGES = {"image_size": (16, 16), "patch_size": 8, "num_classes": 5}
 
 
@@ -52,7 +54,7 @@ def images(count=64):
 def run_of(**parts):
     defaults = dict(
         optimizer=Optimizer(learning_rate=1e-3, schedule="constant"),
-        checkpoint=Checkpointing(every=2, keep=5, metric="loss"),
+        checkpoint=Checkpointing(every=2, keep=5),
         num_steps=4,
         log_every=1,
         compilation_cache=None,
@@ -77,14 +79,21 @@ def gan():
     )
 
 
-def distillation():
+def plain():
+    """The smallest network that there is."""
+    blobs = tiny.Blobs(), tiny.Blobs("test", 16)
     return run_of(
-        model={
-            "student": Model("vit_test", {**IMAGES, "distilled": True}),
-            "teacher": Model("vit_test", IMAGES),
-        },
+        model=Model(TINY),
+        task=Classification(),
+        data=Data(*blobs, batch_size=16, eval_batch_size=16, threads=1),
+    )
+
+
+def distillation():
+    return dataclasses.replace(
+        plain(),
+        model={"student": Model(TINY, {"width": 8}), "teacher": Model(TINY)},
         task=Distillation(),
-        data=Data(images(), images(), batch_size=16, eval_batch_size=16, threads=1),
     )
 
 

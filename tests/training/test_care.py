@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from training import tiny
 
+import train as program
 from zoo.data import Arrays, Data, ImageFolder
 from zoo.errors import ConfigError, DataError, NonFiniteError, StorageError
 from zoo.training import Checkpointing, Model, Optimizer, Partition, Stopped, TrainConfig, config
@@ -158,6 +159,20 @@ def test_a_run_directory_serves_one_run_at_a_time(tmp_path):
             train(small(), tmp_path)
     with Lock(tmp_path) as lock:
         lock.take()
+
+
+def test_data_that_a_config_file_finds_wrong_is_one_sentence(tmp_path, capsys):
+    rows = [f"2021-01-01 {h:02d}:00,{h}" for h in (0, 1, 3, 2, 4, 5, 6, 7)]
+    (tmp_path / "load.csv").write_text("\n".join(["date,load", *rows]))
+    (tmp_path / "own.py").write_text(
+        "from zoo.data.series import Table, Windows\n"
+        "def get_config():\n"
+        f"    return Windows(Table({str(tmp_path / 'load.csv')!r}), 'train', 2, 1)\n"
+    )
+    assert program.main([str(tmp_path / "own.py"), "--workdir", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err.strip()
+    assert "Line 5 of" in said and "order='sort'" in said and "\n" not in said
+    assert not (tmp_path / "run").exists()
 
 
 # ------------------------------------------------------------------------------------- saved first

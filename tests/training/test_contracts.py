@@ -20,11 +20,6 @@ from zoo.training.tree import leaf_paths
 HERE = Path(__file__).parent
 
 
-DEFAULT = "gan"  # two networks and optimizers; the others are slow
-OTHERS = [n for n in proofs.RUNS if n != DEFAULT]
-NAMES = [DEFAULT, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
-
-
 @pytest.fixture(scope="module")
 def results(request):
     asked = {item.callspec.params["name"] for item in request.session.items
@@ -43,7 +38,8 @@ def results(request):
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", proofs.RUNS)
 @pytest.mark.parametrize("way", ["fsdp", "pmap"])
 def test_devices_change_no_loss(results, name, way):
     alone, spread = results[name]["one device"], results[name][way]
@@ -56,7 +52,8 @@ def programs():
     return {name: make_program(make(), jax.devices()[:1]) for name, make in proofs.RUNS.items()}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", proofs.RUNS)
 def test_a_run_that_was_interrupted_ends_with_the_same_bits(name, tmp_path):
     config = proofs.RUNS[name]()
     whole = train(config, tmp_path / "whole").state
@@ -138,7 +135,7 @@ def test_what_matches_nothing_is_said_before_anything_is_traced(changes, sentenc
 
 
 def test_a_run_goes_on_with_other_frozen_leaves_another_rule_and_a_mean(tmp_path, capsys):
-    config = dataclasses.replace(proofs.lora(), methods=(), num_steps=2)
+    config = dataclasses.replace(proofs.plain(), num_steps=2)
     first = train(config, tmp_path).state
     config = dataclasses.replace(
         config,
@@ -156,7 +153,7 @@ def test_a_run_goes_on_with_other_frozen_leaves_another_rule_and_a_mean(tmp_path
 
 
 def test_another_clip_decay_and_schedule_keep_the_moments(tmp_path, capsys):
-    config = dataclasses.replace(proofs.lora(), methods=(), num_steps=2)
+    config = dataclasses.replace(proofs.plain(), num_steps=2)
     train(config, tmp_path)
     other = Optimizer(learning_rate=1e-3, schedule="cosine", clip=1.0, weight_decay=0.01)
     second = train(dataclasses.replace(config, optimizer=other, num_steps=4), tmp_path).state
@@ -166,10 +163,9 @@ def test_another_clip_decay_and_schedule_keep_the_moments(tmp_path, capsys):
 
 
 def test_a_network_starts_from_its_own_checkpoint(tmp_path):
-    teacher = dataclasses.replace(proofs.lora(), methods=(), num_steps=2)
+    teacher = dataclasses.replace(proofs.plain(), num_steps=2)
     state = train(teacher, tmp_path / "teacher").state
-    config = proofs.distillation()
-    model = {**config.model, "teacher": Model("vit_test", proofs.IMAGES,
-                                              checkpoint=str(tmp_path / "teacher"))}  # fmt: skip
+    config = dataclasses.replace(proofs.distillation(), num_steps=2)
+    model = {**config.model, "teacher": Model(proofs.TINY, checkpoint=str(tmp_path / "teacher"))}
     found = train(dataclasses.replace(config, model=model), tmp_path / "student").state
     jax.tree.map(np.testing.assert_array_equal, found.frozen["teacher"], state.params)

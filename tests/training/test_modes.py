@@ -12,8 +12,15 @@ import pytest
 HERE = Path(__file__).parent
 
 
+OFTEN = ["fsdp", "tensor", "pmap"]  # the others are slow
+SELDOM = ["data", "accumulate", "offload"]
+
+
 @pytest.fixture(scope="module")
-def results():
+def results(request):
+    slow = any(item.get_closest_marker("slow") for item in request.session.items
+               if item.path == request.path)  # fmt: skip
+    asked = [*OFTEN, *SELDOM, "dropout"] if slow else OFTEN
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     env = {
         **os.environ,
@@ -22,13 +29,19 @@ def results():
         "PYTHONPATH": f"{HERE.parents[1]}:{HERE.parent}",
     }
     done = subprocess.run(
-        [sys.executable, HERE / "modes.py"], env=env, capture_output=True, text=True, check=False
+        [sys.executable, HERE / "modes.py", *asked],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("way", ["data", "fsdp", "tensor", "pmap", "accumulate", "offload"])
+@pytest.mark.parametrize(
+    "way", [*OFTEN, *(pytest.param(way, marks=pytest.mark.slow) for way in SELDOM)]
+)
 def test_losses_parameters_and_metrics_do_not_depend_on_the_devices(results, way):
     alone, spread = results["one device"], results[way]
     np.testing.assert_allclose(spread["losses"], alone["losses"], rtol=1e-5)
@@ -39,6 +52,7 @@ def test_losses_parameters_and_metrics_do_not_depend_on_the_devices(results, way
         np.testing.assert_allclose(spread["held out"][name], value, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_dropout_draws_the_same_masks_on_every_mesh(results):
     alone, spread = results["one device, dropout"]["losses"], results["tensor, dropout"]["losses"]
     np.testing.assert_allclose(spread, alone, rtol=1e-5)
@@ -52,6 +66,7 @@ def test_fsdp_cuts_parameters_optimizer_state_and_average_alike(results):
         assert specs[f"{place}/norm/scale"] == "P()"
 
 
+@pytest.mark.slow
 def test_optimizer_state_stays_in_host_memory_where_asked(results):
     assert results["offload"]["optimizer in"] == ["pinned_host"]
     assert results["fsdp"]["optimizer in"] == ["device"]

@@ -88,19 +88,18 @@ def test_a_run_killed_in_the_middle_of_a_save_resumes_bit_for_bit(whole, tmp_pat
     assert steps(run) == [4, 8, 12]
 
 
-def test_a_stopped_run_on_eight_devices_resumes_on_two(whole, tmp_path, start):
-    run = tmp_path / "eight"
-    stopped = start(
-        run, "partition.fsdp=4", "partition.fsdp_min_size=64", event="term:6", devices=8
-    )
+def test_a_stopped_run_on_two_devices_resumes_on_one(whole, tmp_path, start, capsys):
+    run = tmp_path / "two"
+    cut = ("--partition.fsdp=2", "--partition.fsdp_min_size=64")
+    stopped = start(run, *cut, event="term:6", devices=2)
     assert stopped.returncode == 75, stopped.stderr
     assert "saved at step 6" in stopped.stderr
     assert steps(run) == [4, 6]
     assert max(curve(run)) == 6
-    done = start(run, "--partition.fsdp", "2", devices=2)
-    assert done.returncode == 0, done.stderr
-    assert "after step 6" in done.stdout
-    assert "partition.fsdp: 4 ->" in done.stdout
+    train(load_file(CONFIG), run)
+    said = capsys.readouterr().out
+    assert "after step 6" in said
+    assert "partition.fsdp: 2 -> 1" in said
     expected, found = curve(whole), curve(run)
     np.testing.assert_allclose(
         [found[s] for s in expected], list(expected.values()), rtol=1e-5, atol=1e-6
@@ -149,6 +148,14 @@ def one_sentence(done):
     return lines[0]
 
 
+def test_a_disk_that_is_full_is_said_before_it_is_written(tmp_path, monkeypatch):
+    full = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    with pytest.raises(StorageError, match=r"Checkpoint 4 could not be written.*no space left"):
+        train(load_file(CONFIG), tmp_path / "run")
+
+
+@pytest.mark.slow
 def test_a_disk_without_room_ends_in_one_sentence(tmp_path, start):
     done = start(tmp_path / "run", event="limit:6000")
     assert done.returncode == 1

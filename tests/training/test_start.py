@@ -115,6 +115,7 @@ def large(checkpoint):
     )
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_leaf_by_leaf_into_the_sharding_of_the_run(tmp_path):
     """The peak is the state itself and a few leaves, not a whole copy more on the host."""
     model = zoo.create("vit_test", **large("").model.overrides)

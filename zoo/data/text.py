@@ -4,7 +4,6 @@ tokenizer = Tokenizer("minilm/tokenizer.json")
 embeddings = model.apply(variables, **tokenizer(["A man is eating food."]))
 """
 
-import csv
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from zoo.data.series.csv_file import CsvFile
 
 if TYPE_CHECKING:
     import tokenizers
@@ -138,15 +139,17 @@ class TextTable:
         """The rows of the file."""
         if not Path(self.path).is_file():
             raise FileNotFoundError(f"There is no file {str(self.path)!r} to read texts from.")
-        with open(self.path, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            for column in filter(None, (self.text, self.label, self.pair)):
-                if column not in (reader.fieldnames or ()):
-                    raise ValueError(
-                        f"{str(self.path)!r} has no column {column!r}; its columns are "
-                        f"{', '.join(reader.fieldnames or ())}."
-                    )
-            return list(reader)
+        file = CsvFile(self.path, decimal=".")
+        for column in filter(None, (self.text, self.label, self.pair)):
+            if file.header.count(column) != 1:
+                raise ValueError(
+                    f"{str(self.path)!r} has {file.header.count(column) or 'no'} column"
+                    f"{'s' * (file.header.count(column) > 1)} {column!r}; its columns are "
+                    f"{', '.join(file.header)}."
+                )
+        return [
+            dict(zip(file.header, row, strict=False)) for piece in file.pieces() for _, row in piece
+        ]
 
     @functools.cached_property
     def classes(self) -> tuple[str, ...]:

@@ -88,7 +88,7 @@ def _by_kind(
         for file in _files(inputs, (".csv", ".zip", ".gz", ".tsv", ".txt")):
             yield from series.answers(predictor, file, options.folder)
     elif kind == "images":
-        yield from _batched(predictor, _image_examples(inputs), options)
+        yield from _batched(predictor, _image_examples(predictor, inputs), options)
     elif kind == "clips":
         yield from _batched(predictor, _clip_examples(inputs), options)
     elif kind == "tokens" and isinstance(task, LanguageModelling):
@@ -174,10 +174,12 @@ def _files(inputs: Iterable[str], suffixes: Sequence[str]) -> Iterator[Path]:
             raise DataError(f"There is no file or folder {one!r}.")
 
 
-def _image_examples(inputs: Iterable[str]) -> Iterator[tuple[str, Example]]:
+def _image_examples(predictor: Predictor, inputs: Iterable[str]) -> Iterator[tuple[str, Example]]:
+    channels = 1 if predictor.inputs["images"].shape[-1] == 1 else 3
+    white = predictor.source.get("white")
     for file in _files(inputs, IMAGE_SUFFIXES + FOREIGN):
         with reading(str(file)):
-            yield str(file), {"image": read_image(file)}
+            yield str(file), {"image": read_image(file, channels, white)}
 
 
 def _clip_examples(inputs: Iterable[str]) -> Iterator[tuple[str, Example]]:

@@ -25,6 +25,7 @@ from zoo.tasks import (
     Task,
     VideoPrediction,
 )
+from zoo.tasks.apply import check_inputs
 from zoo.training import config as configs
 from zoo.training.checks import check_platform
 from zoo.training.fields import TYPE, with_field
@@ -74,7 +75,7 @@ class Predictor:
         """
         try:
             if self.task is not None and isinstance(self.network, nn.Module):
-                Task.check(self.task, self.network, batch, {})
+                check_inputs(self.network, batch)
             with self.context():
                 return jax.device_get(self.predict(self.variables, dict(batch)))
         except (ValueError, TypeError, KeyError, NotImplementedError) as error:
@@ -168,7 +169,9 @@ def of_model(
         if task is not None:
             return task.predict(network, variables, batch)
         own = {name: batch[name] for name in inputs if name in batch}
-        return _named(network.apply(variables, **own))
+        said = _named(network.apply(variables, **own))
+        embeds = variant.task == "text_encoding" and said.get("output") is not None
+        return {"embedding": said["output"]} if embeds and said["output"].ndim == 2 else said
 
     return Predictor(
         network, variables, task, predict, transforms, {"classes": list(classes)}, {}, found

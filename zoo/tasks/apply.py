@@ -52,7 +52,8 @@ def check_inputs(model: nn.Module, batch: Mapping[str, Any]) -> None:
                 )
             if array.shape[-1] != channels:
                 first = array.shape[-3] == channels
-                hint = "put the channels last" if first else f"give {channels} channels"
+                hint = f"give {channels} (ImageFolder(..., channels={channels}))"
+                hint = "put the channels last" if first else hint
                 raise ValueError(
                     f"{name} have the shape {_shape(array)}, and {type(model).__name__} takes "
                     f"{_shape(example)}: {hint}."
@@ -93,7 +94,8 @@ def check_numbers(
     outside = outside if masked is None else outside & ~masked
     if not outside.any():
         return
-    low, high = int(numbers.min()), int(numbers.max())
+    counted = numbers if masked is None else numbers[~masked]
+    low, high = int(counted.min()), int(counted.max())
     if low < 0:
         hint = f"the smallest is {low}, and they count from 0"
     elif low == 1 and high == count and field == "num_classes":

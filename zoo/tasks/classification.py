@@ -49,6 +49,7 @@ class Classification(OneNetwork):
     label_smoothing: float = 0.0
     class_weights: tuple[float, ...] = ()
     metric: ClassVar[str] = "accuracy"
+    checks_outputs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the numbers.

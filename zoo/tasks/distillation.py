@@ -45,6 +45,7 @@ class Distillation(Task):
     label_smoothing: float = 0.0
     phases: ClassVar[tuple[Phase, ...]] = (Phase("train", ("student",)),)
     metric: ClassVar[str] = "accuracy"
+    checks_outputs: ClassVar[bool] = True
 
     def check(
         self, networks: Networks, batch: Mapping[str, Any], outputs: Mapping[str, Any]

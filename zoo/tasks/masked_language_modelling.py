@@ -6,9 +6,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
+from zoo.tasks.apply import check_numbers
 from zoo.tasks.metrics import Mean
 from zoo.tasks.task import Batch, OneNetwork, Variables
 
@@ -21,6 +23,20 @@ class MaskedLanguageModelling(OneNetwork):
     model that also predicts the next sentence, the first of its outputs is used). Every predicted
     token counts the same, also over batches; metrics are loss and accuracy.
     """
+
+    def check(
+        self, networks: nn.Module, batch: Mapping[str, Any], outputs: Mapping[str, Any]
+    ) -> None:
+        """Refuse labels outside the vocabulary; negative ones are not asked for.
+
+        Raises:
+          ValueError: naming a label and how many are so.
+        """
+        super().check(networks, batch, outputs)
+        size = getattr(networks, "vocab_size", None)
+        if size and "labels" in batch:
+            labels = np.asarray(batch["labels"])
+            check_numbers("labels", labels, int(size), "vocab_size", labels < 0)
 
     def measure(
         self, network: nn.Module, output: Any, batch: Batch, train: bool

@@ -1,10 +1,12 @@
 """Regression: one number for an example."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from zoo.tasks.metrics import Mean
@@ -26,6 +28,30 @@ class Regression(OneNetwork):
     penalties: tuple[tuple[str, float], ...] = ()
     metric: ClassVar[str] = "mae"
     method: ClassVar[str] = "features"
+
+    def check(
+        self, networks: nn.Module, batch: Mapping[str, Any], outputs: Mapping[str, Any]
+    ) -> None:
+        """Refuse targets that are not one finite number an example.
+
+        Raises:
+          ValueError: naming what they are.
+        """
+        super().check(networks, batch, outputs)
+        if "target" not in batch:
+            has = ", ".join(name for name in batch if name != "valid")
+            raise ValueError(f"Regression needs a target of each example; they have only {has}.")
+        target = np.asarray(batch["target"])
+        if target.dtype.kind not in "fiub":
+            raise ValueError(f"Targets are {target.dtype}, such as {target.reshape(-1)[0]!r}.")
+        if target.ndim != 1:
+            raise ValueError(
+                f"Targets have the shape {list(target.shape)}; a target is one number, so that a "
+                f"batch has [{len(target)}]: target.reshape(-1)."
+            )
+        if not np.isfinite(target).all():
+            count = int((~np.isfinite(target)).sum())
+            raise ValueError(f"{count} of {len(target)} targets are not finite; leave them out.")
 
     def loss(
         self,

@@ -81,10 +81,12 @@ class Task:
     Attributes:
       phases: what happens in a step, in order.
       metric: the one by which checkpoints are compared; see `lower_is_better`.
+      checks_outputs: whether `check` wants the shapes of what `predict` gives.
     """
 
     phases: ClassVar[tuple[Phase, ...]] = (Phase(),)
     metric: ClassVar[str] = "loss"
+    checks_outputs: ClassVar[bool] = False
 
     def check(
         self, networks: Networks, batch: Mapping[str, Any], outputs: Mapping[str, Any]
@@ -94,13 +96,11 @@ class Task:
         Args:
           networks: of the config.
           batch: of NumPy arrays.
-          outputs: shapes of what `predict` gives, or nothing where it gives nothing.
+          outputs: shapes of what `predict` gives if `checks_outputs`, else nothing.
 
         Raises:
           ValueError: one sentence that names what does not fit.
         """
-        if isinstance(networks, nn.Module):
-            check_inputs(networks, batch)
 
     def init(self, networks: Networks, rng: PRNGKeyArray) -> dict[str, Any]:
         """First variables of the networks, from the shapes of their `example_inputs`."""
@@ -161,6 +161,16 @@ class OneNetwork(Task):
     """
 
     method: ClassVar[str | None] = None
+
+    def check(
+        self, networks: Networks, batch: Mapping[str, Any], outputs: Mapping[str, Any]
+    ) -> None:
+        """Refuse inputs of another kind than the network's.
+
+        Raises:
+          ValueError: one sentence that names what does not fit.
+        """
+        check_inputs(networks, batch)
 
     def measure(
         self, network: nn.Module, output: Any, batch: Batch, train: bool

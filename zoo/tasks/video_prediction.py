@@ -23,6 +23,11 @@ class VideoPrediction(OneNetwork):
     ) -> dict[str, Mean]:
         """The error; when reported, also summed over a frame's pixels, and the last frame's own."""
         target, valid = batch["target"], batch.get("valid")
+        if output.shape != target.shape:
+            raise ValueError(
+                f"{type(network).__name__} gives frames of shape {output.shape}, and the data has "
+                f"{target.shape}; their number and size must be those of the model."
+            )
         error = (output.astype(jnp.float32) - target) ** 2
         each = error.mean((1, 2, 3, 4))
         metrics = {"loss": Mean.of(each, valid)}

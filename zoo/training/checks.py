@@ -55,15 +55,16 @@ def check_platform() -> None:
     """
     try:
         jax.devices()
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # JAX asserts where a plugin is missing
         asked = os.environ.get("JAX_PLATFORMS") or getattr(jax.config, "jax_platforms", None)
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        lines = str(error).strip().splitlines()
+        reason = f" ({lines[0].rstrip('.')})" if lines else ""
         if asked:
             raise ConfigError(
-                f"JAX_PLATFORMS is {asked!r}, and there is no such device here ({reason}); unset "
+                f"JAX_PLATFORMS is {asked!r}, and there is no such device here{reason}; unset "
                 "it, or set JAX_PLATFORMS=cpu."
             ) from None
-        raise ConfigError(f"JAX finds no device here: {reason}.") from None
+        raise ConfigError(f"JAX finds no device here{reason}.") from None
 
 
 def check_sources(data: Data) -> None:

@@ -101,13 +101,19 @@ def _workdir(args: list[str]) -> Path | None:
 
 
 def _of_config(args: list[str]) -> list[str]:
-    """Flags that a run was begun with, as far as they are of its config."""
-    kept, skip = [], False
+    """The flags that a run remembers: not its place, nor how it is spread over devices."""
+    kept: list[str] = []
+    skip = False
     for arg in args:
-        if skip or arg.partition("=")[0] in ("--workdir", "--profile", "--distributed"):
-            skip = not skip and arg == "--workdir"
+        flag, equals, _ = arg.partition("=")
+        if skip:
+            skip = False
+        elif flag in ("--profile", "--distributed"):
             continue
-        kept.append(arg)
+        elif flag == "--workdir" or flag.startswith("--partition."):
+            skip = not equals
+        else:
+            kept.append(arg)
     return kept
 
 

@@ -269,8 +269,10 @@ def load_file(path: str | os.PathLike) -> TrainConfig:
         raise ConfigError(f"{path} has no function get_config() -> TrainConfig.")
     try:
         config = get_config()
-    except FileNotFoundError as missing:
-        raise ConfigError(str(missing)) from missing
+    except ConfigError:
+        raise
+    except (FileNotFoundError, ValueError) as error:  # of data that is not there, or not as said
+        raise ConfigError(" ".join(str(error).split())) from error
     if not isinstance(config, TrainConfig):
         raise ConfigError(f"get_config() of {path} gave a {type(config).__name__}, no TrainConfig.")
     return config

@@ -1,6 +1,5 @@
 """The directory of a run: its lock, its config, and what the file system refuses."""
 
-import fcntl
 import json
 import os
 import socket
@@ -51,6 +50,10 @@ class Lock:
             return
         self.run.mkdir(parents=True, exist_ok=True)
         self._file = open(self.run / "lock", "a+")
+        try:
+            import fcntl
+        except ImportError:  # a system without locks of this kind
+            return
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

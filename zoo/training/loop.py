@@ -141,7 +141,7 @@ class Loop:
         self.window: dict[str, list[float]] = {}
         self.evaluated: dict[str, float] = {}
         self.saved = self.evaluated_at = -1
-        self.halting, self.noted = False, False
+        self.halting = self.noted = self.warned = False
         restored = self.restore()
         if restored is None:
             self.step = self.begun_with = 0
@@ -352,10 +352,11 @@ class Loop:
         if self.saved == self.step:
             self.checkpoints.score(self.step, self.evaluated)
         metric = self.config.best[0]
-        if self.config.checkpoint.metric and metric not in self.evaluated:
+        if metric not in self.evaluated and self.config.checkpoint.keep_best and not self.warned:
+            self.warned = True
             self.logbook.say(
-                f"WARNING: there is no metric {metric!r} at this step, by which the best "
-                "checkpoint would be kept.", style="bold red",
+                f"WARNING: there is no metric {metric!r} here, by which the best checkpoint would "
+                "be kept; checkpoint.metric names another.", style="bold red",
             )  # fmt: skip
 
     def test(self) -> None:

@@ -400,7 +400,9 @@ class Program:
         return checked(self.task, self.networks, outputs, what), outputs
 
     def predicted(self, batch: Batch) -> dict[str, Any]:
-        """Shapes of what the task predicts; empty where it predicts nothing of such a batch."""
+        """Shapes of what the task predicts, where its check asks for them."""
+        if not self.task.checks_outputs:
+            return {}
         variables = self.abstract.variables(averaged=False)
         shapes = {name: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype)
                   for name, x in batch.items()}  # fmt: skip
