@@ -28,6 +28,7 @@ def test_dropped_layers_are_gone_in_the_merged_model():
         LayerDrop(drop=(7,)).adapt(model, variables, jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_layers_are_dropped_in_training_alone_and_the_rate_says_how_many():
     model, inputs, variables = made("vit_test")
 
@@ -110,6 +111,7 @@ def run_features(model, variables, inputs):
     return {k: x for k, x in out.items() if x.ndim == 3}
 
 
+@pytest.mark.slow
 def test_padding_goes_first():
     model, inputs, variables = made("bert_test", **CLASSES)
     mask = jnp.arange(inputs["mask"].shape[1]) < 20

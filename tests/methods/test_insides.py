@@ -31,6 +31,7 @@ def config(task, methods, **student):
     )
 
 
+@pytest.mark.slow
 def test_a_narrow_student_learns_from_all_that_is_inside():
     task = LayerDistillation(hidden=1.0, relations=1.0, temperature=2.0)
     student = {"embed_dim": 12, "num_heads": 3}

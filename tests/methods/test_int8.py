@@ -29,7 +29,7 @@ def run(model, variables, inputs):
         Int8(),
         pytest.param(Int8("tensor"), marks=pytest.mark.variants),
         pytest.param(Int8(smooth=0.5), marks=pytest.mark.variants),
-        Int8("tensor", 0.5),
+        pytest.param(Int8("tensor", 0.5), marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -47,6 +47,7 @@ def test_logits_stay_within_two_percent_and_kernels_take_a_quarter(method):
     assert all(4 * after[path].nbytes == before[path].nbytes for path in kernels)
 
 
+@pytest.mark.slow
 def test_weights_alone_merge_into_a_plain_model():
     model, inputs, variables = made("vit_test", depth=1)
     method = Int8(activations=None, smooth=0.5)
@@ -63,6 +64,7 @@ def test_weights_alone_merge_into_a_plain_model():
         Int8().merge(Int8().wrap(model), variables)
 
 
+@pytest.mark.slow
 def test_lora_trains_beside_it_and_not_under_it():
     model, inputs, variables = made("vit_test", depth=1)
     methods = Int8(), LoRA(rank=2)

@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax.traverse_util import flatten_dict
 from methods.test_prune import made, run
 from model_helpers import assert_trees_close
@@ -46,6 +47,7 @@ def batch_of(program):
     return program.place({"images": images, "labels": np.arange(8), "valid": np.ones(8, bool)})
 
 
+@pytest.mark.slow
 def test_a_training_step_moves_both_states_as_a_step_of_the_norm_does():
     method = UnifiedNorms(UnifiedNorm(window=2, warmup=1))
     program = make_program(
@@ -119,6 +121,7 @@ def test_forward_passes_are_exact_and_less_is_kept():
     assert kept(wrapped, method.frozen) < 0.5 * kept(model, ())
 
 
+@pytest.mark.slow
 def test_frozen_layers_stay_and_all_else_moves():
     frozen = ("layers_0/mlp/up/kernel", "layers_0/norm1/scale", "patch_embed/kernel")
     method = SlimFit(frozen)

@@ -41,7 +41,7 @@ def run(model, variables, inputs):
     [
         variant(Prune(0.75), False),
         (Prune(pattern=(2, 4)), False),
-        (Prune(0.5, None, "sparse_gpt"), True),
+        variant(Prune(0.5, None, "sparse_gpt"), True),
     ],
     ids=("magnitude", "2:4", "sparse_gpt"),
 )
@@ -93,7 +93,7 @@ def test_scores_move_by_weight_times_gradient():
 
 
 @pytest.mark.parametrize(
-    "name", ["vit_test", variant("bert_test"), "gpt2_test", variant("opt_test")]
+    "name", ["vit_test", variant("bert_test"), variant("gpt2_test"), variant("opt_test")]
 )
 def test_heads_are_gone_and_zeros_in_their_place_change_nothing(name):
     model, inputs, variables = made(name, **({"attention_dropout": 0.0} if "bert" in name else {}))
@@ -125,6 +125,7 @@ def test_chosen_heads_are_those_that_are_kept():
         PruneHeads(heads=(("attention", (0,)),)).adapt(model, variables, jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_a_head_without_output_has_no_importance():
     model, inputs, variables = made("vit_test")
     kernel = variables["params"]["layers_0"]["attention"]["out"]["kernel"]

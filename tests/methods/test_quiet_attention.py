@@ -53,6 +53,7 @@ def test_a_grid_keeps_its_own_numbers_and_errs_by_half_a_step(symmetric):
     np.testing.assert_allclose(again, y, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_lora_of_attention_is_seen_by_another_softmax_in_either_order():
     model, inputs, variables = made("bert_test")
     outputs = []

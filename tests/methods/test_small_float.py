@@ -34,6 +34,7 @@ def test_fewer_bits_err_more():
     assert errors[8] < errors[6] < errors[4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shifts", [True, False])
 def test_a_search_makes_the_error_of_a_map_smaller(shifts):
     keys = jax.random.split(jax.random.key(0), 2)
@@ -47,6 +48,7 @@ def test_a_search_makes_the_error_of_a_map_smaller(shifts):
     assert errors[2] <= errors[1] < errors[0]
 
 
+@pytest.mark.slow
 def test_the_gradient_of_inputs_goes_straight_through():
     model, inputs, variables = made("vit_test", depth=1)
     method = SmallFloat()

@@ -224,7 +224,7 @@ def falls(problem):
 
 @pytest.mark.parametrize(
     "problem",
-    [p if p in (causal, clip) else pytest.param(p, marks=pytest.mark.slow) for p in PROBLEMS],
+    [p if p is clip else pytest.param(p, marks=pytest.mark.slow) for p in PROBLEMS],
     ids=lambda problem: problem.__name__,
 )
 def test_it_falls_by_more_than_thirty_percent(problem):
