@@ -1,5 +1,6 @@
 """Using trained models: texts token by token, their drafts, and images and clips from noise."""
 
+from zoo.inference.beams import Beams, beam_search
 from zoo.inference.diffusion import (
     DDIM,
     DDPM,
@@ -27,6 +28,7 @@ __all__ = [
     "DDIM",
     "DDPM",
     "STREE",
+    "Beams",
     "DPMSolver",
     "Diffusion",
     "Draw",
@@ -39,6 +41,7 @@ __all__ = [
     "TopK",
     "TopP",
     "Tree",
+    "beam_search",
     "chain",
     "generate",
     "greedy",

@@ -60,12 +60,7 @@ def generate(
     Raises:
       ValueError: for a model without steps, an empty prompt, or one that is not of this form.
     """
-    if not (hasattr(model, "init_state") and hasattr(model, "step")):
-        raise ValueError(
-            f"{type(model).__name__} has no init_state and step: it cannot continue a text."
-        )
-    if steps < 1:
-        raise ValueError(f"steps={steps} should be 1 or more.")
+    check_steps(model, steps)
     prompt, mask = padded(prompt, mask)
     check_tokens(model, prompt, mask)
     stops = [] if stop is None else [stop] if np.ndim(stop) == 0 else list(stop)
@@ -80,6 +75,16 @@ def generate(
         sampler=sampler,
         adjust=adjust,
     )
+
+
+def check_steps(model: nn.Module, steps: int) -> None:
+    """Raise ValueError for a model that cannot continue a text, or for no steps."""
+    if not (hasattr(model, "init_state") and hasattr(model, "step")):
+        raise ValueError(
+            f"{type(model).__name__} has no init_state and step: it cannot continue a text."
+        )
+    if steps < 1:
+        raise ValueError(f"steps={steps} should be 1 or more.")
 
 
 def padded(
