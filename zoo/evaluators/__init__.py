@@ -11,11 +11,13 @@ from zoo.evaluators.modes import ModesFound
 from zoo.evaluators.molecules import AttentionOnMolecules
 from zoo.evaluators.pictures import ForecastClips, RestoredImages, SampledClips
 from zoo.evaluators.stories import PlayedStory
+from zoo.evaluators.texts import ByteTexts
 
 __all__ = [
     "ActivationMaps",
     "AnomalyScores",
     "AttentionOnMolecules",
+    "ByteTexts",
     "ConformalIntervals",
     "EnergySteps",
     "Evaluator",
