@@ -162,14 +162,17 @@ class Tile(NamedTuple):
     def gradients(self, problem: Problem, raw, dw, lse, delta):
         """`(weights for dv, gradient of the finished score, gradient of q.k)`."""
         s, slope = self.finish(problem, raw)
-        if self.guarded(problem):  # padded rows, whose log-sum-exp is huge, see nothing
-            s = jnp.where(lse < -EMPTY, s, MASKED)
+        guarded = self.guarded(problem)
+        if guarded:  # padded rows, whose log-sum-exp is huge, see nothing
+            s = jnp.where(lse >= -EMPTY, MASKED, s)
         w = self.drop(problem, problem.score.weight(s, lse))
         dw = self.drop(problem, dw)
-        if self.guarded(problem):  # products with what is hidden may be infinite
-            dw = jnp.where(s > EMPTY, dw, 0.0)
-            slope = None if slope is None else jnp.where(s > EMPTY, slope, 0.0)
+        if guarded:  # products with what is hidden may be infinite, rows that see NaN are NaN
+            hidden = s <= EMPTY
+            w, dw = jnp.where(hidden, 0.0, w), jnp.where(hidden, 0.0, dw)
+            slope = None if slope is None else jnp.where(hidden, 0.0, slope)
         ds = problem.score.gradient(s, lse, dw, delta)
+        ds = jnp.where(hidden, 0.0, ds) if guarded else ds
         d_raw = ds * problem.scale if slope is None else ds * slope * problem.scale
         return w, ds, d_raw
 

@@ -323,6 +323,9 @@ def backward(
         q, do_i, lse_i = (blocks.rows(t, i) for t in (blocks.q_clean, do, lse))
         k, v = (blocks.columns(t, start, width) for t in (blocks.k_clean, blocks.v))
         w = score.weight(s, lse_i)
+        if blocks.guarded:  # a row that sees what is not finite is NaN where it sees, only
+            hidden = s <= EMPTY
+            w = jnp.where(hidden, 0.0, w)
         dw = blocks.product(blocks.by_key, do_i, v)
         if problem.dropout:
             at_q, at_k = blocks.indices(*at)
@@ -331,7 +334,6 @@ def backward(
         else:
             w_kept = w
         if blocks.guarded:  # products with what is hidden may be infinite
-            hidden = s <= EMPTY
             dw = jnp.where(hidden, 0.0, dw)
         if score.clipped:
             p, g = score.unclipped(s, lse_i, dw)
@@ -339,6 +341,7 @@ def backward(
         else:
             delta_i = blocks.rows(delta, i)
         ds = score.gradient(s, lse_i, dw, delta_i)
+        ds = jnp.where(hidden, 0.0, ds) if blocks.guarded else ds
         d_raw = ds
         if pull is not None:
             d_raw, *more = pull(ds)

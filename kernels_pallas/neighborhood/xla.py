@@ -52,7 +52,8 @@ def attend(axes: tuple[Axis, ...], query, key, value, bias, *, scale: float, pre
         else:
             s = jnp.where(seen > MASKED, s + seen, MASKED)
         top = lax.stop_gradient(s.max(-1, keepdims=True))
-        w = jnp.exp(s - jnp.maximum(top, EMPTY))  # all zeros where a bias hides the whole window
+        # all zeros where a bias hides the whole window; rows that see NaN are NaN where they see
+        w = jnp.where(s <= EMPTY, 0.0, jnp.exp(s - jnp.maximum(top, EMPTY)))
         total = jnp.maximum(w.sum(-1, keepdims=True), 1e-37)
         out = product("bhqk,bhkd->bhqd", w.astype(v.dtype), v) / total
         return out.astype(v.dtype)

@@ -102,6 +102,27 @@ def test_what_is_hidden_changes_nothing(name, case):
         np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.parametrize("name", some_slow(BODIES, ["gpu"]))
+def test_packed_examples_do_not_reach_each_other(name):
+    """The second example is not finite, and its outputs have gradients, too."""
+    problem, x = operands(queries=150, keys=150, mask=Causal())
+    first = jnp.arange(150) < 90
+    x = x._replace(**{n: jnp.tile(~first * 1, (2, 1)) for n in ("query_segments", "key_segments")})
+    body = BODIES[name]
+
+    @jax.jit
+    def both(x):
+        out, lse = body.forward(problem, x)
+        grads = body.backward(problem, x, out, lse, jnp.ones_like(out), jnp.zeros_like(lse))
+        return [t[:, :, :90] for t in (out, lse, *grads[:3])]
+
+    for bad in (np.nan, 3e38):
+        names = "query", "key", "value"
+        spoiled = x._replace(**{n: getattr(x, n).at[:, :, 90:].set(bad) for n in names})
+        for got, want in zip(both(spoiled), both(x), strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
 def window_call(lanes, implementation):
     """12 or 128 windows of 6 tokens, of which the last two are hidden from all others."""
     windows, width = (128, 16) if lanes else (12, 8)
@@ -149,7 +170,7 @@ def test_small_windows_keep_what_is_not_finite_to_those_who_see_it(case):
     call, (qkv, bias), seen = UNSEEN[case]()
     far = seen.copy()
     if case.startswith("neigh"):
-        far[:, :4, :4] = False  # what sees the corner, and shares keys with what does
+        far[:, :4, :4] = False  # what sees the corner, and what is seen by it
 
     def only(where, t, other=0.0):
         return jnp.where(where.reshape(*where.shape, *(1,) * (t.ndim - where.ndim)), t, other)
@@ -161,7 +182,7 @@ def test_small_windows_keep_what_is_not_finite_to_those_who_see_it(case):
     @jax.jit
     def both(qkv):
         (_, out), grad = jax.value_and_grad(loss, has_aux=True)(qkv)
-        return out, only(seen, grad)
+        return out, only(far, grad)
 
     want = both(qkv)
     for bad in (np.nan, np.inf, 3e38, -3e38):
@@ -321,6 +342,13 @@ EXPORTED = {
         "b, n, 2, 8",
     ),
     "window": (lambda q: kp.window_attention(q, q, q), "b, 16, 2, 8"),
+    "gates": (lambda q: kp.gated_linear_attention(q, q, q, -abs(q), chunk=16)[0], "b, n, 2, 8"),
+    "scan": (
+        lambda q: kp.selective_scan(
+            q[..., 0], abs(q[..., 0]), -jnp.ones((2, 3)), q[:, :, 0, :3], q[:, :, 0, :3]
+        )[0],
+        "b, n, 2, 8",
+    ),
 }
 
 

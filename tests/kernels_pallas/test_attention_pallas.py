@@ -91,7 +91,7 @@ def test_extreme_scores_and_bfloat16(name):
 
 
 @pytest.mark.parametrize(
-    "score", [pytest.param(SCORES[0], marks=pytest.mark.slow), SCORES[3]], ids=str
+    "score", [SCORES[0], pytest.param(SCORES[3], marks=pytest.mark.slow)], ids=str
 )
 def test_the_strict_interpreter_finds_no_race_and_no_stray_read(score):
     strict = body(tpu, limit=128, interpret=compat.strict_interpreter())
