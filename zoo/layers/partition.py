@@ -8,11 +8,14 @@ a constraint becomes `lax.with_sharding_constraint`; without a mesh, on one devi
 once (`zoo.layers.materialize`): without that, programs for CPUs grow with the square of the depth.
 """
 
+import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from jaxtyping import Array
 
 from kernels_pallas.axes import BATCH_AXES, HEAD_AXES, LENGTH_AXES
@@ -92,3 +95,49 @@ def on_each_device(function: Callable[..., Array], *names: str | None) -> Callab
         return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
 
     return run
+
+
+def on_any_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`apply` or `init` of a module for any mesh, those with Explicit axes (`jax.make_mesh`) too.
+
+    Explicit axes make every operation say how its result is cut, which neither Linen's layers nor
+    ours do. So a model runs with the axes as Auto ones; its results are cut along their first axis
+    as the first of its inputs is, where that axis is the batch, and are whole otherwise.
+    """
+
+    @functools.wraps(function)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or AxisType.Explicit not in mesh.axis_types:
+            return function(self, *args, **kwargs)
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        at = [i for i, t in enumerate(leaves) if isinstance(t, jax.Array | np.ndarray)]
+
+        def call(*arrays: Array) -> Any:
+            given = list(leaves)
+            for i, t in zip(at, arrays, strict=True):
+                given[i] = t
+            args, kwargs = jax.tree.unflatten(tree, given)
+            return function(self, *args, **kwargs)
+
+        arrays = [leaves[i] for i in at]
+        with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+            shapes = jax.eval_shape(call, *(jax.ShapeDtypeStruct(t.shape, t.dtype) for t in arrays))
+        inputs = args[1:], {k: v for k, v in kwargs.items() if k not in ("variables", "rngs")}
+        batch, axes = _cut_of(jax.tree.leaves(inputs))
+        specs = jax.tree.map(
+            lambda t: PartitionSpec(axes) if t.shape[:1] == (batch,) else PartitionSpec(), shapes
+        )
+        return jax.sharding.auto_axes(call, out_sharding=specs)(*arrays)
+
+    return run
+
+
+def _cut_of(inputs: list[Any]) -> tuple[int | None, Any]:
+    """Length of the first axis of an input that is cut along it, and the mesh axes of the cut."""
+    for t in inputs:
+        if isinstance(t, jax.Array) and t.ndim:
+            spec = jax.typeof(t).sharding.spec
+            if len(spec) and spec[0] is not None:
+                return t.shape[0], spec[0]
+    return None, None

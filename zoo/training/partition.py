@@ -95,7 +95,7 @@ def mesh_sizes(config: Partition, num_devices: int) -> tuple[int, ...]:
 
 
 def make_mesh(config: Partition, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over all devices, with Auto axes (Explicit ones break Linen's biases).
+    """The mesh over all devices, with Auto axes (models run under Explicit ones as under Auto).
 
     `zoo.training.mesh` says which device stands where. Of several TPU slices, `data` and then
     `fsdp` run between them.
