@@ -3,7 +3,8 @@
     python train.py configs/methods/unified_norm_digits.py
 
 The norms' backward states are an optimizer group of their own, which the task's phase trains. 1,437
-images of 8x8 pixels to learn from, 360 held out; about a minute on two CPU cores.
+images of 8x8 pixels to learn from, 360 held out; about a minute on two CPU cores. The slow test of
+the method trains a smaller one, which comes within two points of the same with layer norms.
 """
 
 from dataclasses import dataclass

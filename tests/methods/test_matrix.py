@@ -1,4 +1,4 @@
-"""Methods on systems: by default a handful by tracing, all by running with `-m variants`."""
+"""Methods on systems: by default some cells by tracing, all by running with `-m variants`."""
 
 import functools
 
