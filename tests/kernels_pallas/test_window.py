@@ -105,7 +105,7 @@ STRICT = {
 }
 
 
-@pytest.mark.parametrize("order", STRICT)
+@pytest.mark.parametrize("order", ["windows", pytest.param("channels", marks=pytest.mark.slow)])
 def test_the_strict_interpreter_finds_no_race_and_no_stray_access_in_lanes(order):
     """Two blocks of windows: one ragged, with blocks of queries; or two heads, and copies out."""
     qkv, bias, mask, d_out = fused_case(STRICT[order])
@@ -258,7 +258,8 @@ def test_forward_and_backward_compile_for_tpu_in_two_kernels(size, chip):
 
 
 @pytest.mark.skipif(not aot.can_compile_for_tpu(), reason="libtpu is not installed")
-@pytest.mark.parametrize("chip", ["v5e", pytest.param("v6e", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", aot.CHIPS)
 def test_the_overlapping_windows_of_hat_compile_for_tpu(chip):
     windows, heads, width = 4, 6, 30
 
