@@ -130,3 +130,11 @@ def test_a_type_that_is_asked_for_is_that_of_the_leaves(tmp_path):
     source = folder(tmp_path, zoo.create("gpt2_test"), GPT2)
     _, variables = zoo.load(source, param_dtype="bfloat16")
     assert {str(x.dtype) for x in jax.tree.leaves(variables)} == {"bfloat16"}
+
+
+@pytest.mark.parametrize("adapt", [False, True])
+def test_a_file_decides_which_head_a_distilled_model_has(tmp_path, adapt, capsys):
+    single = zoo.create("vit_test", distilled=True, distilled_head=False, depth=1)
+    source = folder(tmp_path, single, {}, "huggingface_deit")
+    model, _ = zoo.load("vit_test", source, distilled=True, depth=1, adapt=adapt)
+    assert model == single and "distilled_head=False" in capsys.readouterr().err

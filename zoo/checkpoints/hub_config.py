@@ -378,6 +378,14 @@ def read(source: str | os.PathLike) -> Beside:
     config = config if isinstance(config, dict) else {}
     if "architecture" in config and "model_type" not in config:  # a folder of timm
         shown |= {k: config[k] for k in ("num_classes",) if k in config}
+        said = config.get("pretrained_cfg") or {}
+        if "mean" in said and "std" in said:
+            preprocessing = Preprocessing(
+                tuple(said["mean"]),
+                tuple(said["std"]),
+                said.get("crop_pct") or 1.0,
+                said.get("interpolation", "bicubic"),
+            )
         return Beside(config["architecture"], hidden, shown, preprocessing, notes)
     kind = KINDS.get(config.get("model_type", ""))
     if kind is None:

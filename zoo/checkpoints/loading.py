@@ -48,15 +48,18 @@ def load(
         "weights": None if state.chosen else weights,
         "param_dtype": model.param_dtype if "param_dtype" in overrides else None,
     }
-    layouts = registry.layouts(model)
+    layouts, adapt = registry.layouts(model), bool(options.pop("adapt", False))
+    free = {name for name in OF_THE_FILE - overrides.keys() if hasattr(model, name)}
     try:
-        variables, report = rules.convert_with_report(layouts, state, model, **options)
+        first = adapt and not free
+        variables, report = rules.convert_with_report(layouts, state, model, adapt=first, **options)
     except CheckpointMismatch as error:
-        if not error.settings or not error.settings.keys() <= OF_THE_FILE - overrides.keys():
+        chosen = {k: v for k, v in error.settings.items() if k in free}
+        if first or (not adapt and (not chosen or len(chosen) < len(error.settings))):
             raise
-        model = model.clone(**error.settings)
-        notes.append(", ".join(f"{k}={v!r}, as the file is" for k, v in error.settings.items()))
-        variables, report = rules.convert_with_report(layouts, state, model, **options)
+        model = model.clone(**chosen)
+        notes += [f"{name}={value!r}, as the file is." for name, value in chosen.items()]
+        variables, report = rules.convert_with_report(layouts, state, model, adapt=adapt, **options)
     report = dataclasses.replace(
         report,
         notes=(*notes, *state.notes, *report.notes),

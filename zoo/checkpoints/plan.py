@@ -117,7 +117,7 @@ def make_plan(
             if adapt:
                 fresh.append(path)
                 continue
-            remedies.append(f"fresh {path}")
+            remedies.append(f"start {path}")
         missing.append(path)
     if not (missing or unexpected or misshapen):
         return Plan(fit, fresh, dropped)
@@ -298,12 +298,14 @@ def _adapt_hint(remedies: Sequence[str], problems: int, second: bool) -> str:
     does = {
         "resize": "resize the tables that differ",
         "fresh": "start the head afresh",
+        "start": "start the head afresh",
         "drop": "drop the head",
     }
-    actions = [text for verb, text in does.items() if any(r.startswith(verb) for r in remedies)]
+    verbs = [verb for verb in does if any(r.startswith(verb) for r in remedies)]
+    actions = list(dict.fromkeys(does[verb] for verb in verbs))
     extent = "adapt=True would" if len(remedies) >= problems else "adapt=True would, in part,"
-    loses = "; the file's trained head would be lost" if any("head" in a for a in actions) else ""
-    loses = loses if second else ""
+    lost = second and {"fresh", "drop"} & set(verbs)
+    loses = "; the file's trained head would be lost" if lost else ""
     return f"{extent} {' and '.join(actions)}, as the official code does{loses}."
 
 

@@ -8,6 +8,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
+def check_pixels(model: nn.Module, pixels: Array, kind: str = "images") -> None:
+    """Raises ValueError for whole numbers: pixels that nobody has scaled and normalised."""
+    if not jnp.issubdtype(pixels.dtype, jnp.floating):
+        raise ValueError(
+            f"This {type(model).__name__} takes {kind} of floats as its authors normalise them, "
+            f"not {pixels.dtype}; divide by 255, subtract the mean and divide by the deviation "
+            "(zoo.data.transforms.published_transforms does it)."
+        )
+
+
 class ImageClassifier(nn.Module):
     """A model whose `features` map images to named arrays, `logits` among them.
 
@@ -63,12 +73,7 @@ class ImageClassifier(nn.Module):
 
         Whole numbers are pixels that nobody normalised; channels first is PyTorch's order.
         """
-        if not jnp.issubdtype(images.dtype, jnp.floating):
-            raise ValueError(
-                f"This {type(self).__name__} takes images of floats as its authors normalise them, "
-                f"not {images.dtype}; divide by 255, subtract the mean and divide by the deviation "
-                "(zoo.data.transforms.published_transforms does it)."
-            )
+        check_pixels(self, images)
         shape = images.shape
         if len(shape) == 4 and shape[3] != self.in_channels and shape[1] == self.in_channels:
             raise ValueError(

@@ -42,6 +42,7 @@ from jaxtyping import Array, Float
 
 from zoo.checkpoints.rules import Rule, Rules, conv_rules, dense_rules, linear, norm_rules
 from zoo.layers.block import ResidualBlock
+from zoo.layers.classifier import check_pixels
 from zoo.layers.hierarchy import PatchMerging, Stage
 from zoo.layers.mlp import Mlp
 from zoo.layers.norm import LayerNorm as _LayerNorm
@@ -152,6 +153,7 @@ class VideoSwin(nn.Module):
                 f"This model takes clips of shape (batch, frames, height, width, "
                 f"{self.in_channels}), not {clips.shape}."
             )
+        check_pixels(self, clips, "clips")
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         out = {}
         x = ClipEmbed(self.embed_dim, self.patch_size, name="embed", **types)(clips)

@@ -280,6 +280,7 @@ class SReT(ImageClassifier):
         self, images: Float[Array, "batch height width in_channels"], train: bool = False
     ) -> dict[str, Array]:
         """Every named map (see the table above): `stage1 ...` is the pyramid."""
+        self.check_images(images)
         size, channels = self.image_size, self.head_dim * self.num_heads[0]
         if images.shape[1:] != (*size, self.in_channels) or size[0] % 8 or size[1] % 8:
             raise ValueError(

@@ -440,6 +440,7 @@ class ViTAEv2VSA(ImageClassifier):
         self, images: Float[Array, "batch height width in_channels"], train: bool = False
     ) -> dict[str, Array]:
         """Every named map (see the table above): `stage1 ...` is the pyramid."""
+        self.check_images(images)
         size, stride = self.image_size, math.prod(self.ratios)
         if images.shape[1:] != (*size, self.in_channels) or size[0] % stride or size[1] % stride:
             raise ValueError(
