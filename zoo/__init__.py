@@ -13,7 +13,7 @@ Nothing here imports an architecture, Flax or a checkpoint reader before it is n
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from zoo import registry
 from zoo.registry import create, info, list_models
@@ -39,6 +39,34 @@ __all__ = [
 ]
 
 
+@overload
+def load(
+    name: "str | os.PathLike",
+    source: "str | os.PathLike | None" = None,
+    *,
+    adapt: bool = False,
+    sharding: Any = None,
+    rng: Any = None,
+    weights: str | None = None,
+    ignore: Sequence[str] = (),
+    rename: Mapping[str, str] | None = None,
+    return_report: Literal[False] = False,
+    **overrides: Any,
+) -> "tuple[nn.Module, dict]": ...
+@overload
+def load(
+    name: "str | os.PathLike",
+    source: "str | os.PathLike | None" = None,
+    *,
+    adapt: bool = False,
+    sharding: Any = None,
+    rng: Any = None,
+    weights: str | None = None,
+    ignore: Sequence[str] = (),
+    rename: Mapping[str, str] | None = None,
+    return_report: Literal[True],
+    **overrides: Any,
+) -> "tuple[nn.Module, dict, Report]": ...
 def load(
     name: "str | os.PathLike",
     source: "str | os.PathLike | None" = None,

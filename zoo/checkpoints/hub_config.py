@@ -130,7 +130,7 @@ def _rope(config: Config) -> dict[str, Any]:
     if theta is not None:
         fields["rope_theta"] = float(theta)
     kind = said.get("rope_type", said.get("type", "default"))
-    positions = config.get("max_position_embeddings", 2048)
+    positions: Any = config.get("max_position_embeddings", 2048)
     makers: dict[str, Callable[[], Any]] = {
         "default": lambda: None,
         "linear": lambda: rotary.Linear(said["factor"]),
@@ -439,7 +439,7 @@ def _pooling(folder: Path) -> tuple[str, tuple[str, ...]]:
 def _preprocessing(config: Config | None) -> Preprocessing | None:
     if not config or "image_mean" not in config or not config.get("do_normalize", True):
         return None
-    names = {0: "nearest", 2: "bilinear", 3: "bicubic"}
+    names: dict[Any, str] = {0: "nearest", 2: "bilinear", 3: "bicubic"}
     size, crop = config.get("size"), config.get("crop_size")
     edge = [_edge(size), _edge(crop)]
     ratio = edge[1] / edge[0] if all(edge) and config.get("do_center_crop") else 1.0

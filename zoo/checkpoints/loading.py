@@ -30,8 +30,9 @@ def load(
 ) -> tuple[nn.Module, dict, Report]:
     """See `zoo.load`; `options` are those of `zoo.checkpoints.rules.convert`."""
     named = source is not None
-    if not named:
-        name, source = os.fspath(name), name
+    name = os.fspath(name)
+    if source is None:
+        source = name
         if not Path(name).exists() and "/" not in name:
             registry.info(name)  # an unknown name is said to be one
             raise ValueError(f"zoo.load({name!r}, SOURCE) needs the file or folder of the weights.")
@@ -142,13 +143,13 @@ def _run(
     except CheckpointMismatch:
         if not options.get("adapt"):
             raise
-    from zoo.checkpoints.leaves import flat_leaves
+    from zoo.checkpoints.leaves import flat_leaves, model_leaves
 
     layouts = registry.layouts(model)
     state = flat_leaves(runs.load_variables(source, averaged=averaged))
     rule = next(iter(layouts.values()))
     own = rules.Rules(
-        [rules.Rule(path, path) for path in {*state, *rules.leaf_paths(model)}],
+        [rules.Rule(path, path) for path in {*state, *model_leaves(model).unrolled}],
         fresh=rule.fresh,
         resize=rule.resize,
     )

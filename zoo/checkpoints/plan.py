@@ -124,7 +124,8 @@ def make_plan(
 
     named = _official_names(missing, rules, leaves, incomplete, tensors)
     problems += len(missing) + len(unexpected)
-    hints, settings = [], {}
+    hints: list[str] = []
+    settings: Mapping[str, Any] = {}
     if used:
         said, settings = settings_that_fit(layouts, naming, model)
         hints += [said] if said else []

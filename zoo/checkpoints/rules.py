@@ -161,12 +161,12 @@ def convert_with_report(
     """
     tensors = {name: _tensor(value) for name, value in source.items()}
     _check_adapter(tensors, layouts, model)
-    tensors = renamed(tensors, rename or {})
+    tensors = dict(renamed(tensors, rename or {}))
     ignored = [name for name in tensors if matches(ignore, name)]
     leaves = model_leaves(model)
     naming = find(layouts, {n: t for n, t in tensors.items() if n not in ignored}, leaves, weights)
     plan = make_plan(layouts, naming, leaves, model, adapt)
-    rules, tensors = layouts[naming.layout], naming.tensors
+    rules, tensors = layouts[naming.layout], dict(naming.tensors)
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
     if param_dtype is None and getattr(model, "param_dtype", jnp.float32) != jnp.float32:
         param_dtype = model.param_dtype

@@ -31,7 +31,9 @@ def settings_that_fit(
     """
     from zoo.checkpoints.plan import problems_of
 
-    rules, changes, tried = layouts[naming.layout], {}, set()
+    rules = layouts[naming.layout]
+    changes: dict[str, Any] = {}
+    tried: set[Any] = set()
     start = left = problems_of(rules, naming.tensors, model_leaves(model))
     improved = True
     while improved and left and len(tried) < MOST_TRIALS:
@@ -117,9 +119,10 @@ def _candidates(
                 yield f, a // (b // v)
     counted = (_counts(rules, tensors), _counts(rules, leaves.unrolled, ours=True))
     for number in counted[0].keys() & counted[1].keys():
-        old, new = counted[0][number], counted[1][number]
-        if old != new:
-            yield from ((f, old) for f, v in fields.items() if v == new and v is not True)
+        theirs, ours = counted[0][number], counted[1][number]
+        if theirs != ours:
+            same = (f for f, held in fields.items() if held == ours and held is not True)
+            yield from ((f, theirs) for f in same)
     names = has.keys() ^ wants.keys()
     if names:
         yield from ((f, not v) for f, v in fields.items() if isinstance(v, bool))
@@ -146,7 +149,8 @@ def _differences(
     """Leaves whose shape differs (path, the file's, the model's); leaves of the file; of both."""
     from zoo.checkpoints.plan import fake
 
-    changes, has = [], {}
+    changes: list[tuple[str, tuple, tuple]] = []
+    has: dict[str, None] = {}
     for rule in rules.rules:
         for name in tensors:
             indices = rule.sources[0].match(name)
