@@ -100,6 +100,7 @@ def test_gathered_tokens_are_zeroed_ones_whose_keys_nobody_sees(name):
         np.testing.assert_allclose(y[visible], wanted[visible], atol=1e-5 * np.abs(wanted).max())
 
 
+@pytest.mark.slow
 def test_gradients_reach_scores_and_noise_is_drawn_in_training_only():
     model, inputs = graphs("gps_test")
     method = SparseTokens(0.5)
@@ -144,6 +145,7 @@ class _Only(gtsp.nn.Module):
         return gtsp.Attention(2, name="attention")(x)
 
 
+@pytest.mark.slow
 def test_layers_left_out_cost_nothing_and_dropping_is_by_node_in_training():
     model, inputs = graphs("gps_test", depth=2)
     variables = initialised(model, inputs)

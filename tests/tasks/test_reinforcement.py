@@ -109,6 +109,7 @@ def test_worlds_memories_and_rollouts_continue_bit_for_bit(played):
     assert np.any(np.asarray(now.memory) != np.asarray(before.memory))
 
 
+@pytest.mark.slow
 def test_the_first_update_begins_at_the_ratio_one(played):
     """The loss of the first update is that of plain policy gradients: the ratio is 1."""
     program, _, states = played
