@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -123,6 +124,10 @@ def test_an_orbax_directory_loads_again(capsys, tmp_path, published):
     model, variables = zoo.load("swin_test", out)
     for name, value in zoo.export(model, variables, "timm").items():
         np.testing.assert_array_equal(value, state[name])
+    _, adapted = zoo.load("swin_test", out, adapt=True, num_classes=7)
+    assert adapted["params"].pop("head")["kernel"].shape[-1] == 7
+    variables["params"].pop("head")
+    jax.tree.map(np.testing.assert_array_equal, adapted, variables)
 
 
 @pytest.mark.parametrize(
