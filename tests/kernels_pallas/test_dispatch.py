@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import kernels_pallas
+from kernels_pallas import aot, chips
 from kernels_pallas.spread import fitting
 
 
@@ -49,6 +50,14 @@ def test_recurrences_say_that_they_have_no_kernel():
         with pytest.raises(ValueError, match="'pallas_tpu': no kernel"):
             call = kernels_pallas.gated_linear_attention
             call(q, q, q, None, implementation="pallas_tpu", **more)
+
+
+@pytest.mark.skipif(not aot.can_compile_for_tpu(), reason="libtpu is not installed")
+def test_a_kernel_may_take_three_quarters_of_a_chips_vector_memory():
+    for chip, mib in {"v4": 12, "v5e": 96, "v5p": 48, "v7x": 48}.items():
+        with jax.set_mesh(aot.tpu_mesh(chip)):
+            assert chips.vmem_bytes() == mib << 20
+    assert chips.vmem_bytes() == 96 << 20  # a process without a TPU
 
 
 def test_a_kernel_that_cannot_run_the_call_says_so():
