@@ -575,6 +575,20 @@ def features(model: Any, images: np.ndarray) -> Callable[[dict], dict[str, jax.A
     )
 
 
+def masked(outputs: Outputs, keep: np.ndarray) -> dict[str, np.ndarray]:
+    """Those outputs that have a number for each token, with zeros at padding: `NAME_masked`.
+
+    Args:
+      outputs: `[batch, length, ...]`, and others.
+      keep: `[batch, length]`, False at padding.
+    """
+    return {
+        f"{name}_masked": np.where(keep.reshape(*keep.shape, *(1,) * (np.ndim(x) - 2)), x, 0)
+        for name, x in outputs.items()
+        if np.shape(x)[:2] == keep.shape
+    }
+
+
 def captured(model: Any, images: np.ndarray, name: str) -> Callable[[dict], tuple[dict, dict]]:
     """As `features`, with the outputs of all modules of this name and what the model sows."""
 

@@ -70,5 +70,5 @@ def build(case: golden.Case, base: str) -> tuple[Any, Callable[[dict], golden.Ou
     config.ignore("max_position_embeddings", "fuse_norm", "fuse_swiglu", "fuse_cross_entropy",
                   "fuse_linear_cross_entropy", "use_l2warp", "use_gk", "use_gv",
                   "use_output_norm", "transformers_version", *_text.IGNORED)  # fmt: skip
-    model = zoo.info(f"{base}_340m").create(**own)
+    model = _text.as_filed(case, zoo.info(f"{base}_340m").create(**own))
     return model, _text.run(case, model)

@@ -37,9 +37,17 @@ def run(case: golden.Case, model: Any) -> Callable[[dict], Mapping[str, Any]]:
         out["hidden_last"] = out["last_hidden_state"]
         out["embedding_sum"] = out["embed"]
         out["loss"] = loss(out["logits"], arguments)[None]
+        if "mask" in arguments:
+            out |= golden.masked(out, arguments["mask"] != 0)
         return {name: strided(case, name, x) for name, x in out.items()}
 
     return outputs
+
+
+def as_filed(case: golden.Case, model: Any) -> Any:
+    """The model, without a head of its own where the file has none (`LlamaModel` and its like)."""
+    headless = not any(name.endswith("lm_head.weight") for name in case.shapes)
+    return model.clone(tie_embeddings=True) if headless else model
 
 
 def inputs(case: golden.Case) -> dict[str, np.ndarray]:
@@ -70,5 +78,5 @@ def loss(logits: jax.Array, arguments: Mapping[str, np.ndarray]) -> jax.Array:
 def strided(case: golden.Case, name: str, x: jax.Array) -> jax.Array:
     """Every k-th channel, where the file says that it kept no more."""
     entries = case.config.entries
-    step = entries.get("logits_step" if name == "logits" else "hidden_step", 1)
+    step = entries.get("logits_step" if name.startswith("logits") else "hidden_step", 1)
     return x[..., ::step] if x.ndim == 3 and step > 1 else x

@@ -109,7 +109,7 @@ def run(case: golden.Case, model: Any) -> Callable[[dict], golden.Outputs]:
         heads = out["logits"] if head == "pretraining" else (out["logits"],)
         heads = heads if len(choices) == 1 else (heads[0].reshape(choices),)
         span = {"start_logits": heads[0][..., 0], "end_logits": heads[0][..., 1]}
-        return (
+        named = (
             {f"hidden_states_{i + 1}": out[f"layer{i}"] for i in range(model.depth)}
             | ({"pooler_output": out["pooled"]} if "pooled" in out else {})
             | (span if head == "span" else {})
@@ -118,7 +118,6 @@ def run(case: golden.Case, model: Any) -> Callable[[dict], golden.Outputs]:
                 "hidden_states_0": out["embeddings"],
                 "logits": heads[0],
                 "last_hidden_state": hidden,
-                "last_hidden_state_masked": hidden * keep[..., None],
                 "packed_hidden": hidden[keep],
                 "embeddings": embeddings,
                 "pair_cosine": np.sum(embeddings[::2] * embeddings[1::2], -1)
@@ -126,6 +125,7 @@ def run(case: golden.Case, model: Any) -> Callable[[dict], golden.Outputs]:
                 else np.zeros(0),
             }
         )
+        return named | golden.masked(named, keep)
 
     return outputs
 

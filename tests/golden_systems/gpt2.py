@@ -31,7 +31,7 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
             fields |= config.rename(**{ours: name})
     config.expect(add_cross_attention=False)
     config.ignore("reorder_and_upcast_attn", *_text.IGNORED)  # another order of the same numbers
-    model = zoo.create("gpt2", **fields)
+    model = _text.as_filed(case, zoo.create("gpt2", **fields))
     return model, _text.run(case, model)
 
 

@@ -13,7 +13,7 @@ from zoo.layers import rotary
 
 def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     """The language model."""
-    model = zoo.create("llama2_7b", **fields(case.config))
+    model = _text.as_filed(case, zoo.create("llama2_7b", **fields(case.config)))
     return model, _text.run(case, model)
 
 

@@ -12,7 +12,7 @@ import zoo
 
 def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     """The language model."""
-    model = create(case.config, "transformers" in case.source)
+    model = _text.as_filed(case, create(case.config, "transformers" in case.source))
     return model, _text.run(case, model)
 
 
@@ -62,5 +62,5 @@ def create(config: golden.Config, transformers: bool = True) -> Any:
 
 def made_by(case: golden.Case) -> bool:
     """Whether the header names the class, and no tree of tokens."""
-    named = re.search(r"Mamba2ForCausalLM|MambaLMHeadModel", case.source) is not None
+    named = re.search(r"Mamba2(ForCausalLM|Model)\b|MambaLMHeadModel", case.source) is not None
     return named and "parent" not in case.config.entries

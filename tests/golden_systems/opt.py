@@ -29,7 +29,7 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     )
     fields["final_norm"] = not config.take("_remove_final_layer_norm", False)
     config.ignore(*_text.IGNORED)
-    model = zoo.create("opt_125m", **fields)
+    model = _text.as_filed(case, zoo.create("opt_125m", **fields))
     return model, _text.run(case, model)
 
 
