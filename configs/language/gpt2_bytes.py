@@ -5,8 +5,8 @@
 
 0.6 million parameters, windows of 128 bytes; every tenth address is held out. At the end it prints
 bits per byte of the held-out windows, those of a 5-gram model that has counted all the training
-text, and a sample. About three minutes on two quiet CPU cores. The 5-gram model has 1.71 bits, which
-so small a network does not reach in this time: after 200 steps (--num-steps 200) it has 3.40.
+text, and a sample. About three minutes on two quiet CPU cores. The 5-gram model has 1.71 bits,
+which so small a network does not reach in this time: 200 steps (--num-steps 200) give 3.40.
 """
 
 from zoo.data import Data

@@ -324,22 +324,23 @@ def _qkv(model: Mamba2) -> tuple[int, int, int]:
     return model.embed_dim, shared, shared
 
 
-def _layout(embed: str, *, head: bool) -> Rules:
+def _layout(embed: str, *, head: bool, prefix: str = "backbone.") -> Rules:
     """Rules of one published naming.
 
     Args:
-      embed: name of the embedding within `backbone`.
+      embed: name of the embedding.
       head: whether the file repeats the embedding as `lm_head`.
+      prefix: of all names but the head's.
     """
-    theirs, ours = "backbone.layers.{i}", "layers_{i}"
+    theirs, ours = f"{prefix}layers.{{i}}", "layers_{i}"
     mixer, attention = f"{theirs}.mixer", f"{ours}/attention"
-    table = f"backbone.{embed}.weight"
+    table = f"{prefix}{embed}.weight"
     rules = [Rule("lm_head.weight", "head/kernel", linear)]
     if head:
         rules.append(Rule((table, "lm_head.weight"), "embed/embedding", tied))
     rules += [
         Rule(table, "embed/embedding"),
-        Rule("backbone.norm_f.weight", "norm/scale"),
+        Rule(f"{prefix}norm_f.weight", "norm/scale"),
         Rule(f"{theirs}.norm.weight", f"{ours}/norm1/scale"),
         Rule(f"{theirs}.norm2.weight", f"{ours}/norm2/scale"),
         *dense_rules(f"{mixer}.in_proj", f"{attention}/in_proj"),
@@ -374,6 +375,7 @@ LAYOUTS = {
     "official_torch": _layout("embedding", head=True),
     "huggingface": _layout("embeddings", head=False),
     "huggingface_torch": _layout("embeddings", head=True),
+    "trunk": _layout("embeddings", head=False, prefix=""),
 }
 
 _MIXER = r".*attention"
