@@ -20,6 +20,8 @@ from zoo.layers.stack import stack_layers
 from zoo.registry import SYSTEMS, file_of, system
 
 NAMES = zoo.list_models()
+SUMMED = {"decision_transformer_test": ("embed_ln.bias", "encoder.wpe.weight")}
+"""Tensors of a file that are added into one leaf, of which only the sum comes back."""
 QUICK = 15_000_000  # parameters whose bits are made and compared in a second
 
 
@@ -76,7 +78,7 @@ def round_trip(name: str, layout: str | None = None, **fields) -> None:
     layouts = system(model).layouts
     source = official(model, layout)
     rules = layouts[find(layouts, source, model_leaves(model)).layout]
-    derived = {n for n in source if matches(rules.derived, n)}
+    derived = {n for n in source if matches(rules.derived, n) or n in SUMMED.get(name, ())}
     variables = convert(layouts, source, model)
     assert_same_bits(export(layouts, variables, model, layout), source, derived)
 
