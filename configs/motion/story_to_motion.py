@@ -7,9 +7,10 @@ The motions are procedural: no set of motion capture with captions may be passed
 beside `line_joint_error` and `line_foot_sliding`, those of interpolating rotations along arcs and
 places along lines. `story.gif` in the run directory is a story from text to motion.
 
-What a transformer of transitions should reach is 70 % of the interpolation's error and half of its
-sliding. The only run that was measured, of 1,500 steps on gaits that changed more abruptly, did not:
-0.10 m against 0.09 m, 1.26 m/s against 0.72 m/s. The steps below are more; their figure is not known.
+What a transformer of transitions should reach is 70 % of the interpolation's error and half of
+its sliding. The only run that was measured, of 1,500 steps on gaits that changed more abruptly, did
+not: 0.10 m against 0.09 m, 1.26 m/s against 0.72 m/s. The steps below are more; their figure is not
+known.
 """
 
 from zoo.data import Data
