@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from model_helpers import assert_trees_close, feature_shapes, filled
 
 import zoo
 from zoo.inference import Euler, Flow, sample
+from zoo.methods import Int8
 from zoo.models.video.magic_1_for_1 import extend, rotate, rotations
 
 
@@ -155,3 +157,19 @@ def test_what_cannot_be_built_is_said_in_a_sentence(small):
     for broken, x, message in cases:
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(broken.init, jax.random.key(0), **x)
+
+
+def test_whole_numbers_for_weights_change_little_and_take_a_quarter(small):
+    model, variables = small
+    method = Int8(activations=None)
+    given = inputs(model)
+    adapted = method.adapt(model, variables, jax.random.key(1), [])
+    wanted, got = (run(m, v, given) for m, v in ((model, variables), (method.wrap(model), adapted)))
+    assert 0 < np.abs(got - wanted).max() < 0.02 * np.abs(wanted).max()
+    before, after = (flatten_dict(v["params"]) for v in (variables, adapted))
+    whole = {path for path, leaf in after.items() if leaf.dtype == jnp.int8}
+    blocks = {
+        path for path in before if path[-1] == "kernel" and path[0].startswith(("double", "single"))
+    }
+    assert blocks and blocks <= whole
+    assert all(4 * after[path].nbytes == before[path].nbytes for path in blocks)
