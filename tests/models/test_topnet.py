@@ -5,8 +5,11 @@ import pytest
 from model_helpers import documented_shapes, feature_shapes
 
 import zoo
+from zoo.data.compositions import Compositions
+from zoo.evaluators import placements
 from zoo.models.imaging import topnet
 from zoo.models.imaging.topnet import best_boxes, near, sparse_contrastive_loss
+from zoo.tasks import ObjectPlacement
 
 
 def test_shapes_are_those_of_the_docstring():
@@ -85,3 +88,44 @@ def test_scales_grow_by_a_constant_factor(count):
     sides = topnet.box_scales(count)
     np.testing.assert_allclose(np.diff(np.log(sides), 2), 0, atol=1e-12)
     assert sides[0] == pytest.approx(0.1) and sides[-1] <= 0.9 + 1e-9
+
+
+def test_a_box_is_right_at_the_known_scale_near_the_known_place():
+    task = ObjectPlacement(boxes=2)
+    box = jnp.array([[1, 3, 4]])
+    x = jnp.full((1, 3, 12, 12), 1.5).at[0, 1, 4, 5].set(-1.0).at[0, 2, 9, 9].set(-2.0)
+    metrics = task.measure(None, x, {"box": box}, False)
+    assert metrics["top1"].compute() == 0 and metrics["top2"].compute() == 1
+    np.testing.assert_allclose(
+        metrics["loss"].compute(), sparse_contrastive_loss(x, box).mean(), rtol=1e-6
+    )
+    assert set(task.measure(None, x, {"box": box}, True)) == {"loss"}
+
+
+def test_boxes_outside_the_heat_map_are_refused():
+    model = zoo.create("topnet_test")
+    batch = {name: np.zeros(x.shape, "f") for name, x in model.example_inputs().items()}
+    heat_map = jax.ShapeDtypeStruct((1, 3, 4, 4), jnp.float32)
+    for box in ([[0, 1, 3]], [[3, 0, 0]], [[0, -1, 0]], [[0, 1]]):
+        given = {**batch, "box": np.array(box)}
+        if box == [[0, 1, 3]]:
+            ObjectPlacement().check(model, given, {"heat_map": heat_map})
+            continue
+        with pytest.raises(ValueError, match="scale, row and column of a cell of the heat map"):
+            ObjectPlacement().check(model, given, {"heat_map": heat_map})
+
+
+def test_a_composition_has_a_square_of_the_objects_colour_in_its_box():
+    data = Compositions(20, cells=32)
+    for example in (data[i] for i in range(20)):
+        scale, row, column = example["box"]
+        colour = example["object_image"].reshape(-1, 3).max(0)
+        np.testing.assert_allclose(example["background"][row, column], colour, atol=1e-6)
+        found = (np.abs(example["background"] - colour) < 1e-6).all(-1)
+        assert found.sum() == data.sides()[scale] ** 2
+        placed = placements.place(
+            example["background"], example["object_image"], example["box"], data.sides()[scale],
+            (32, 32),
+        )  # fmt: skip
+        changed = (placed != example["background"]).any(-1)
+        assert (changed & ~found).sum() <= 2 * data.sides()[scale]  # within half a cell

@@ -9,8 +9,8 @@ from zoo.data.sources import Digits
 
 
 @functools.cache
-def _shapes(split: str) -> np.ndarray:
-    """Digits enlarged to 16x16, float32 in [0, 1]."""
+def digit_shapes(split: str) -> np.ndarray:
+    """Digits enlarged to `[count, 16, 16]`, float32 in [0, 1]."""
     digits = Digits(split)
     small = np.stack([digits[i]["image"] for i in range(len(digits))]).reshape(-1, 8, 8)
     return small.repeat(2, 1).repeat(2, 2).astype("f") / 255
@@ -44,7 +44,7 @@ class MovingDigits:
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng((self.seed, index))
-        shapes, room = _shapes(self.split), self.size - 16
+        shapes, room = digit_shapes(self.split), self.size - 16
         clip = np.zeros((2 * self.frames, self.size, self.size, 1), "f")
         for _ in range(self.digits):
             shape = shapes[rng.integers(len(shapes))]

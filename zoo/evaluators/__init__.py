@@ -10,6 +10,7 @@ from zoo.evaluators.learning_curves import LearningCurves
 from zoo.evaluators.modes import ModesFound
 from zoo.evaluators.molecules import AttentionOnMolecules
 from zoo.evaluators.pictures import ForecastClips, RestoredImages, SampledClips
+from zoo.evaluators.placements import PlacedObjects
 from zoo.evaluators.stories import PlayedStory
 from zoo.evaluators.texts import ByteTexts
 
@@ -25,6 +26,7 @@ __all__ = [
     "ForecastPlots",
     "LearningCurves",
     "ModesFound",
+    "PlacedObjects",
     "PlayedStory",
     "RestoredImages",
     "SampledClips",

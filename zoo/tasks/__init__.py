@@ -14,6 +14,7 @@ from zoo.tasks.layer_distillation import LayerDistillation
 from zoo.tasks.masked_language_modelling import MaskedLanguageModelling
 from zoo.tasks.metrics import Mean
 from zoo.tasks.motion_completion import MotionCompletion
+from zoo.tasks.object_placement import ObjectPlacement
 from zoo.tasks.refinement import Refinement
 from zoo.tasks.regression import Regression
 from zoo.tasks.reinforcement import Reinforcement
@@ -39,6 +40,7 @@ __all__ = [
     "Mean",
     "MotionCompletion",
     "Networks",
+    "ObjectPlacement",
     "OneNetwork",
     "Phase",
     "Refinement",

@@ -91,7 +91,11 @@ OBJECTIVES: Mapping[str, Objective] = {
     ),
     "gan": Objective(
         "images that pass for real ones", "StyleSwin", "zoo.tasks:Adversarial",
-        ("image_generation", "object_placement"), True, "configs/imaging/gan_ring.py",
+        ("image_generation",), True, "configs/imaging/gan_ring.py",
+    ),
+    "placement": Objective(
+        "where an object belongs", "TopNet", "zoo.tasks:ObjectPlacement", ("object_placement",),
+        True, "configs/imaging/topnet_compositions.py",
     ),
     "restoration": Objective(
         "a sharp image from a small one", "HAT", "zoo.tasks:ImageRestoration",
