@@ -166,7 +166,7 @@ def test_the_bound_trains_the_variance_alone():
 
     def part(name):
         def value(v):
-            losses, _ = task._losses(model, v, {"latents": clips}, jax.random.key(2), None)
+            losses, _ = task.losses(model, v, {"latents": clips}, jax.random.key(2), None)
             return losses[name].compute()
 
         head = jax.grad(value)(variables)["params"]["head"]["bias"]

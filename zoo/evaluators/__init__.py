@@ -7,7 +7,7 @@ from zoo.evaluators.evaluator import Evaluator
 from zoo.evaluators.forecasts import ForecastPlots
 from zoo.evaluators.intervals import ConformalIntervals
 from zoo.evaluators.learning_curves import LearningCurves
-from zoo.evaluators.modes import ModesFound
+from zoo.evaluators.modes import ModesFound, SampledPoints
 from zoo.evaluators.molecules import AttentionOnMolecules
 from zoo.evaluators.pictures import ForecastClips, RestoredImages, SampledClips
 from zoo.evaluators.placements import PlacedObjects
@@ -30,4 +30,5 @@ __all__ = [
     "PlayedStory",
     "RestoredImages",
     "SampledClips",
+    "SampledPoints",
 ]

@@ -1,4 +1,4 @@
-"""How many modes of a known mixture a generator finds."""
+"""How many modes of a known mixture a generator finds, and how far its samples are from it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,6 +37,49 @@ class ModesFound(Evaluator):
         found = modes_found(samples, data.eval.centres(), data.eval.spread)
         _draw(folder / "modes.png", truth, samples)
         return found
+
+
+@dataclass(frozen=True)
+class SampledPoints(Evaluator):
+    """`distance`: sliced Wasserstein between sampled `latents` of the plane and held-out ones.
+
+    Of a student, `teacher_distance` too. Draws both and the truth into `samples.png`.
+
+    Attributes:
+      every: steps between measurements; 0 is at the end only.
+    """
+
+    every: int = 0
+
+    def run(
+        self, program: Any, variables: Mapping[str, Any], data: Any, folder: Path
+    ) -> dict[str, float]:
+        """The distances, over as many samples as there are held-out examples."""
+        truth, said = [], []
+        for batch, given in predictions(program, variables, data):
+            truth.append(batch["latents"])
+            said.append(given)
+        truth = np.concatenate(truth)
+        names = {"samples": "distance", "teacher_samples": "teacher_distance"}
+        samples = {n: np.concatenate([s[n] for s in said]) for n in names if n in said[0]}
+        _draw(folder / "samples.png", truth, samples["samples"])
+        return {names[n]: sliced_wasserstein(truth, x) for n, x in samples.items()}
+
+
+def sliced_wasserstein(
+    first: Float[np.ndarray, "count dims"], second: Float[np.ndarray, "count dims"], count: int = 64
+) -> float:
+    """The mean distance of sorted projections, over fixed random directions (Bonneel et al., 2015).
+
+    Raises:
+      ValueError: if there are more points of one than of the other.
+    """
+    if first.shape != second.shape:
+        raise ValueError(f"Both sets need as many points: {first.shape} is not {second.shape}.")
+    directions = np.random.default_rng(0).standard_normal((first.shape[1], count))
+    directions /= np.linalg.norm(directions, axis=0)
+    apart = np.sort(first @ directions, 0) - np.sort(second @ directions, 0)
+    return float(np.sqrt((apart**2).mean(0)).mean())
 
 
 def modes_found(

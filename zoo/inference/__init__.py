@@ -9,6 +9,7 @@ from zoo.inference.diffusion import (
     Euler,
     Flow,
     Guidance,
+    Renoise,
     sample,
 )
 from zoo.inference.generate import generate
@@ -35,6 +36,7 @@ __all__ = [
     "Euler",
     "Flow",
     "Guidance",
+    "Renoise",
     "RepetitionPenalty",
     "Sampler",
     "Temperature",

@@ -12,8 +12,8 @@ next. What the network predicts is one of
     flow        noise - x0, where alpha = 1 - sigma (rectified flow)
 
 Solvers: DDPM (Ho et al., arXiv 2006.11239, with the learned variance of arXiv 2102.09672), DDIM
-(arXiv 2010.02502), DPM-Solver++ 2M (arXiv 2211.01095) and Euler's method for flows. Everything is a
-pure function and runs under `jit`; channels are last.
+(arXiv 2010.02502), DPM-Solver++ 2M (arXiv 2211.01095), Euler's method for flows, and `Renoise` for
+students of few steps. Everything is a pure function and runs under `jit`; channels are last.
 """
 
 import math
@@ -421,6 +421,30 @@ class Euler:
             x0 = clean(self.prediction, velocity, x, t)
             velocity = noise_in(x0, x, t) - x0
         return state, x + (_like(t_next, x).sigma - _like(t, x).sigma) * velocity
+
+
+@dataclass(frozen=True)
+class Renoise:
+    """Down to the clean sample, then up to the next level with fresh noise.
+
+    How consistency models (arXiv 2303.01469, algorithm 1) and few-step students (DMD2, arXiv
+    2405.14867) are sampled: every prediction is aimed at the data, not at a path.
+    """
+
+    prediction: str = "flow"
+    clip: float | None = None
+
+    def init(self, x: Array) -> tuple[()]:
+        """Nothing."""
+        return ()
+
+    def step(
+        self, state: tuple[()], x: Array, t: Level, t_next: Level, prediction: Array,
+        rng: PRNGKeyArray,
+    ) -> tuple[tuple[()], Array]:  # fmt: skip
+        """The clean sample with the noise of the next level."""
+        x0 = _clipped(clean(self.prediction, prediction[..., : x.shape[-1]], x, t), self.clip)
+        return state, add_noise(x0, jax.random.normal(rng, x.shape, x.dtype), t_next)
 
 
 def _clipped(x0: Array, limit: float | None) -> Array:

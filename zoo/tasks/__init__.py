@@ -19,6 +19,7 @@ from zoo.tasks.refinement import Refinement
 from zoo.tasks.regression import Regression
 from zoo.tasks.reinforcement import Reinforcement
 from zoo.tasks.sparsification import Sparsified
+from zoo.tasks.step_distillation import GuidanceDistillation, StepDistillation
 from zoo.tasks.task import Aux, Networks, OneNetwork, Phase, Task
 from zoo.tasks.video_prediction import VideoPrediction
 
@@ -31,6 +32,7 @@ __all__ = [
     "Denoising",
     "Distillation",
     "Forecasting",
+    "GuidanceDistillation",
     "ImageRestoration",
     "Imputation",
     "InContext",
@@ -47,6 +49,7 @@ __all__ = [
     "Regression",
     "Reinforcement",
     "Sparsified",
+    "StepDistillation",
     "Task",
     "VideoPrediction",
 ]

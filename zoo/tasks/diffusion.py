@@ -9,6 +9,9 @@ step is; it learns from the variational bound, which leaves the mean alone (arXi
 
 With a `mask` in the batch (1 where a sample is to be made, 0 where it is given) the network sees
 the clean sample where it is given, and only what is to be made counts (VDT's mask modelling).
+
+For classifier-free guidance (arXiv 2207.12598) some examples see zeros in place of their conditions
+in training; samples then follow `u + guidance (c - u)`, u without and c with the conditions.
 """
 
 from collections.abc import Mapping
@@ -26,7 +29,9 @@ from zoo.inference.diffusion import (
     Diffusion,
     Euler,
     Flow,
+    Guidance,
     Level,
+    Predict,
     Solver,
     add_noise,
     sample,
@@ -51,6 +56,9 @@ class Denoising(Task):
       betas: of a schedule that is no flow: "linear" or "cosine".
       sampling_steps: of `predict`, by DDIM or, for a flow, Euler's method.
       shift: of a flow's schedule in sampling.
+      conditions: inputs of the network that guidance leaves out; their zeros must mean "none".
+      dropped: part of the examples that see none of them in training.
+      guidance: scale of classifier-free guidance in `predict`; 1 is none.
     """
 
     prediction: Literal["noise", "velocity", "clean", "flow"] = "noise"
@@ -58,6 +66,17 @@ class Denoising(Task):
     betas: Literal["linear", "cosine"] = "linear"
     sampling_steps: int = 50
     shift: float = 1.0
+    conditions: tuple[str, ...] = ()
+    dropped: float = 0.0
+    guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse guidance that leaves nothing out."""
+        if (self.dropped or self.guidance != 1.0) and not self.conditions:
+            raise ValueError(
+                f"dropped={self.dropped} and guidance={self.guidance} ask for conditions to leave "
+                "out; name inputs of the network, such as conditions=('text',)."
+            )
 
     def loss(
         self,
@@ -70,27 +89,46 @@ class Denoising(Task):
     ) -> tuple[Float[Array, ""], Aux]:
         """The mean over examples, each at a level of its own."""
         rng, drop = jax.random.split(rng)
-        metrics, collections = self._losses(networks, variables, batch, rng, drop)
+        metrics, collections = self.losses(networks, variables, batch, rng, drop)
         return metrics["loss"].compute(), Aux(metrics, collections)
 
     def metrics(self, networks: nn.Module, variables: Variables, batch: Batch) -> dict[str, Mean]:
         """The losses of held-out examples at levels of a fixed key, and of predicting zeros."""
-        return self._losses(networks, variables, batch, jax.random.key(0), None)[0]
+        return self.losses(networks, variables, batch, jax.random.key(0), None)[0]
 
     def predict(
         self, networks: nn.Module, variables: Variables, batch: Batch
     ) -> dict[str, Float[Array, "batch ..."]]:
         """Samples under the batch's conditions, from noise of a fixed key."""
-        x0 = batch["latents"]
+        shape = batch["latents"].shape
+        solver: Solver = Euler() if self.prediction == "flow" else DDIM(self.prediction)
+        x = sample(self.guided(networks, variables, batch), shape, solver=solver,
+                   schedule=self.schedule(self.sampling_steps), rng=jax.random.key(0))  # fmt: skip
+        return {"samples": self.seen(x, batch)}
+
+    def answer(
+        self, network: nn.Module, variables: Variables, batch: Batch, x: Array, times: Array,
+        drop: Array | None = None,
+    ) -> tuple[Array, Mapping[str, Any]]:  # fmt: skip
+        """What a network says of noisy samples under the batch's conditions.
+
+        With a key it is in training, and its changed collections come too.
+        """
+        inputs = {**batch, "latents": self.seen(x, batch), "times": times}
+        out, collections = apply_model(network, variables, inputs, drop, drop is not None)
+        return out.astype(jnp.float32), collections
+
+    def guided(self, network: nn.Module, variables: Variables, batch: Batch) -> Predict:
+        """The network under the batch's conditions, with guidance, for `sample`."""
 
         def predict(x: Array, times: Array) -> Array:
-            seen = {**batch, "latents": self._seen(x0, x, batch), "times": times}
-            return apply_model(networks, variables, seen, None, False)[0]
+            return self.answer(network, variables, batch, x, times)[0]
 
-        solver: Solver = Euler() if self.prediction == "flow" else DDIM(self.prediction)
-        x = sample(predict, x0.shape, schedule=self.schedule(self.sampling_steps), solver=solver,
-                   rng=jax.random.key(0))  # fmt: skip
-        return {"samples": self._seen(x0, x, batch)}
+        def unconditional(x: Array, times: Array) -> Array:
+            none = self._without(batch, jnp.ones(len(x), bool))
+            return self.answer(network, variables, none, x, times)[0]
+
+        return Guidance(self.guidance, unconditional).guide(predict)
 
     def schedule(self, steps: int) -> Diffusion | Flow:
         """The schedule for sampling in so many steps."""
@@ -98,7 +136,7 @@ class Denoising(Task):
             return Flow(steps, self.shift)
         return Diffusion(self.steps, self.betas, None if steps == self.steps else steps)
 
-    def _levels(self, rng: PRNGKeyArray, count: int) -> tuple[Level, Level | None]:
+    def levels(self, rng: PRNGKeyArray, count: int) -> tuple[Level, Level | None]:
         """A level for each example, and for a discrete schedule the next cleaner one."""
         if self.prediction == "flow":  # logit-normal, as rectified flows are trained
             sigma = jax.nn.sigmoid(jax.random.normal(rng, (count,)))
@@ -107,17 +145,21 @@ class Denoising(Task):
         schedule = self.schedule(self.steps)
         return schedule.at(jax.random.randint(rng, (count,), 0, self.steps))
 
-    def _losses(
+    def losses(
         self, network: nn.Module, variables: Variables, batch: Batch, rng: Array, drop: Array | None
     ) -> tuple[dict[str, Mean], Mapping[str, Any]]:
+        """Metrics, `loss` among them, and collections; in training if there is a key to drop by."""
         x0, valid = batch["latents"], batch.get("valid")
         level_rng, noise_rng = jax.random.split(rng)
         noise = jax.random.normal(noise_rng, x0.shape)
-        level, cleaner = self._levels(level_rng, len(x0))
+        level, cleaner = self.levels(level_rng, len(x0))
         x = add_noise(x0, noise, level)
-        seen = {**batch, "latents": self._seen(x0, x, batch), "times": level.time}
-        out, collections = apply_model(network, variables, seen, drop, drop is not None)
-        out, channels = out.astype(jnp.float32), x.shape[-1]
+        seen = batch
+        if self.dropped and drop is not None:
+            key = jax.random.fold_in(drop, 2)
+            seen = self._without(batch, jax.random.bernoulli(key, self.dropped, (len(x0),)))
+        out, collections = self.answer(network, variables, seen, x, level.time, drop)
+        channels = x.shape[-1]
         wanted = target(self.prediction, x0, noise, level)
         weight = batch["mask"][..., None] if "mask" in batch else jnp.ones_like(x[..., :1])
         axes = tuple(range(1, x.ndim))
@@ -138,9 +180,23 @@ class Denoising(Task):
         metrics["loss"] = Mean.of(error, valid)
         return metrics, collections
 
-    def _seen(self, x0: Array, x: Array, batch: Batch) -> Array:
-        """Clean where the mask is 0, noisy elsewhere."""
+    def seen(self, x: Array, batch: Batch) -> Array:
+        """The batch's latents where its mask is 0, `x` elsewhere."""
         if "mask" not in batch:
             return x
         mask = batch["mask"][..., None]
-        return x0 * (1 - mask) + x * mask
+        return batch["latents"] * (1 - mask) + x * mask
+
+    def _without(self, batch: Batch, rows: Array) -> Batch:
+        """The batch with zeros for the conditions of these rows."""
+        missing = [name for name in self.conditions if name not in batch]
+        if missing:
+            raise ValueError(
+                f"Guidance leaves out {', '.join(missing)}, but the batch has only "
+                f"{', '.join(batch)}; name its conditions."
+            )
+
+        def zeroed(x: Array) -> Array:
+            return jnp.where(rows.reshape(-1, *[1] * (x.ndim - 1)), jnp.zeros_like(x), x)
+
+        return {**batch, **{name: zeroed(batch[name]) for name in self.conditions}}
