@@ -159,6 +159,7 @@ def test_what_cannot_be_built_is_said_in_a_sentence(small):
             jax.eval_shape(broken.init, jax.random.key(0), **x)
 
 
+@pytest.mark.slow
 def test_whole_numbers_for_weights_change_little_and_take_a_quarter(small):
     model, variables = small
     method = Int8(activations=None)

@@ -113,7 +113,7 @@ def test_guidance_needs_conditions_that_the_batch_has():
         Denoising(guidance=2.0)
     task = Denoising("clean", conditions=("text",), guidance=2.0)
     with pytest.raises(ValueError, match="leaves out text, but the batch has only latents"):
-        task.predict(Point(), {"params": {}}, BATCH)
+        task.predict(Point(), {"params": variables(x=[0.0, 0.0])["params"]["x"]}, BATCH)
 
 
 def test_dropped_examples_see_zeros_in_training_alone():
