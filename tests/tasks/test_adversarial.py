@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from zoo.evaluators.pictures import frechet_distance
 from zoo.layers.dense import Dense
 from zoo.models.imaging.styleswin import ScaledConv
 from zoo.tasks import Adversarial
@@ -39,11 +40,12 @@ BATCH = {"points": jnp.arange(8.0).reshape(4, 2), "valid": jnp.ones(4, bool)}
 
 @pytest.fixture(scope="module")
 def variables():
-    return Adversarial().init(NETWORKS, jax.random.key(0))
+    return jax.jit(lambda key: Adversarial().init(NETWORKS, key))(jax.random.key(0))
 
 
 def loss(task, variables, phase):
-    return task.loss(NETWORKS, variables, {}, BATCH, jax.random.key(1), phase)
+    run = jax.jit(lambda v: task.loss(NETWORKS, v, {}, BATCH, jax.random.key(1), phase))
+    return run(variables)
 
 
 @pytest.mark.parametrize("phase, calls", [("discriminator", 2), ("generator", 1)])
@@ -81,3 +83,12 @@ def test_no_gradient_goes_through_what_is_kept(variables):
     gradient = jax.grad(value)(variables["params"])
     assert all(not x.any() for x in jax.tree.leaves(gradient["generator"]))
     assert any(x.any() for x in jax.tree.leaves(gradient["discriminator"]))
+
+
+def test_the_distance_of_images_is_that_of_their_means_and_covariances():
+    points = np.random.default_rng(0).standard_normal((500, 2, 3))
+    assert abs(frechet_distance(points, points[::-1], 6)) < 1e-9
+    np.testing.assert_allclose(frechet_distance(points, points + 2.0, 6), 6 * 4.0, rtol=1e-9)
+    wider = points.mean(0) + 3 * (points - points.mean(0))
+    spread = points.reshape(500, 6).var(0, ddof=1).sum()
+    np.testing.assert_allclose(frechet_distance(points, wider, 6), (3 - 1) ** 2 * spread, rtol=1e-9)

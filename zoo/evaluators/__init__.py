@@ -9,7 +9,7 @@ from zoo.evaluators.intervals import ConformalIntervals
 from zoo.evaluators.learning_curves import LearningCurves
 from zoo.evaluators.modes import ModesFound, SampledPoints
 from zoo.evaluators.molecules import AttentionOnMolecules
-from zoo.evaluators.pictures import ForecastClips, RestoredImages, SampledClips
+from zoo.evaluators.pictures import ForecastClips, RestoredImages, SampledClips, SampledImages
 from zoo.evaluators.placements import PlacedObjects
 from zoo.evaluators.stories import PlayedStory
 from zoo.evaluators.texts import ByteTexts
@@ -30,5 +30,6 @@ __all__ = [
     "PlayedStory",
     "RestoredImages",
     "SampledClips",
+    "SampledImages",
     "SampledPoints",
 ]

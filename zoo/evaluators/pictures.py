@@ -1,4 +1,4 @@
-"""Pictures and clips for the eye: restored images beside the truth, forecast frames as a GIF."""
+"""Pictures and clips for the eye: restored and generated images, forecast frames as a GIF."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from zoo.evaluators.evaluator import Evaluator, some_examples
+from zoo.evaluators.evaluator import Evaluator, predictions, some_examples
 
 
 def grid(
@@ -120,3 +120,56 @@ class SampledClips(Evaluator):
             "sample_mse": float(((said - truth) ** 2 * mask).sum() / mask.sum()),
             "last_frame_mse": float(((repeated - truth) ** 2 * mask).sum() / mask.sum()),
         }
+
+
+@dataclass(frozen=True)
+class SampledImages(Evaluator):
+    """`samples.png`: generated images below real ones; and how far apart both sets are.
+
+    The distance is Fréchet's, as in FID (Heusel et al., arXiv 1706.08500), but of the first
+    principal components of the real images in place of a network's features: it compares with the
+    distance of real training images, not with published figures.
+
+    Attributes:
+      every: steps between pictures; 0 is at the end only.
+      rows: of images of each kind, 16 in each.
+      components: how many are compared.
+    """
+
+    every: int = 0
+    rows: int = 3
+    components: int = 32
+
+    def run(
+        self, program: Any, variables: Mapping[str, Any], data: Any, folder: Path
+    ) -> dict[str, float]:
+        """`distance` of generated images, `train_distance` of as many from the training set."""
+        real, made = [], []
+        for batch, said in predictions(program, variables, data):
+            real.append(batch["images"])
+            made.append(said["examples"])
+        real, made = np.concatenate(real), np.concatenate(made)
+        seen = [data.train[i]["images"] for i in range(min(len(real), len(data.train)))]
+        lines = [(x[16 * i : 16 * (i + 1)] + 1) / 2 for x in (real, made) for i in range(self.rows)]
+        enlarged(grid(lines), 3).save(folder / "samples.png")
+        return {
+            "distance": frechet_distance(real, made, self.components),
+            "train_distance": frechet_distance(real, np.stack(seen), self.components),
+        }
+
+
+def frechet_distance(
+    real: Float[np.ndarray, "count ..."], other: Float[np.ndarray, "others ..."], components: int
+) -> float:
+    """Between normal distributions like both sets', in the first principal components of `real`.
+
+    `|m - m'|^2 + tr(C + C' - 2 (C C')^(1/2))`; the trace of the root is the sum of the roots of
+    the eigenvalues.
+    """
+    real, other = (np.reshape(x, (len(x), -1)).astype(np.float64) for x in (real, other))
+    _, _, axes = np.linalg.svd(real - real.mean(0), full_matrices=False)
+    real, other = (x @ axes[:components].T for x in (real, other))
+    means = ((real.mean(0) - other.mean(0)) ** 2).sum()
+    first, second = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (real, other))
+    roots = np.sqrt(np.maximum(np.linalg.eigvals(first @ second).real, 0.0))
+    return float(means + np.trace(first) + np.trace(second) - 2 * roots.sum())
