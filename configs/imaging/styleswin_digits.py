@@ -17,7 +17,7 @@ from zoo.evaluators import SampledImages
 from zoo.tasks import Adversarial
 from zoo.training import Checkpointing, Model, Optimizer, TrainConfig
 
-STEPS, STYLE = 1500, 64
+STEPS, STYLE = 1000, 32
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Pictures:
 
 def get_config() -> TrainConfig:
     """The configuration."""
-    size = {"size": 16, "base_channels": 64}
-    generator = {"style_dim": STYLE, "mapping_layers": 4, "mlp_ratio": 2.0, **size}
+    size = {"size": 16, "base_channels": 32}
+    generator = {"style_dim": STYLE, "mapping_layers": 2, "mlp_ratio": 2.0, **size}
     adam = {"name": "adam", "b1": 0.0, "b2": 0.99, "schedule": "constant"}
     return TrainConfig(
         model={
@@ -48,7 +48,7 @@ def get_config() -> TrainConfig:
             "discriminator": Model("StyleSwin_D_256", size),
         },
         task=Adversarial(r1=1.0),
-        data=Data(train=Pictures("train"), eval=Pictures("test"), batch_size=32,
+        data=Data(train=Pictures("train"), eval=Pictures("test"), batch_size=16,
                   eval_batch_size=180),
         optimizer={
             "generator": Optimizer(learning_rate=5e-4, **adam),

@@ -106,6 +106,7 @@ def test_boxes_outside_the_heat_map_are_refused():
     model = zoo.create("topnet_test")
     batch = {name: np.zeros(x.shape, "f") for name, x in model.example_inputs().items()}
     heat_map = jax.ShapeDtypeStruct((1, 3, 4, 4), jnp.float32)
+    ObjectPlacement().check(model, {**batch, "box": np.array([[9, 9, 9]])}, {})
     for box in ([[0, 1, 3]], [[3, 0, 0]], [[0, -1, 0]], [[0, 1]]):
         given = {**batch, "box": np.array(box)}
         if box == [[0, 1, 3]]:

@@ -53,6 +53,8 @@ class ObjectPlacement(OneNetwork):
           ValueError: one sentence that names what does not fit.
         """
         super().check(networks, batch, outputs)
+        if "heat_map" not in outputs:  # its shape is not known yet
+            return
         box, shape = np.asarray(batch["box"]), tuple(outputs["heat_map"].shape[1:])
         if box.ndim != 2 or box.shape[1] != 3 or (box < 0).any() or (box >= shape).any():
             raise ValueError(
