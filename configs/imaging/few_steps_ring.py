@@ -4,8 +4,9 @@
     python train.py configs/imaging/few_steps_ring.py
 
 Student, teacher and the network that watches the student all begin as the trained flow; the teacher
-stays as it is. See `distance` beside `teacher_distance` in the table (sliced Wasserstein from
-held-out points), and `samples.png` in the run directory.
+stays as it is. 1,500 steps, three minutes on two busy CPU cores; measured: all eight corners, at a
+`distance` of 0.048 from held-out points where the teacher's fifty steps reach 0.012 (sliced
+Wasserstein; the student's clusters are too narrow). See `samples.png` in the run directory.
 """
 
 from dataclasses import replace
@@ -15,7 +16,7 @@ from zoo.tasks import StepDistillation
 from zoo.training import Optimizer, TrainConfig
 from zoo.training.config import load_file
 
-STEPS = 600
+STEPS = 1500
 
 
 def get_config() -> TrainConfig:
@@ -31,5 +32,5 @@ def get_config() -> TrainConfig:
         num_steps=STEPS,
         eval_every=STEPS,
         log_every=50,
-        ema_decay=0.99,
+        ema_decay=0.995,
     )
