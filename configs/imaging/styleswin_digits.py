@@ -17,7 +17,7 @@ from zoo.evaluators import SampledImages
 from zoo.tasks import Adversarial
 from zoo.training import Checkpointing, Model, Optimizer, TrainConfig
 
-STEPS, STYLE = 1000, 32
+STEPS, STYLE = 600, 32
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from zoo.evaluators import PlacedObjects
 from zoo.tasks import ObjectPlacement
 from zoo.training import Checkpointing, Model, Optimizer, TrainConfig
 
-STEPS = 1500
+STEPS = 700
 
 
 def get_config() -> TrainConfig:
@@ -33,6 +33,6 @@ def get_config() -> TrainConfig:
         evaluators=(PlacedObjects(),),
         checkpoint=Checkpointing(metric="top1"),
         num_steps=STEPS,
-        eval_every=STEPS // 3,
+        eval_every=STEPS,
         log_every=50,
     )
