@@ -3,8 +3,9 @@
     python train.py configs/imaging/topnet_compositions.py
 
 Each photo has two plain squares, and the object belongs on the one of its colour: a network that
-does not look at the object finds half of the boxes. See `top1` and `top5` in the table, and
-`placed.png` in the run directory.
+does not look at the object finds half of the boxes. A run that was stopped after 311 of the 700
+steps found 66 % (`top1`) and 73 % (`top5`); one to the end has not been measured. See both in the
+table, and `placed.png` in the run directory.
 """
 
 from zoo.data import Data
