@@ -146,6 +146,7 @@ def test_fixed_tables_get_no_gradient_and_learned_ones_do():
         assert (np.abs(grads["params"][name]).max() > 0) == (kind == "learned")
 
 
+@pytest.mark.slow
 def test_it_learns_sines():
     time = np.arange(700)
     data = np.stack([np.sin(2 * np.pi * time / p) for p in (24, 12, 8)], 1).astype("f")

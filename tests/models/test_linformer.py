@@ -93,6 +93,7 @@ def test_the_reversible_form_has_the_gradient_of_its_definition():
     assert_trees_close(got, want, 1e-4)
 
 
+@pytest.mark.slow
 def test_the_reversible_form_keeps_no_more_for_more_layers():
     def bytes_of(depth, reversible):
         model = zoo.create("linformer_test", reversible=reversible, depth=depth, max_length=512)

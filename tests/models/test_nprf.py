@@ -67,6 +67,7 @@ def test_a_grid_has_an_offset_for_rows_and_columns():
     assert_trees_close(got, jnp.einsum("nhwyx,byxnf->bhwnf", matrix, x), 1e-5)
 
 
+@pytest.mark.slow
 def test_more_features_come_nearer_to_softmax():
     """The error falls with the root of their number: 16 times as many, a quarter."""
     q, k, v = (heads(i, 12) for i in range(3))

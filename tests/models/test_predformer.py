@@ -129,6 +129,7 @@ def test_longer_horizons_are_forecasts_of_forecasts(small):
     assert_trees_close(long, both[:, :5], 1e-5)
 
 
+@pytest.mark.slow
 def test_recomputing_blocks_changes_nothing(small):
     model, variables = small
     x = clip(model, 1)

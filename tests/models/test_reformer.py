@@ -111,6 +111,7 @@ def test_the_number_of_buckets_follows_the_text():
     assert num_buckets_for(2**19, 64, 2**19) == (2**7, 2**7)
 
 
+@pytest.mark.slow
 def test_layers_run_backwards():
     """x2 = y2 - feed(y1), x1 = y1 - attend(x2), through three layers."""
     model = zoo.create("reformer_test", attention=("local", "lsh", "local"))

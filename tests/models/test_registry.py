@@ -37,6 +37,8 @@ KINDS = ("bert_test", "dlinear_test", "fmvit_test", "gla_test", "informer_test",
 DRAWN = ("ebt_test", "spiking_test", "sret_test", "urpe_test")
 """Their parameters are drawn: tensors of their files are tied, or need numbers of their own kind.
 Those of the others are made without a compiled program."""
+LARGE = ("ebt_test", "sret_test", "swin_vsa_test", "vitaev2_vsa_test")
+"""Their programs take ten seconds to compile."""
 SOME_SMALL = [
     name if name in KINDS else pytest.param(name, marks=pytest.mark.variants) for name in SMALL
 ]
@@ -142,7 +144,9 @@ def features_and_gradients(model):
     return run
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in LARGE else n for n in SMALL]
+)
 def test_outputs_are_finite_of_one_example_each_and_need_every_parameter(name):
     """One program a model: what it says is checked from several sides."""
     model = zoo.create(name)
