@@ -308,12 +308,12 @@ class Bert(nn.Module):
     def _inside(
         self, numbers: Array | None, mask: Array | None, rows: int, name: str
     ) -> Array | None:
-        """Numbers of rows of a table: 0 at padding, NaN's row where a traced one is outside."""
+        """Numbers of rows of a table: those outside are 0 at padding, else NaN's row if traced."""
         if numbers is None or not rows:
             return numbers
         wrong = (numbers < 0) | (numbers >= rows)
         if mask is not None and mask.shape == numbers.shape:
-            numbers = jnp.where(mask, numbers, 0)
+            numbers = jnp.where(wrong & ~mask, 0, numbers)
             wrong &= mask
         if not isinstance(wrong, jax.core.Tracer) and bool(wrong.any()):
             raise ValueError(f"{name} are 0 to {rows - 1} in this model, not {numbers[wrong][0]}.")
