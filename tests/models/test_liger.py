@@ -1,14 +1,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from flax.traverse_util import flatten_dict, unflatten_dict
 from model_helpers import assert_trees_close, documented_shapes, feature_shapes, filled
 
 import zoo
 from zoo.layers.causal import Context
-from zoo.methods.lora import LoRA
 from zoo.models.language import liger
 from zoo.models.language.liger import KINDS, linearize
 
@@ -100,63 +97,6 @@ def test_recurrences_are_the_papers(kind):
             memory = gate[:, None] * memory + np.outer(write, value)
             want[t, h] = memory.T @ softmax(query)
     assert_trees_close(got[0], want, 1e-5)
-
-
-def train(model, variables, texts, trains, steps, rate):
-    """AdamW on the next token of rows of `texts`: the variables, and their loss on the last 64."""
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(optax.warmup_cosine_decay_schedule(0, rate, 20, steps), weight_decay=0.0),
-    )
-
-    def loss(params, rows):
-        logits = model.apply({"params": params}, rows[:, :-1])
-        each = optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:])
-        return each.mean()
-
-    flat = flatten_dict(variables["params"], sep="/")
-    moving = {k: v for k, v in flat.items() if trains(k)}
-
-    @jax.jit
-    def run(moving):
-        def step(carry, i):
-            moving, state = carry
-            rows = texts[jax.random.choice(jax.random.key(i), len(texts) - 64, (16,))]
-            of = lambda moving: loss(unflatten_dict(flat | moving, sep="/"), rows)  # noqa: E731
-            updates, state = optimizer.update(jax.grad(of)(moving), state, moving)
-            return (optax.apply_updates(moving, updates), state), None
-
-        (moving, _), _ = jax.lax.scan(step, (moving, optimizer.init(moving)), jnp.arange(steps))
-        held_out = loss(unflatten_dict(flat | moving, sep="/"), texts[-64:])
-        return moving, held_out
-
-    moving, held_out = run(moving)
-    return {"params": unflatten_dict(flat | moving, sep="/")}, float(held_out)
-
-
-@pytest.mark.slow
-def test_lora_recovers_what_linearising_lost():
-    """Of a grammar whose next token the two before it tell, at least 90 % of the gap."""
-    rng = np.random.default_rng(0)
-    table = rng.dirichlet(np.full(12, 0.1), size=(12, 12))
-    texts = rng.integers(12, size=(1024, 48))
-    for t in range(2, 48):
-        chances = table[texts[:, t - 2], texts[:, t - 1]].cumsum(-1)
-        texts[:, t] = (rng.random((1024, 1)) > chances[:, :-1]).sum(-1)
-    texts = jnp.asarray(texts)
-    base = zoo.create("llama_test", vocab_size=12, embed_dim=64, mlp_dim=128)
-    start = jax.jit(base.init)(jax.random.key(0), texts[:1, :-1])
-    trained, before = train(base, start, texts, lambda path: True, 400, 1e-2)
-    model = linearize(base, "gla", window=8)
-    _, lost = train(model, trained, texts, lambda path: "none" in path, 1, 0.0)
-    method = LoRA(rank=8, alpha=8.0, targets=r".*attention/(query|key|value)")
-    adapted = method.adapt(model, trained, jax.random.key(1))
-    wrapped = method.wrap(model)
-    tuned, after = train(wrapped, adapted, texts, method.trains, 300, 1e-2)
-    assert lost > before + 0.3
-    assert after < before + 0.1 * (lost - before), (before, lost, after)
-    merged_model, merged = method.merge(wrapped, tuned)
-    assert_trees_close(merged_model.apply(merged, texts[:2]), wrapped.apply(tuned, texts[:2]), 1e-4)
 
 
 @pytest.mark.parametrize(
