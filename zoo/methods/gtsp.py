@@ -61,10 +61,21 @@ def _trains(args: tuple, kwargs: dict) -> bool:
     return bool(args[2] if len(args) > 2 else kwargs.get("train", False))
 
 
-def _counted(variables: dict[str, Any]) -> dict[str, Any]:
-    masks = dict(variables.get(COLLECTION, {}))
-    masks.setdefault("step", jnp.zeros((), jnp.int32))
-    return {**variables, COLLECTION: masks}
+class _Scheduled(Method):
+    """Base of methods whose masks change with the number of steps."""
+
+    def adapt(
+        self,
+        module: nn.Module,
+        variables: Variables,
+        rng: PRNGKeyArray,
+        batches: Sequence[Mapping[str, Array]] | None = None,
+    ) -> dict[str, Any]:
+        """The variables with masks, and a number of steps."""
+        variables = super().adapt(module, variables, rng, batches)
+        masks = dict(variables.get(COLLECTION, {}))
+        masks.setdefault("step", jnp.zeros((), jnp.int32))
+        return {**variables, COLLECTION: masks}
 
 
 def _without_count(flat: dict[tuple[str, ...], Array]) -> dict[tuple[str, ...], Array]:
@@ -216,7 +227,7 @@ def death_and_growth(
 
 
 @dataclass(frozen=True)
-class SparseHeads(Method):
+class SparseHeads(_Scheduled):
     """Only some heads are used, and which ones changes while a model trains.
 
     Attributes:
@@ -241,16 +252,6 @@ class SparseHeads(Method):
     def wrap(self, module: nn.Module) -> nn.Module:
         """The module with a mask of its heads beside each attention."""
         return intercepted(module, self)
-
-    def adapt(
-        self,
-        module: nn.Module,
-        variables: Variables,
-        rng: PRNGKeyArray,
-        batches: Sequence[Mapping[str, Array]] | None = None,
-    ) -> dict[str, Any]:
-        """The variables with masks, and a number of steps."""
-        return _counted(super().adapt(module, variables, rng, batches))
 
     def intercept(
         self, call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext
@@ -423,7 +424,7 @@ class SparseLayers(Method):
 
 
 @dataclass(frozen=True)
-class SparseWeights(Method):
+class SparseWeights(_Scheduled):
     """Matrices of dense maps lose their smallest weights, step by step.
 
     Attributes:
@@ -458,16 +459,6 @@ class SparseWeights(Method):
     def wrap(self, module: nn.Module) -> nn.Module:
         """The module with a mask beside each matrix."""
         return intercepted(module, self)
-
-    def adapt(
-        self,
-        module: nn.Module,
-        variables: Variables,
-        rng: PRNGKeyArray,
-        batches: Sequence[Mapping[str, Array]] | None = None,
-    ) -> dict[str, Any]:
-        """The variables with masks, and a number of steps."""
-        return _counted(super().adapt(module, variables, rng, batches))
 
     def intercept(
         self, call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext

@@ -25,8 +25,28 @@ from zoo.tasks.metrics import Mean
 from zoo.tasks.task import Aux, Batch, Networks, Phase, Task, Variables, of_network
 
 
+class StudentClassifier(Task):
+    """Base of tasks whose network `student` is measured and asked as a classifier."""
+
+    def metrics(self, networks: Networks, variables: Variables, batch: Batch) -> dict[str, Mean]:
+        """Those of the student's logits as a classifier."""
+        logits = self._logits(networks, variables, batch)
+        return class_metrics(logits, cross_entropy(logits, batch["labels"]), batch)
+
+    def predict(
+        self, networks: Networks, variables: Variables, batch: Batch
+    ) -> dict[str, Float[Array, "batch classes"]]:
+        """The student's class probabilities."""
+        logits = self._logits(networks, variables, batch)
+        return {"probabilities": jax.nn.softmax(logits.astype(jnp.float32), axis=-1)}
+
+    def _logits(self, networks: Networks, variables: Variables, batch: Batch) -> Array:
+        own = of_network(variables, "student")
+        return apply_model(networks["student"], own, batch, None, False)[0]
+
+
 @dataclass(frozen=True)
-class Distillation(Task):
+class Distillation(StudentClassifier):
     """Classification with a teacher: networks `student` and `teacher`, of which one is trained.
 
     Batches are those of `Classification`; both networks take the same inputs. A student without a
@@ -88,19 +108,3 @@ class Distillation(Task):
         theirs = jax.nn.log_softmax(teacher.astype(jnp.float32) / tau, -1)
         divergence = (jnp.exp(theirs) * (theirs - ours)).sum(-1)
         return divergence * tau**2 / logits.shape[-1]
-
-    def metrics(self, networks: Networks, variables: Variables, batch: Batch) -> dict[str, Mean]:
-        """Those of the student's logits as a classifier."""
-        logits = self._logits(networks, variables, batch)
-        return class_metrics(logits, cross_entropy(logits, batch["labels"]), batch)
-
-    def predict(
-        self, networks: Networks, variables: Variables, batch: Batch
-    ) -> dict[str, Float[Array, "batch classes"]]:
-        """The student's class probabilities."""
-        logits = self._logits(networks, variables, batch)
-        return {"probabilities": jax.nn.softmax(logits.astype(jnp.float32), axis=-1)}
-
-    def _logits(self, networks: Networks, variables: Variables, batch: Batch) -> Array:
-        own = of_network(variables, "student")
-        return apply_model(networks["student"], own, batch, None, False)[0]

@@ -14,18 +14,18 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from zoo.tasks import imitation
 from zoo.tasks.apply import apply_model
 from zoo.tasks.classification import class_metrics, cross_entropy
+from zoo.tasks.distillation import StudentClassifier
 from zoo.tasks.metrics import Mean
-from zoo.tasks.task import Aux, Batch, Networks, Phase, Task, Variables, of_network
+from zoo.tasks.task import Aux, Batch, Networks, Phase, Variables, of_network
 
 
 @dataclass(frozen=True)
-class LayerDistillation(Task):
+class LayerDistillation(StudentClassifier):
     """Classification with a teacher whose insides the student learns from.
 
     Attributes:
@@ -89,22 +89,6 @@ class LayerDistillation(Task):
         metrics = {**metrics, **parts, "loss": Mean(total * count, count)}
         collections = {name: {**variables[name], "student": tree} for name, tree in changed.items()}
         return total, Aux(metrics, collections)
-
-    def metrics(self, networks: Networks, variables: Variables, batch: Batch) -> dict[str, Mean]:
-        """Those of the student as a classifier."""
-        logits = self._logits(networks, variables, batch)
-        return class_metrics(logits, cross_entropy(logits, batch["labels"]), batch)
-
-    def predict(
-        self, networks: Networks, variables: Variables, batch: Batch
-    ) -> dict[str, Float[Array, "batch classes"]]:
-        """The student's class probabilities."""
-        logits = self._logits(networks, variables, batch)
-        return {"probabilities": jax.nn.softmax(logits.astype(jnp.float32), axis=-1)}
-
-    def _logits(self, networks: Networks, variables: Variables, batch: Batch) -> Array:
-        own = of_network(variables, "student")
-        return apply_model(networks["student"], own, batch, None, False)[0]
 
 
 def _compared(name: str, ours: tuple[Array, ...], theirs: tuple[Array, ...]) -> Float[Array, ""]:
