@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zoo.tasks import Classification, Mean, Regression
+from zoo.tasks import Classification, Distillation, LayerDistillation, Mean, Regression
 from zoo.tasks.task import lower_is_better
 
 
@@ -37,6 +37,15 @@ def test_labels_that_do_not_fit_are_named_with_a_count(labels, said):
     with pytest.raises(ValueError, match=said) as error:
         Classification().check(Net(), {"images": IMAGES, "labels": labels}, OUTPUTS)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("task", [Distillation(), LayerDistillation(hidden=1.0)])
+def test_labels_of_a_student_are_checked_whatever_it_learns_from(task):
+    networks = {"student": Net(), "teacher": Net()}
+    assert task.checks_outputs and task.metric == "accuracy"
+    task.check(networks, {"images": IMAGES, "labels": NUMBERS}, OUTPUTS)
+    with pytest.raises(ValueError, match="4 of 12 labels are outside 0 to 2"):
+        task.check(networks, {"images": IMAGES, "labels": NUMBERS + 1}, OUTPUTS)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,15 @@ from zoo.tasks.task import Aux, Batch, Networks, Phase, Task, Variables, of_netw
 class StudentClassifier(Task):
     """Base of tasks whose network `student` is measured and asked as a classifier."""
 
+    metric: ClassVar[str] = "accuracy"
+    checks_outputs: ClassVar[bool] = True
+
+    def check(
+        self, networks: Networks, batch: Mapping[str, Any], outputs: Mapping[str, Any]
+    ) -> None:
+        """As `Classification` does for the student."""
+        Classification().check(networks["student"], batch, outputs)
+
     def metrics(self, networks: Networks, variables: Variables, batch: Batch) -> dict[str, Mean]:
         """Those of the student's logits as a classifier."""
         logits = self._logits(networks, variables, batch)
@@ -64,14 +73,6 @@ class Distillation(StudentClassifier):
     temperature: float = 3.0
     label_smoothing: float = 0.0
     phases: ClassVar[tuple[Phase, ...]] = (Phase("train", ("student",)),)
-    metric: ClassVar[str] = "accuracy"
-    checks_outputs: ClassVar[bool] = True
-
-    def check(
-        self, networks: Networks, batch: Mapping[str, Any], outputs: Mapping[str, Any]
-    ) -> None:
-        """As `Classification` does for the student."""
-        Classification().check(networks["student"], batch, outputs)
 
     def loss(
         self,
