@@ -33,20 +33,37 @@ def inverted_inputs(case: golden.Case) -> dict[str, Any]:
     )
 
 
+ATTENTIONS = {"iFlowformer": "flow", "iInformer": "prob_sparse"}
+"""Models of the repository that differ in their attention; iFlashformer's is the softmax."""
+
+
 def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     """The forecaster and its attention maps."""
-    case.config.ignore("factor")  # of other kinds of attention
-    heads = _series.take(case.config, "num_heads")
-    model = zoo.info("itransformer_test").create(**inverted_fields(case), **heads)
+    named = f"{case.config.take('model', '')} {case.source}"
+    case.config.ignore("n_prob_calls", "index_sample")
+    if "Reformer" in named:
+        raise golden.Unsupported("it is an iReformer, which the zoo does not have")
+    attention = next((ours for name, ours in ATTENTIONS.items() if name in named), "softmax")
+    fields = _series.take(case.config, "num_heads", "factor") | inverted_fields(case)
+    if attention != "softmax" or "iFlash" in named:
+        fields["standardise"] = True  # they do not look at use_norm
+    model = zoo.info("itransformer_test").create(**fields, attention=attention)
     inputs = inverted_inputs(case)
+    if attention == "prob_sparse":
+        inputs["samples"] = [case.input(f"index_sample.{i}") for i in range(model.depth)]
 
     def outputs(variables: dict) -> golden.Outputs:
-        run = jax.jit(lambda v, x: model.apply(v, **x, mutable=["intermediates"]))
-        forecast, state = run(variables, inputs)
-        layers = (state["intermediates"][f"layers_{i}"] for i in range(model.depth))
-        maps = [layer["attention"]["attention"][0] for layer in layers]
-        named = {f"attn_{i}": attention for i, attention in enumerate(maps)}
-        return {"pred": forecast, "attn_last": maps[-1], **named}
+        run = jax.jit(
+            lambda v, x: model.apply(v, **x, method="features", mutable=["intermediates"])
+        )
+        found, state = run(variables, inputs)
+        named = {"pred": found["forecast"], "enc_out": found["norm"]}
+        if attention == "softmax":
+            layers = (state["intermediates"][f"layers_{i}"] for i in range(model.depth))
+            maps = [layer["attention"]["attention"][0] for layer in layers]
+            named |= {f"attn_{i}": weights for i, weights in enumerate(maps)}
+            named["attn_last"] = maps[-1]
+        return named
 
     return model, outputs
 

@@ -93,3 +93,26 @@ def test_it_learns_one_series_from_another():
         small(variates=2, standardise=False, depth=1, dropout=0.0)
     )
     assert errors[1] < 0.3 < 0.8 < errors[0] and alone > 0.8
+
+
+def test_flow_attention_is_its_matrix_form():
+    q, k, v = np.random.RandomState(0).normal(size=(3, 2, 7, 3, 4))
+    got = itransformer.flow_attention(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)))
+    q, k = 1 / (1 + np.exp(-q)), 1 / (1 + np.exp(-k))
+    pairs = np.einsum("bind,bjnd->bnij", q + 1e-6, k)
+    inward, outward = pairs.sum(-1), np.einsum("bjnd,bind->bnij", k + 1e-6, q).sum(-2)
+    allocation = 1 / (1 + np.exp(-(pairs / outward[:, :, None]).sum(-1)))
+    competition = np.exp((pairs / inward[..., None]).sum(-2))
+    competition *= 7 / competition.sum(-1, keepdims=True)
+    matrix = np.einsum("bind,bjnd->bnij", q, k) * (allocation / inward)[..., None]
+    wanted = np.einsum("bnij,bjnd->bind", matrix * competition[:, :, None], v)
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
+
+
+def test_variants_share_weights_and_differ_in_attention():
+    x = series(2, 24, 5)
+    variables, found = filled(small()), {}
+    for attention in ("softmax", "flow", "prob_sparse"):
+        found[attention] = apply(small(attention=attention), variables, x)
+    assert np.abs(found["flow"] - found["softmax"]).max() > 1e-3
+    assert np.abs(found["prob_sparse"] - found["softmax"]).max() > 1e-3

@@ -207,12 +207,16 @@ class PostNormBlock(nn.Module):
 
     The encoder layer of Informer and of the models that grew out of its code; `mlp` is a pair of
     convolutions of width 1 there.
+
+    Attributes:
+      attend: another attention than softmax, `(query, key, value) -> output`; None: softmax.
     """
 
     num_heads: int
     mlp_dim: int
     activation: Callable = gelu
     dropout: float = 0.0
+    attend: Callable[[Array, Array, Array], Array] | None = None
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -221,15 +225,19 @@ class PostNormBlock(nn.Module):
         self, x: Float[Array, "batch length channels"], train: bool = False
     ) -> Float[Array, "batch length channels"]:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        y = Attention(
-            self.num_heads,
-            fused=False,
-            attention_dropout=self.dropout,
-            dropout=self.dropout,
-            kernel_init=torch_default_init,
-            name="attention",
-            **types,
-        )(x, train=train)
+        if self.attend is None:
+            y = Attention(
+                self.num_heads,
+                fused=False,
+                attention_dropout=self.dropout,
+                dropout=self.dropout,
+                kernel_init=torch_default_init,
+                name="attention",
+                **types,
+            )(x, train=train)
+        else:
+            y = ProjectedAttention(self.num_heads, name="attention", **types)(x, x, self.attend)
+            y = nn.Dropout(self.dropout)(y, deterministic=not train)
         x = LayerNorm(epsilon=1e-5, name="norm1", **types)(x + y)
         y = Mlp(
             self.mlp_dim,

@@ -13,6 +13,16 @@ Time features are tokens like variates, and are dropped before the forecast; the
 code has them wherever a table has dates. Every weight is used on every token alike, so the number
 of variates may differ between training and use.
 
+The repository has the same model with the attention of other papers (`attention`): "flow" is
+iFlowformer and "prob_sparse" iInformer, which always standardise. With sigmoid(q), sigmoid(k):
+
+    I_i = q_i . sum_j k_j,   O_j = k_j . sum_i q_i           what flows in and out
+    R_i = sigmoid(q_i . sum_j k_j / O_j)                     allocation
+    C_j = n softmax_j(k_j . sum_i q_i / I_i)                 competition
+    y_i = R_i / I_i * q_i sum_j k_j^T C_j v_j
+
+iFlashformer is the softmax, computed in blocks. iReformer is not here.
+
 With `num_classes` it classifies: no standardising, W flatten(GELU(h)). With `horizon` equal to the
 context it reconstructs (imputation, anomaly detection).
 
@@ -24,12 +34,14 @@ context it reconstructs (imputation, anomaly detection).
     forecast    96   7
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from zoo.checkpoints.rules import Rules, dense_rules, norm_rules
 from zoo.layers.mlp import gelu
@@ -45,7 +57,29 @@ from zoo.layers.series import (
     read_forecast,
     standardise,
 )
+from zoo.models.timeseries.informer import kept, prob_sparse_attention
 from zoo.system import System, Variant
+
+
+def flow_attention(
+    query: Float[Array, "batch length heads head_dim"],
+    key: Float[Array, "batch length heads head_dim"],
+    value: Float[Array, "batch length heads head_dim"],
+) -> Float[Array, "batch length heads head_dim"]:
+    """Attention of linear cost that conserves what flows from values to queries (Flowformer)."""
+    eps, out = 1e-6, value.dtype
+    q, k, value = (x.astype(jnp.float32) for x in (query, key, value))
+    q, k = nn.sigmoid(q), nn.sigmoid(k)
+
+    def flow(x: Array, y: Array) -> Float[Array, "batch length heads"]:
+        return jnp.einsum("blnd,bnd->bln", x + eps, y.sum(1) + eps)
+
+    inward, outward = 1 / flow(q, k), 1 / flow(k, q)
+    allocation = nn.sigmoid(flow(q, k * outward[..., None]))
+    competition = nn.softmax(flow(k, q * inward[..., None]), axis=1) * k.shape[1]
+    mixed = jnp.einsum("bknd,bkne->bnde", k, value * competition[..., None])
+    y = jnp.einsum("bqnd,bnde->bqne", q, mixed)
+    return (y * (inward * allocation)[..., None]).astype(out)
 
 
 class ITransformer(nn.Module):
@@ -59,6 +93,8 @@ class ITransformer(nn.Module):
       embed_dim: width of a token.
       depth: layers.
       mlp_dim: width of the middle of an MLP.
+      attention: of the variants of the repository (see above).
+      factor: of `prob_sparse`: so many times ceil(ln n) keys are sampled and queries kept.
       standardise: each series of a window by its own mean and deviation, and back.
       num_classes: logits of so many classes in place of a forecast; 0: a forecast.
     """
@@ -72,6 +108,8 @@ class ITransformer(nn.Module):
     num_heads: int = 8
     mlp_dim: int = 512
     activation: Callable = gelu
+    attention: Literal["softmax", "flow", "prob_sparse"] = "softmax"
+    factor: int = 1
     standardise: bool = True
     num_classes: int = 0
     dropout: float = 0.1
@@ -98,8 +136,13 @@ class ITransformer(nn.Module):
         series: Float[Array, "batch context variates"],
         time_features: Float[Array, "batch context features"] | None = None,
         train: bool = False,
+        samples: Sequence[Int[Array, "queries sampled"]] | None = None,
     ) -> dict[str, Array]:
-        """Every named intermediate (see the table above)."""
+        """Every named intermediate (see the table above).
+
+        `samples` are the sampled keys of each layer of `prob_sparse`; without them they are drawn
+        with the rng stream `sample`, and without one always the same.
+        """
         variates = self.variates if self.num_classes else None
         check_series(self, series, self.context_length, variates)
         check_time_features(self, time_features, series.shape[0])
@@ -112,12 +155,31 @@ class ITransformer(nn.Module):
         out = {"embed": x}
         sizes = (self.num_heads, self.mlp_dim, self.activation, self.dropout)
         for i in range(self.depth):
-            x = out[f"layer{i}"] = PostNormBlock(*sizes, name=f"layers_{i}", **types)(x, train)
+            block = PostNormBlock(*sizes, self._attend(samples, i), name=f"layers_{i}", **types)
+            x = out[f"layer{i}"] = block(x, train)
         x = out["norm"] = LayerNorm(epsilon=1e-5, name="norm", **types)(x)
         if self.num_classes:
             return out | {"logits": read_classes(self, x, None, train)}
         out["forecast"] = read_forecast(self, x[:, : series.shape[-1]], mean, deviation)
         return out
+
+    def _attend(self, samples: Sequence[Array] | None, i: int) -> Callable | None:
+        """The attention of layer `i`; None: softmax."""
+        if self.attention == "softmax":
+            return None
+        if self.attention == "flow":
+            return flow_attention
+
+        def attend(query: Array, key: Array, value: Array) -> Array:
+            count = kept(key.shape[1], self.factor)
+            rng = self.make_rng("sample") if self.has_rng("sample") else jax.random.key(0)
+            draw = partial(jax.random.randint, jax.random.fold_in(rng, i))
+            shape, end = (query.shape[1], count), key.shape[1]
+            chosen = draw(shape, 0, end) if samples is None else samples[i]
+            # the code reads its output as if heads came before tokens, which mixes them
+            return prob_sparse_attention(query, key, value, chosen, count).swapaxes(1, 2)
+
+        return attend
 
 
 # ---------------------------------------------------------------------------- checkpoints
