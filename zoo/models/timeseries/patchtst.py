@@ -16,9 +16,9 @@ context it reconstructs (anomaly detection), and if it is `masked`, too, it impu
 mask of what was seen, and the mean and deviation are of that alone.
 
 Paper and library differ, beside details: the authors' own code (github.com/yuqinie98/PatchTST)
-learns its positions, has BatchNorm in place of every LayerNorm, adds the scores of one layer to
-those of the next, and gives the standardisation a learned scale. A series of which nothing was
-seen is NaN in the library and zero here.
+learns its positions, has BatchNorm in place of every LayerNorm and adds the scores of one layer to
+those of the next; `zoo.models.timeseries.patchtst_original` is that one. A series of which nothing
+was seen is NaN in the library and zero here.
 
     features    patchtst_etth1_96_96
     embed       7  12  512
