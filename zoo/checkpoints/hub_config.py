@@ -195,6 +195,20 @@ def _mamba2(config: Config) -> dict[str, Any]:
     return fields | _without_head(config)
 
 
+def _dinat(config: Config) -> dict[str, Any]:
+    dilations = config.get("dilations")  # NAT's folders have none
+    return {
+        "num_classes": _classes(config),
+        "dilations": tuple(map(tuple, dilations)) if dilations else None,
+        "layer_scale": config.get("layer_scale_init_value") or None,
+    }
+
+
+def _graphormer(config: Config) -> dict[str, Any]:
+    """Its collator compares distances from 1 on with the limit, the authors' from 0 on."""
+    return {"max_distance": config.get("spatial_pos_max", 1024) - 1, "masked_pooler": False}
+
+
 _TRANSFORMER = {"num_attention_heads": "num_heads"}
 _WIDE = {
     "vocab_size": "vocab_size",
@@ -254,6 +268,73 @@ KINDS: dict[str, Kind] = {
         },
         {"hidden_act": ("gelu", None), "layer_norm_eps": (1e-5, None)},
         _swin,
+    ),
+    **dict.fromkeys(
+        ("dinat", "nat"),
+        Kind(
+            "dinat_mini",
+            {"kernel_size": "kernel_size"},
+            {
+                "num_channels": "in_channels",
+                "embed_dim": "embed_dim",
+                "depths": "depths",
+                "num_heads": "num_heads",
+                "mlp_ratio": "mlp_ratio",
+                "qkv_bias": "qkv_bias",
+            },
+            {"hidden_act": ("gelu",), "layer_norm_eps": (1e-5,), "patch_size": (4, [4, 4])},
+            _dinat,
+        ),
+    ),
+    "graphormer": Kind(
+        "graphormer_base",
+        {
+            **_TRANSFORMER,
+            "activation_fn": "activation",
+            "edge_type": "edge_type",
+            "multi_hop_max_dist": "max_hops",
+        },
+        {
+            "num_atoms": "num_nodes",
+            "num_in_degree": "num_in_degree",
+            "num_out_degree": "num_out_degree",
+            "num_edges": "num_edges",
+            "num_spatial": "num_spatial",
+            "num_edge_dis": "num_edge_dis",
+            "num_hidden_layers": "depth",
+            "embedding_dim": "embed_dim",
+            "ffn_embedding_dim": "mlp_dim",
+            "pre_layernorm": "pre_norm",
+            "num_classes": "num_classes",
+        },
+        {
+            "embed_scale": (1.0,),
+            "encoder_normalize_before": (True,),
+            "share_input_output_embed": (False,),
+        },
+        _graphormer,
+    ),
+    "decision_transformer": Kind(
+        "decision_transformer_hopper",
+        {
+            "n_head": "num_heads",
+            "activation_function": "activation",
+            "action_tanh": "action_tanh",
+        },
+        {
+            "state_dim": "state_dim",
+            "act_dim": "action_dim",
+            "hidden_size": "embed_dim",
+            "n_layer": "depth",
+            "max_ep_len": "max_steps",
+            "n_inner": "mlp_dim",
+        },
+        {
+            "scale_attn_weights": (True,),
+            "scale_attn_by_inverse_layer_idx": (False,),
+            "add_cross_attention": (False,),
+            "layer_norm_epsilon": (1e-5,),
+        },
     ),
     "bert": Kind("bert_base_uncased", _BERT_FIELDS, _BERT_SHOWN, _ABSOLUTE, _bert),
     "albert": Kind(
@@ -338,7 +419,7 @@ KINDS: dict[str, Kind] = {
 
 _SHOWN = {"num_classes", "mlp_ratio", "distilled", "distilled_head", "num_registers", "word_dim"}
 _SHOWN |= {"qkv_bias", "out_bias", "mlp_bias", "use_bias", "groups", "head", "pooler"}
-_SHOWN |= {"layer_scale", "norm_affine"}
+_SHOWN |= {"layer_scale", "norm_affine", "masked_pooler"}
 
 
 @dataclass(frozen=True)

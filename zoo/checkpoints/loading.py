@@ -15,8 +15,8 @@ from zoo.checkpoints.mismatch import CheckpointMismatch
 from zoo.checkpoints.report import Report
 from zoo.system import Variant
 
-OF_THE_FILE = frozenset({"distilled_head"})
-"""Fields that a file decides, if the caller does not: which of two published heads it has."""
+OF_THE_FILE = frozenset({"distilled_head", "masked_pooler"})
+"""Fields that a file decides, if the caller does not: which of two published forms it has."""
 
 
 def load(

@@ -183,14 +183,27 @@ def _state_dict(
 ) -> StateDict:
     """The set of weights asked for, or the one that is taken without a choice."""
     sets = state_dicts_of(found, path)
+    part = _part_of(sets, weights) if weights is not None and weights not in sets else {}
+    sets = {weights: part} if weights is not None and part else sets
     kinds = {entry: kind_of(entry) for entry in sets}
     chosen = choose_set(kinds, weights, str(path)) if len(sets) > 1 else next(iter(sets))
     several = len(set(kinds.values())) > 1
     return StateDict(
         {name: _lazy(path, size, extents, big_endian, r) for name, r in sets[chosen].items()},
         (set_note(kinds, chosen, path.name),) if several and weights is None else (),
-        len(sets) > 1,
+        len(sets) > 1 or bool(part),
     )
+
+
+def _part_of(sets: Mapping[str, Mapping[str, TensorRef]], name: str) -> dict[str, TensorRef]:
+    """The tensors below an entry that is no set of its own: a discriminator beside a generator."""
+    prefix = f"{name}."
+    return {
+        tensor.removeprefix(prefix): ref
+        for refs in sets.values()
+        for tensor, ref in refs.items()
+        if tensor.startswith(prefix)
+    }
 
 
 def state_dicts_of(found: Any, path: Path) -> dict[str, dict[str, TensorRef]]:

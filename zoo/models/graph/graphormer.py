@@ -194,6 +194,8 @@ class Graphormer(nn.Module):
       pre_norm: norms in front of the branches.
       activation: of the MLPs and the head.
       num_classes: outputs.
+      masked_pooler: whether there is the pooler of masked modelling, as in the official files, but
+        not in those of transformers. Nothing reads it.
       node_features, edge_features, max_nodes: of `example_inputs`.
       dropout: rate behind embeddings and branches.
       attention_dropout: rate on attention weights.
@@ -215,6 +217,7 @@ class Graphormer(nn.Module):
     pre_norm: bool = False
     activation: str = "gelu"
     num_classes: int = 1
+    masked_pooler: bool = True
     node_features: int = 9
     edge_features: int = 3
     max_nodes: int = 12
@@ -324,8 +327,9 @@ class Graphormer(nn.Module):
     def _unused(self) -> None:
         """Leaves of published files that nothing reads."""
         shape = (self.embed_dim, self.embed_dim)
-        self.param("unused_pooler_kernel", init, shape, self.param_dtype)
-        self.param("unused_pooler_bias", nn.initializers.zeros, shape[:1], self.param_dtype)
+        if self.masked_pooler:
+            self.param("unused_pooler_kernel", init, shape, self.param_dtype)
+            self.param("unused_pooler_bias", nn.initializers.zeros, shape[:1], self.param_dtype)
         if self.pre_norm:
             for name, start in (("scale", nn.initializers.ones), ("bias", nn.initializers.zeros)):
                 self.param(f"unused_norm_{name}", start, shape[:1], self.param_dtype)
@@ -334,7 +338,9 @@ class Graphormer(nn.Module):
 # ---------------------------------------------------------------------------- checkpoints
 
 
-def _rules(prefix: str = "encoder.") -> Rules:
+def _rules(head: str = "encoder.embed_out", shift: str = "encoder.") -> Rules:
+    """The authors' names with those of the head and of the number that is added to its outputs."""
+    prefix = "encoder."
     graph = f"{prefix}graph_encoder."
     features, bias = f"{graph}graph_node_feature.", f"{graph}graph_attn_bias."
     theirs, ours = f"{graph}layers.{{i}}", "layers_{i}"
@@ -373,14 +379,17 @@ def _rules(prefix: str = "encoder.") -> Rules:
             Rule(f"{prefix}masked_lm_pooler.bias", "unused_pooler_bias"),
             *dense_rules(f"{prefix}lm_head_transform_weight", "transform"),
             *norm_rules(f"{prefix}layer_norm", "norm"),
-            Rule(f"{prefix}embed_out.weight", "head/kernel", linear),
-            Rule(f"{prefix}lm_output_learned_bias", "head_bias"),
+            Rule(f"{head}.weight", "head/kernel", linear),
+            Rule(f"{shift}lm_output_learned_bias", "head_bias"),
         ),
         fresh=("head/kernel", "head_bias"),
     )
 
 
-LAYOUTS = {"official": _rules()}
+LAYOUTS = {
+    "official": _rules(),
+    "huggingface": _rules("classifier.classifier", "classifier."),  # it has no pooler
+}
 
 _COMMON = dict(
     module=Graphormer,

@@ -351,8 +351,9 @@ def _decoder_positions(model: Informer) -> np.ndarray | None:
     return sinusoids_of(model) if decodes(model) else None
 
 
-LAYOUTS = {
-    "official": Rules(
+def _naming(head: str) -> Rules:
+    """Rules of the published models with this name of the head."""
+    return Rules(
         [
             *embedding_rules("enc_embedding", "embed"),
             *embedding_rules("dec_embedding", "decoder_embed"),
@@ -362,7 +363,7 @@ LAYOUTS = {
             *attention_rules("decoder.layers.{i}.self_attention", "decoder_{i}/attention"),
             *attention_rules("decoder.layers.{i}.cross_attention", "decoder_{i}/cross_attention"),
             *norm_rules("decoder.norm", "decoder_norm"),
-            *dense_rules("projection", "head"),
+            *dense_rules(head, "head"),
         ],
         derived={
             "enc_embedding.position_embedding.pe": sinusoids_of,
@@ -372,6 +373,11 @@ LAYOUTS = {
         },
         fresh=("head/kernel", "head/bias"),
     )
+
+
+LAYOUTS = {
+    "official": _naming("projection"),
+    "library": _naming("decoder.projection"),  # Time-Series-Library's of forecasters
 }
 
 _COMMON = dict(

@@ -233,7 +233,7 @@ class CSWin(ImageClassifier):
 # ---------------------------------------------------------------------------- checkpoints
 
 
-def _rules() -> list[Rule]:
+def _rules(norm: str = "norm") -> list[Rule]:
     rules = [
         *conv_rules("stage1_conv_embed.0", "embed"),
         *norm_rules("stage1_conv_embed.2", "embed_norm"),
@@ -250,13 +250,20 @@ def _rules() -> list[Rule]:
         *dense_rules(f"{theirs}.mlp.fc2", f"{ours}/mlp/down"),
         *conv_rules("merge{s+1}.conv", "stages_{s}/downsample/conv"),
         *norm_rules("merge{s+1}.norm", "stages_{s}/downsample/norm"),
-        *norm_rules("norm", "norm"),
+        *norm_rules(norm, "norm"),
         *dense_rules("head", "head"),
     ]
     return rules
 
 
-LAYOUTS = {"official": Rules(tuple(_rules()), fresh=("head/kernel", "head/bias"))}
+LAYOUTS = {
+    "official": Rules(tuple(_rules()), fresh=("head/kernel", "head/bias")),
+    "segmentation": Rules(  # a norm of each stage's map; the last one's is the classifier's
+        tuple(_rules("norm4")),
+        unused=("norm1.*", "norm2.*", "norm3.*"),
+        fresh=("head/kernel", "head/bias"),
+    ),
+}
 
 # ------------------------------------------------------------------------------- variants
 

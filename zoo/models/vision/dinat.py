@@ -318,7 +318,9 @@ def _index(model: DiNAT, **_: int) -> np.ndarray | None:
     return None if model.kernel_size else relative_position_index((side, side)).T
 
 
-def _layout(embed: str, embed_norm: str, norm: str, head: str, *rules: Rule) -> Rules:
+def _layout(
+    embed: str, embed_norm: str, norm: str, head: str, *rules: Rule, unused: tuple[str, ...] = ()
+) -> Rules:
     return Rules(
         (
             *conv_rules(f"{embed}.0", "embed/conv1"),
@@ -330,16 +332,18 @@ def _layout(embed: str, embed_norm: str, norm: str, head: str, *rules: Rule) -> 
             *dense_rules(head, "head"),
         ),
         derived={"layers.{b}.attn.relative_position_index": _index},
+        unused=unused,
         fresh=("head/kernel", "head/bias"),
         resize={"stages_{s}/layers_{b}/attention/relative_position_bias": _resize_bias},
     )
 
 
-def _official(levels: str, reduction: str, transform: Transform) -> Rules:
+def _official(levels: str, reduction: str, transform: Transform, dense: bool = False) -> Rules:
+    """The authors' names; `dense`: of detectors, where each stage's map has a norm of its own."""
     return _layout(
         "patch_embed.proj",
         "patch_embed.norm",
-        "norm",
+        "norm3" if dense else "norm",
         "head",
         *_block(f"{levels}.{{s}}.blocks.{{b}}", "stages_{s}/layers_{b}"),
         Rule(
@@ -348,19 +352,22 @@ def _official(levels: str, reduction: str, transform: Transform) -> Rules:
             transform,
         ),
         *norm_rules(f"{levels}.{{s}}.downsample.norm", "stages_{s}/downsample/norm"),
+        unused=("norm0.*", "norm1.*", "norm2.*") if dense else (),
     )
 
 
-def _hugging_face(prefix: str) -> Rules:
-    encoder = f"{prefix}.encoder.levels.{{s}}"
+def _hugging_face(prefix: str, norm: str = "layernorm") -> Rules:
+    """Transformers' names; its backbones have a norm of each stage's map (`norm`: the last)."""
+    encoder = f"{prefix}encoder.levels.{{s}}"
     return _layout(
-        f"{prefix}.embeddings.patch_embeddings.projection",
-        f"{prefix}.embeddings.norm",
-        f"{prefix}.layernorm",
+        f"{prefix}embeddings.patch_embeddings.projection",
+        f"{prefix}embeddings.norm",
+        f"{prefix}{norm}",
         "classifier",
         *_hugging_face_block(f"{encoder}.layers.{{b}}", "stages_{s}/layers_{b}"),
         Rule(f"{encoder}.downsample.reduction.weight", "stages_{s}/downsample/conv/kernel", conv),
         *norm_rules(f"{encoder}.downsample.norm", "stages_{s}/downsample/norm"),
+        unused=() if norm == "layernorm" else ("hidden_states_norms.*",),
     )
 
 
@@ -374,8 +381,12 @@ LAYOUTS = {
     ),
     "dinat": _official("levels", "conv", conv),
     "dinat_s": _official("layers", "reduction", linear),
-    "huggingface": _hugging_face("dinat"),
-    "huggingface_nat": _hugging_face("nat"),
+    "huggingface": _hugging_face("dinat."),
+    "huggingface_nat": _hugging_face("nat."),
+    "huggingface_encoder": _hugging_face(""),
+    "huggingface_backbone": _hugging_face("", "hidden_states_norms.stage4"),
+    "detection": _official("levels", "conv", conv, dense=True),
+    "detection_s": _official("layers", "reduction", linear, dense=True),
 }
 
 # ------------------------------------------------------------------------------- variants

@@ -220,12 +220,12 @@ class T2TViT(ImageClassifier):
 # ---------------------------------------------------------------------------- checkpoints
 
 
-def _token_layer(i: int, out: str, mlp: tuple[str, str]) -> list[Rule]:
+def _token_layer(i: int, out: str, mlp: tuple[str, str], norm: str) -> list[Rule]:
     theirs, ours = f"tokens_to_token.attention{i}", f"tokens_{i}"
     three = tuple(f"{ours}/{name}" for name in ("key", "query", "value"))
     return [
-        *norm_rules(f"{theirs}.norm1", f"{ours}/norm1"),
-        *norm_rules(f"{theirs}.norm2", f"{ours}/norm2"),
+        *norm_rules(f"{theirs}.{norm}1", f"{ours}/norm1"),
+        *norm_rules(f"{theirs}.{norm}2", f"{ours}/norm2"),
         Rule(f"{theirs}.w", f"{ours}/random_features"),
         Rule(f"{theirs}.kqv.weight", tuple(f"{o}/kernel" for o in three), chain(linear, split(1))),
         Rule(f"{theirs}.kqv.bias", tuple(f"{o}/bias" for o in three), split(0)),
@@ -240,31 +240,53 @@ def _resize_position(table: np.ndarray, shape: tuple[int, ...], model: T2TViT, *
     return resize_table(table, model.grid, prefix=1)
 
 
-def _official(*names: str | tuple[str, str]) -> Rules:
+def _naming(
+    out: str,
+    mlp: tuple[str, str],
+    block: str = "blocks.{i}",
+    block_mlp: tuple[str, str] = ("mlp.fc1", "mlp.fc2"),
+    norm: str = "norm",
+    head: str = "head",
+) -> Rules:
+    """Rules of one published naming.
+
+    Args:
+      out: projection behind the attention of a token layer.
+      mlp: both maps of a token layer's MLP.
+      block: of the transformer.
+      block_mlp: both maps of its MLP.
+      norm: of a block's and a token layer's norms, without their number.
+      head: the classifier.
+    """
     return Rules(
         (
             Rule("cls_token", "class_token"),
             Rule("pos_embed", "position_embedding"),
-            *_token_layer(1, *names),
-            *_token_layer(2, *names),
+            *_token_layer(1, out, mlp, norm),
+            *_token_layer(2, out, mlp, norm),
             *dense_rules("tokens_to_token.project", "embed"),
-            *norm_rules("blocks.{i}.norm1", "layers_{i}/norm1"),
-            *dense_rules("blocks.{i}.attn.qkv", "layers_{i}/attention/qkv"),
-            *dense_rules("blocks.{i}.attn.proj", "layers_{i}/attention/out"),
-            *norm_rules("blocks.{i}.norm2", "layers_{i}/norm2"),
-            *dense_rules("blocks.{i}.mlp.fc1", "layers_{i}/mlp/up"),
-            *dense_rules("blocks.{i}.mlp.fc2", "layers_{i}/mlp/down"),
+            *norm_rules(f"{block}.{norm}1", "layers_{i}/norm1"),
+            *dense_rules(f"{block}.attn.qkv", "layers_{i}/attention/qkv"),
+            *dense_rules(f"{block}.attn.proj", "layers_{i}/attention/out"),
+            *norm_rules(f"{block}.{norm}2", "layers_{i}/norm2"),
+            *dense_rules(f"{block}.{block_mlp[0]}", "layers_{i}/mlp/up"),
+            *dense_rules(f"{block}.{block_mlp[1]}", "layers_{i}/mlp/down"),
             *norm_rules("norm", "norm"),
-            *dense_rules("head", "head"),
+            *dense_rules(head, "head"),
         ),
         fresh=("head/kernel", "head/bias"),
         resize={"position_embedding": _resize_position},
     )
 
 
+_FEED_FORWARD = "ffn.layers.0.0", "ffn.layers.1"
+
 LAYOUTS = {
-    "performer": _official("proj", ("mlp.0", "mlp.2")),
-    "transformer": _official("attn.proj", ("mlp.fc1", "mlp.fc2")),
+    "performer": _naming("proj", ("mlp.0", "mlp.2")),
+    "transformer": _naming("attn.proj", ("mlp.fc1", "mlp.fc2")),
+    "openmmlab": _naming(
+        "attn.proj", _FEED_FORWARD, "encoder.{i}", _FEED_FORWARD, "ln", "head.layers.head"
+    ),
 }
 
 # ------------------------------------------------------------------------------- variants
