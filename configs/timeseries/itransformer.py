@@ -15,43 +15,15 @@ over all test windows:
 `forecasts.png` in the run directory shows forecasts of three validation windows against the truth.
 """
 
-from zoo.data import Data
-from zoo.data.series import Windows, network_traffic
-from zoo.evaluators import ForecastPlots
-from zoo.tasks import Forecasting
-from zoo.training import Checkpointing, Model, Optimizer, TrainConfig
-
-CONTEXT, HORIZON, BATCH, STEPS = 168, 24, 32, 600
+from zoo.recipes import traffic_forecast
+from zoo.training import TrainConfig
 
 
 def get_config() -> TrainConfig:
     """The configuration."""
-    table = network_traffic()
-    return TrainConfig(
-        model=Model(
-            "itransformer_test",
-            {
-                "context_length": CONTEXT,
-                "horizon": HORIZON,
-                "variates": len(table.variates),
-                "embed_dim": 128,
-                "mlp_dim": 128,
-            },
-        ),
-        task=Forecasting(),
-        evaluators=(ForecastPlots(),),
-        data=Data(
-            train=Windows(table, "train", CONTEXT, HORIZON),
-            eval=Windows(table, "val", CONTEXT, HORIZON),
-            test=Windows(table, "test", CONTEXT, HORIZON),
-            batch_size=BATCH,
-            eval_batch_size=64,
-        ),
-        optimizer=Optimizer(
-            name="adam", learning_rate=1e-3, schedule="one_cycle", initial_fraction=0.04
-        ),
-        checkpoint=Checkpointing(every=STEPS),
-        num_steps=STEPS,
-        eval_every=STEPS // 6,
-        log_every=50,
+    return traffic_forecast(
+        "itransformer_test",
+        steps=600,
+        embed_dim=128,
+        mlp_dim=128,
     )
