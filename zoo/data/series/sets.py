@@ -63,7 +63,8 @@ def packaged(package: str, requirement: str, member: str) -> str:
 def network_traffic() -> Table:
     """Six measures of a network, 2,878 hours of 2021, from the package hyperts (Apache-2.0).
 
-    Daily and weekly rhythms and bursts. A few hours are missing and four stand twice: a step is a row.
+    Daily and weekly rhythms and bursts. A few hours are missing and four stand twice: a step is a
+    row.
     """
     path = packaged("hyperts", "hyperts==0.2.2", "datasets/network_traffic_forecast.csv")
     columns = tuple(f"Var_{i}" for i in range(1, 7))
