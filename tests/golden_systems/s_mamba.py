@@ -52,10 +52,12 @@ def build_block(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs
     """A block of the library's own sizes; its states are those after the last single step."""
     config, x = case.config, case.input("x")
     channels = config.take("d_model", x.shape[-1])
-    config.expect(dt_rank=("auto", -(-channels // 16)), conv_bias=True, bias=False)
     config.ignore("dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "use_fast_path")
     config.ignore("layer_idx")
-    sizes = config.rename(state_size="d_state", conv_size="d_conv", expand="expand")
+    config.ignore("device", "dtype")
+    sizes = config.rename(state_size="d_state", conv_size="d_conv", expand="expand",
+                          conv_bias="conv_bias", use_bias="bias", step_rank="dt_rank")  # fmt: skip
+    sizes = {name: value for name, value in sizes.items() if value not in ("auto", None)}
     model = Alone(shape=x.shape, **sizes)
 
     def outputs(variables: dict) -> golden.Outputs:

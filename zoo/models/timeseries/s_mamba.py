@@ -80,11 +80,17 @@ class Mamba(nn.Module):
       state_size: numbers of the state of a channel.
       conv_size: tokens of the convolution.
       expand: inner channels over those of the tokens.
+      step_rank: width between the two maps of a step size; None: a 16th of the tokens, rounded up.
+      conv_bias: whether the convolution has a bias.
+      use_bias: whether the maps into and out of the block have biases.
     """
 
     state_size: int = 16
     conv_size: int = 4
     expand: float = 2
+    step_rank: int | None = None
+    conv_bias: bool = True
+    use_bias: bool = False
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -101,17 +107,19 @@ class Mamba(nn.Module):
         self, x: Float[Array, "batch length channels"], state: State | None = None
     ) -> tuple[Float[Array, "batch length channels"], State | None]:
         """The mixed tokens and, where there is a state to go on from, the next one."""
-        channels, rank = x.shape[-1], -(-x.shape[-1] // 16)
+        channels, rank = x.shape[-1], self.step_rank or -(-x.shape[-1] // 16)
         inner, states = int(self.expand * channels), self.state_size
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        dense = partial(Dense, use_bias=False, kernel_init=torch_default_init, **types)
+        dense = partial(Dense, use_bias=self.use_bias, kernel_init=torch_default_init, **types)
         before = state or {"conv": None, "memory": None}
         gate = nn.silu(dense(inner, name="gate_proj")(x))
-        start = {"kernel_init": torch_default_init, "bias_init": bias_init(self.conv_size)}
+        start = {"kernel_init": torch_default_init}
+        if self.conv_bias:
+            start["bias_init"] = bias_init(self.conv_size)
         conv = ShortConv(self.conv_size, name="conv", **start, **types)
         x, last = conv(dense(inner, name="in_proj")(x), before["conv"])
         x = constrain(x, "batch", "length", "mlp")
-        sizes = dense(rank + 2 * states, name="x_proj")(x)
+        sizes = dense(rank + 2 * states, use_bias=False, name="x_proj")(x)
         step, B, C = jnp.split(sizes, [rank, rank + states], axis=-1)
         step = Dense(
             inner,
@@ -249,13 +257,14 @@ def mamba_rules(theirs: str, ours: str) -> list[Rule]:
     both = (f"{ours}in_proj/kernel", f"{ours}gate_proj/kernel")
     return [
         Rule(f"{theirs}in_proj.weight", both, chain(linear, split(1))),
+        Rule(f"{theirs}in_proj.bias", (f"{ours}in_proj/bias", f"{ours}gate_proj/bias"), split(0)),
         Rule(f"{theirs}conv1d.weight", f"{ours}conv/kernel", conv),
         Rule(f"{theirs}conv1d.bias", f"{ours}conv/bias"),
         Rule(f"{theirs}x_proj.weight", f"{ours}x_proj/kernel", linear),
         *dense_rules(f"{theirs}dt_proj", f"{ours}dt_proj"),
         Rule(f"{theirs}A_log", f"{ours}A_log"),
         Rule(f"{theirs}D", f"{ours}D"),
-        Rule(f"{theirs}out_proj.weight", f"{ours}out/kernel", linear),
+        *dense_rules(f"{theirs}out_proj", f"{ours}out"),
     ]
 
 
