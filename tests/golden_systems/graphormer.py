@@ -29,6 +29,7 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
         mlp_dim="encoder_ffn_embed_dim",
         num_heads="encoder_attention_heads",
         pre_norm="pre_layernorm",
+        norm_input="encoder_normalize_before",
         activation="activation_fn",
         num_classes="num_classes",
         node_features="nx",
@@ -37,7 +38,6 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     multi_hop = config.take("edge_type", "multi_hop") == "multi_hop"
     fields["edge_type"] = "multi_hop" if multi_hop else "simple"
     config.expect(
-        encoder_normalize_before=True,
         apply_graphormer_init=(True, False),
         share_encoder_input_output_embed=False,
         no_token_positional_embeddings=(True, False),

@@ -192,6 +192,7 @@ class Graphormer(nn.Module):
       mlp_dim: width of the MLPs.
       num_heads: heads.
       pre_norm: norms in front of the branches.
+      norm_input: a norm in front of the first layer.
       activation: of the MLPs and the head.
       num_classes: outputs.
       masked_pooler: whether there is the pooler of masked modelling, as in the official files, but
@@ -215,6 +216,7 @@ class Graphormer(nn.Module):
     mlp_dim: int = 768
     num_heads: int = 32
     pre_norm: bool = False
+    norm_input: bool = True
     activation: str = "gelu"
     num_classes: int = 1
     masked_pooler: bool = True
@@ -291,7 +293,8 @@ class Graphormer(nn.Module):
             self.param_dtype,
             name="bias",
         )(distance, edges)
-        x = LayerNorm(epsilon=1e-5, name="embed_norm", **types)(x)
+        if self.norm_input:
+            x = LayerNorm(epsilon=1e-5, name="embed_norm", **types)(x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         out = {"embed": x, "bias": bias}
         bias = jnp.where(self._hidden(nodes, distance)[:, None], -1e30, bias)
