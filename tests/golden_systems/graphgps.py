@@ -12,7 +12,9 @@ import zoo
 from zoo.layers.graph import ATOM_NUMBERS, BOND_NUMBERS
 from zoo.models.graph.graphgps import return_chances
 
-LOCAL = {"GINE": "gine", "GIN": "gin", "CustomGatedGCN": "gated", "None": "none"}
+LOCAL = {
+    "GINE": "gine", "GIN": "gin", "GCN": "gcn", "CustomGatedGCN": "gated", "None": "none",
+}  # fmt: skip
 
 
 def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
@@ -32,7 +34,9 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
         raise golden.Unsupported(f"its layers are of {local} and {attention}")
     fields |= {"local": LOCAL[local], "attend": attention == "Transformer"}
     kinds = config.take("enc", "dict")
-    config.expect(enc=("dict", "mol"), batch_norm=True, layer_norm=False)
+    config.expect(enc=("dict", "mol"))
+    graph, batch = config.take("layer_norm", False), config.take("batch_norm", True)
+    fields["norm"] = "graph" if graph else "batch" if batch else "none"
     numbers = (config.take("node_types", 28),), (config.take("edge_types", 4),)
     if kinds == "mol":
         numbers = tuple(

@@ -102,3 +102,16 @@ def test_either_half_alone_is_a_network(local, attend):
     run = jax.jit(lambda inputs: model.apply(variables, **inputs))
     same = np.array_equal(run(batch([graph(6, 0, model)])), run(batch([moved])))
     assert same == (local == "none")
+
+
+def test_convolved_messages_are_the_normalised_adjacency():
+    source, target = np.array([[0, 1, 1, 2]]), np.array([[1, 0, 2, 1]])
+    x = np.random.default_rng(0).normal(size=(1, 3, 4)).astype(np.float32)
+    layer = graphgps.ConvolvedMessages()
+    variables = layer.init(jax.random.key(0), x, source, target)
+    kernel = np.asarray(variables["params"]["map"]["kernel"])
+    links = np.eye(3)
+    links[target[0], source[0]] = 1
+    root = links.sum(1) ** -0.5
+    wanted = root[:, None] * links * root @ (x[0] @ kernel)
+    np.testing.assert_allclose(layer.apply(variables, x, source, target)[0], wanted, atol=1e-5)

@@ -64,6 +64,7 @@ class IsotropicMessages(nn.Module):
     """GINE, or GIN without edges: an MLP of a node and the sum of its neighbours."""
 
     use_edges: bool = True
+    activation: str = "relu"
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -80,7 +81,33 @@ class IsotropicMessages(nn.Module):
         messages = nn.relu(messages + edge) if self.use_edges else messages
         y = x + sum_at_nodes(messages, target, x.shape[1])
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        return Mlp(x.shape[-1], nn.relu, name="mlp", **types)(y)
+        return Mlp(x.shape[-1], ACTIVATIONS[self.activation], name="mlp", **types)(y)
+
+
+class ConvolvedMessages(nn.Module):
+    """GCN: the sum of a node and its neighbours, each over the roots of both degrees.
+
+    A node counts as a neighbour of its own, in its degree, too.
+    """
+
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch nodes channels"],
+        source: Int[Array, "batch edges"],
+        target: Int[Array, "batch edges"],
+    ) -> Float[Array, "batch nodes channels"]:
+        """What each node makes of its messages."""
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], self.param_dtype)
+        x = Dense(x.shape[-1], use_bias=False, name="map", **types)(x)
+        ones = jnp.ones((*source.shape, 1), x.dtype)
+        root = jax.lax.rsqrt(1 + sum_at_nodes(ones, target, x.shape[1]))
+        y = root * x + sum_at_nodes(at_nodes(root * x, source), target, x.shape[1])
+        return root * y + bias.astype(y.dtype)
 
 
 class GatedMessages(nn.Module):
@@ -93,10 +120,12 @@ class GatedMessages(nn.Module):
     Attributes:
       dropout: rate behind both.
       residual: whether x and e are added.
+      activation: in place of the ReLU.
     """
 
     dropout: float = 0.0
     residual: bool = True
+    activation: str = "relu"
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -118,10 +147,50 @@ class GatedMessages(nn.Module):
         total = partial(sum_at_nodes, target=target, size=x.shape[1])
         y = a(x) + total(share * at_nodes(b(x), source)) / (total(share) + 1e-6)
         drop = nn.Dropout(self.dropout, deterministic=not train)
-        y = drop(nn.relu(NodeBatchNorm(name="norm_node", **types)(y, real, train)))
+        act = ACTIVATIONS[self.activation]
+        y = drop(act(NodeBatchNorm(name="norm_node", **types)(y, real, train)))
         there = target < x.shape[1]
-        gate = drop(nn.relu(NodeBatchNorm(name="norm_edge", **types)(gate, there, train)))
+        gate = drop(act(NodeBatchNorm(name="norm_edge", **types)(gate, there, train)))
         return (x + y, edge + gate) if self.residual else (y, gate)
+
+
+class GraphLayerNorm(nn.Module):
+    """Layer norm over all real nodes and channels of a graph, with a scale for each channel."""
+
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch nodes channels"],
+        real: Bool[Array, "batch nodes"],
+        train: bool = False,
+    ) -> Float[Array, "batch nodes channels"]:
+        """The normalised nodes, and zeros at padding."""
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], self.param_dtype)
+        real, wide = real[..., None], x.astype(jnp.float32)
+        count = jnp.maximum(real.sum((1, 2), keepdims=True) * x.shape[-1], 1)
+        wide = wide - jnp.where(real, wide, 0).sum((1, 2), keepdims=True) / count
+        squares = jnp.where(real, wide * wide, 0).sum((1, 2), keepdims=True) / count
+        y = wide * jax.lax.rsqrt(squares + 1e-5) * scale + bias
+        return jnp.where(real, y, 0).astype(self.dtype)
+
+
+class NoNorm(nn.Module):
+    """In place of a norm, which gives zeros at padding, too."""
+
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, real: Array, train: bool = False) -> Array:
+        """The nodes as they are."""
+        return jnp.where(real[..., None], x, 0)
+
+
+NORMS = {"batch": NodeBatchNorm, "graph": GraphLayerNorm, "none": NoNorm}
 
 
 class GPSLayer(nn.Module):
@@ -131,9 +200,10 @@ class GPSLayer(nn.Module):
       local: kind of messages, or none.
       attend: whether there is attention.
       num_heads: of it.
-      activation: of the MLP.
+      activation: of the MLP, and of that of the messages.
       dropout: rate behind each branch.
       attention_dropout: rate on attention weights.
+      norm: kind of the norms behind the branches and the MLP (`NORMS`).
     """
 
     local: str
@@ -142,6 +212,7 @@ class GPSLayer(nn.Module):
     activation: str = "relu"
     dropout: float = 0.0
     attention_dropout: float = 0.0
+    norm: str = "batch"
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -158,14 +229,18 @@ class GPSLayer(nn.Module):
         """The nodes and the edges after the layer."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         drop = nn.Dropout(self.dropout, deterministic=not train)
-        norm = partial(NodeBatchNorm, **types)
+        norm = partial(NORMS[self.norm], **types)
         ways = []
         if self.local == "gated":
-            gated = GatedMessages(self.dropout, name="local", **types)
+            gated = GatedMessages(self.dropout, True, self.activation, name="local", **types)
             y, edge = gated(x, edge, source, target, real, train)
             ways.append(norm(name="norm_local")(y, real, train))
+        elif self.local == "gcn":
+            y = x + drop(ConvolvedMessages(name="local", **types)(x, source, target))
+            ways.append(norm(name="norm_local")(y, real, train))
         elif self.local != "none":
-            messages = IsotropicMessages(self.local == "gine", name="local", **types)
+            sizes = (self.local == "gine", self.activation)
+            messages = IsotropicMessages(*sizes, name="local", **types)
             y = x + drop(messages(x, edge, source, target))
             ways.append(norm(name="norm_local")(y, real, train))
         if self.attend:
@@ -196,8 +271,9 @@ class GraphGPS(nn.Module):
       embed_dim: channels.
       depth: layers.
       num_heads: heads.
-      local: kind of messages: `gine`, `gin` (without edges), `gated`, or `none`.
+      local: kind of messages: `gine`, `gin` and `gcn` (without edges), `gated`, or `none`.
       attend: whether there is attention beside the messages.
+      norm: of the layers: over the batch, over each graph, or none.
       pool: how nodes become a graph: `add`, `mean` or `max`.
       head_layers: times that the width halves in the head.
       num_classes: outputs.
@@ -214,8 +290,9 @@ class GraphGPS(nn.Module):
     embed_dim: int = 64
     depth: int = 10
     num_heads: int = 4
-    local: Literal["gine", "gin", "gated", "none"] = "gine"
+    local: Literal["gine", "gin", "gcn", "gated", "none"] = "gine"
     attend: bool = True
+    norm: Literal["batch", "graph", "none"] = "batch"
     pool: Literal["add", "mean", "max"] = "add"
     head_layers: int = 2
     num_classes: int = 1
@@ -292,6 +369,7 @@ class GraphGPS(nn.Module):
                 self.activation,
                 self.dropout,
                 self.attention_dropout,
+                self.norm,
                 name=f"layers_{i}",
                 **types,
             )
@@ -347,6 +425,8 @@ def _rules(prefix: str = "", atoms: bool = False) -> Rules:
         *batch_norm_rules(f"{node}2.raw_norm", "norm_position"),
         *dense_rules(f"{node}2.pe_encoder", "embed_position"),
         *(rule for a, b in norms for rule in batch_norm_rules(f"{theirs}.{a}", f"{ours}/{b}")),
+        Rule(f"{theirs}.local_model.lin.weight", f"{ours}/local/map/kernel", linear),
+        Rule(f"{theirs}.local_model.bias", f"{ours}/local/bias"),
         *dense_rules(f"{theirs}.local_model.nn.0", f"{ours}/local/mlp/up"),
         *dense_rules(f"{theirs}.local_model.nn.2", f"{ours}/local/mlp/down"),
         *(
@@ -361,7 +441,7 @@ def _rules(prefix: str = "", atoms: bool = False) -> Rules:
         *dense_rules(f"{theirs}.ff_linear2", f"{ours}/mlp/down"),
     ]
     derived = {
-        f"{theirs}.{name}.num_batches_tracked": _edge_counter if "bn_" in name else _counter
+        f"{theirs}.{name}.num_batches_tracked": _edge_counter if "bn_" in name else _norm_counter
         for name, _ in norms
     }
     derived[f"{node}2.raw_norm.num_batches_tracked"] = _counter
@@ -377,13 +457,17 @@ def _counter(model: GraphGPS, i: int = 0) -> np.ndarray:
     return np.zeros((), np.int64)
 
 
+def _norm_counter(model: GraphGPS, i: int) -> np.ndarray | None:
+    return np.zeros((), np.int64) if model.norm == "batch" else None
+
+
 def _edge_counter(model: GraphGPS, i: int) -> np.ndarray | None:
     return np.zeros((), np.int64) if model.local == "gated" else None
 
 
 def _epsilon(model: GraphGPS, i: int) -> np.ndarray | None:
     """GINE's epsilon, which is fixed at 0."""
-    return np.zeros(1, np.float32) if model.local == "gine" and i < model.depth else None
+    return np.zeros(1, np.float32) if model.local in ("gine", "gin") and i < model.depth else None
 
 
 LAYOUTS = {
