@@ -42,7 +42,7 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
 def albert_fields(case: golden.Case) -> dict[str, Any]:
     """From `AlbertConfig`."""
     config = case.config
-    config.expect(inner_group_num=1, position_embedding_type=("absolute", None))
+    config.expect(position_embedding_type=("absolute", None))
     config.expect(tie_word_embeddings=True)
     config.ignore("classifier_dropout_prob", "down_scale_factor", "gap_size", "net_structure_type")
     config.ignore("num_memory_blocks")
@@ -54,6 +54,7 @@ def albert_fields(case: golden.Case) -> dict[str, Any]:
         embed_dim="hidden_size",
         depth="num_hidden_layers",
         groups="num_hidden_groups",
+        inner_layers="inner_group_num",
         num_heads="num_attention_heads",
         mlp_dim="intermediate_size",
         max_positions="max_position_embeddings",

@@ -45,8 +45,9 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
         num_token_types="type_vocab_size",
         activation="hidden_act",
         epsilon="layer_norm_eps",
+        causal="is_decoder",
     )
-    config.expect(position_embedding_type=("absolute", None), is_decoder=False,
+    config.expect(position_embedding_type=("absolute", None),
                   is_encoder_decoder=False, add_cross_attention=False, tie_word_embeddings=True,
                   pruned_heads=({}, None),
                   pooling=("masked mean over last_hidden_state, then L2 normalise",
@@ -141,4 +142,4 @@ def check_lengths(case: golden.Case, inputs: dict[str, np.ndarray]) -> None:
 
 
 def made_by(case: golden.Case) -> bool:
-    return re.search(r"transformers \S+ Bert(Model|For)", case.source) is not None
+    return re.search(r"transformers \S+ Bert(Model|For|LMHead)", case.source) is not None

@@ -21,3 +21,15 @@ def test_layers_of_a_group_share_their_weights():
         zoo.create("albert_test", depth=4, groups=3).init(
             jax.random.key(0), np.zeros((1, 3), np.int32)
         )
+
+
+def test_a_set_of_weights_may_hold_layers_of_its_own():
+    model = zoo.create("albert_test", depth=2, inner_layers=2)
+    variables = filled(model)
+    assert {n for n in variables["params"] if n.startswith("layers")} == {
+        "layers_0",
+        "layers_0_inner_1",
+    }
+    state = zoo.export(model, variables)
+    place = "encoder.albert_layer_groups.0.albert_layers"
+    assert f"{place}.0.ffn.weight" in state and f"{place}.1.ffn.weight" in state

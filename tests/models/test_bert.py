@@ -437,3 +437,13 @@ def test_what_does_not_fit_is_one_sentence(fields, change, sentence):
     arguments = {"tokens": np.zeros((2, 4), np.int32), **change}
     with pytest.raises(ValueError, match=sentence):
         model.init(jax.random.key(0), **arguments)
+
+
+def test_a_causal_encoder_sees_no_later_token():
+    model = zoo.create("bert_test", causal=True)
+    variables = filled(model)
+    tokens = np.arange(1, 9)[None]
+    run = jax.jit(lambda v, t: model.apply(v, t, method="features")["last_hidden_state"])
+    before, after = run(variables, tokens), run(variables, np.where(tokens > 5, 3, tokens))
+    np.testing.assert_allclose(after[:, :5], before[:, :5], rtol=1e-5, atol=1e-5)
+    assert np.abs(after[:, 5:] - before[:, 5:]).max() > 1e-3

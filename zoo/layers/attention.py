@@ -44,6 +44,7 @@ class Attention(nn.Module):
       fused: one `qkv` matrix, or three.
       query_key_norm: LayerNorm of each head's query and key (`query_norm`, `key_norm`).
       scale: factor on q k^T; None is 1 / sqrt(head width).
+      causal: whether a token sees only itself and those before it.
       attention_dropout: rate on the probabilities.
       dropout: rate after `out`.
       blind: what a query that sees no key gets: "zeros", or the "mean" of all values, which
@@ -56,6 +57,7 @@ class Attention(nn.Module):
     out_bias: bool = True
     query_key_norm: bool = False
     scale: float | None = None
+    causal: bool = False
     attention_dropout: float = 0.0
     dropout: float = 0.0
     epsilon: float = 1e-6
@@ -101,7 +103,8 @@ class Attention(nn.Module):
             constrain(t, "batch", "length", "heads", "head_dim") for t in (query, key, value)
         )
         if self.is_mutable_collection("intermediates"):
-            weights = attention_weights(query, key, visible=visible, scale=self.scale)
+            later = jnp.triu(jnp.full((1, 1, length, length), -1e30), 1) if self.causal else None
+            weights = attention_weights(query, key, bias=later, visible=visible, scale=self.scale)
             self.sow("intermediates", "attention", weights)
         dropping = train and self.attention_dropout > 0
         segments = None if visible is None else visible.astype(jnp.int32)
@@ -113,6 +116,7 @@ class Attention(nn.Module):
             query_segments=None if segments is None else jnp.ones_like(segments),
             key_segments=segments,
             scale=self.scale,
+            mask=kernels_pallas.Causal() if self.causal else None,
             dropout=self.attention_dropout if dropping else 0.0,
             rng=self.make_rng("dropout") if dropping else None,
         )

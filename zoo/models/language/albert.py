@@ -64,14 +64,12 @@ def _embeddings(prefix: str) -> list[Rule]:
     ]
 
 
-def _layers(theirs: str, names: dict[str, str]) -> list[Rule]:
+def _layers(theirs: str, names: dict[str, str], ours: str = "layers_{i}") -> list[Rule]:
     """Rules of layers that call their parts so; what has `norm` in our name is one."""
     return [
         rule
         for a, b in names.items()
-        for rule in (norm_rules if "norm" in b else dense_rules)(
-            f"{theirs}.{a}", f"layers_{{i}}/{b}"
-        )
+        for rule in (norm_rules if "norm" in b else dense_rules)(f"{theirs}.{a}", f"{ours}/{b}")
     ]
 
 
@@ -85,6 +83,7 @@ _ALBERT = {
     "ffn_output": "mlp/down",
     "full_layer_layer_norm": "norm2",
 }
+_INNER = 4  # layers of a set of weights that the rules know; published files have one
 _DISTILBERT = {
     "attention.q_lin": "attention/query",
     "attention.k_lin": "attention/key",
@@ -116,12 +115,17 @@ _HEADS = [*dense_rules("classifier", "head"), *dense_rules("qa_outputs", "span")
 
 
 def _albert(prefix: str, repeated: bool = False, ids: bool = False) -> Rules:
-    encoder, group = f"{prefix}encoder", "albert_layer_groups.{i}.albert_layers.0"
+    encoder, group = f"{prefix}encoder", "albert_layer_groups.{i}.albert_layers"
     return _rules(
         prefix,
         [
             *dense_rules(f"{encoder}.embedding_hidden_mapping_in", "embed_map"),
-            *_layers(f"{encoder}.{group}", _ALBERT),
+            *_layers(f"{encoder}.{group}.0", _ALBERT),
+            *(
+                rule
+                for j in range(1, _INNER)
+                for rule in _layers(f"{encoder}.{group}.{j}", _ALBERT, f"layers_{{i}}_inner_{j}")
+            ),
             *dense_rules(f"{prefix}pooler", "pooler"),
         ],
         [

@@ -62,6 +62,7 @@ class BertLayer(nn.Module):
     epsilon: float = 1e-12
     dropout: float = 0.0
     attention_dropout: float = 0.0
+    causal: bool = False
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -78,6 +79,7 @@ class BertLayer(nn.Module):
             self.num_heads,
             fused=False,
             blind="mean",
+            causal=self.causal,
             attention_dropout=self.attention_dropout,
             dropout=self.dropout,
             kernel_init=init,
@@ -153,6 +155,8 @@ class Bert(nn.Module):
       num_token_types: segments that can be told apart; 0: none (DistilBERT).
       word_dim: width of the embeddings, which a map takes to `embed_dim` (ALBERT); None: that.
       groups: sets of weights that so many layers in a row share (ALBERT); 0: each has its own.
+      inner_layers: layers of its own in each set, which run one after another as one layer.
+      causal: a token sees only itself and those before it (BERT as a decoder).
       activation: of MLP and masked-word head, a key of `ACTIVATIONS`.
       pooler: the layer on the first token; the heads that read it need it.
       pooler_activation: of that layer, a key of `ACTIVATIONS`.
@@ -174,6 +178,8 @@ class Bert(nn.Module):
     num_token_types: int = 2
     word_dim: int | None = None
     groups: int = 0
+    inner_layers: int = 1
+    causal: bool = False
     activation: str = "gelu"
     epsilon: float = 1e-12
     pooler: bool = True
@@ -280,14 +286,19 @@ class Bert(nn.Module):
             self.epsilon,
             self.dropout,
             self.attention_dropout,
+            self.causal,
             self.dtype,
             self.param_dtype,
         )
         if not self.scan_layers:
-            every, count = [], self.groups or self.depth
-            layers = [layer(name=f"layers_{i}") for i in range(count)]
+            every, count, inner = [], self.groups or self.depth, range(self.inner_layers)
+            layers = [
+                [layer(name=f"layers_{i}_inner_{j}" if j else f"layers_{i}") for j in inner]
+                for i in range(count)
+            ]
             for i in range(self.depth):
-                x = layers[i * count // self.depth](x, visible, train)
+                for one in layers[i * count // self.depth]:
+                    x = one(x, visible, train)
                 every.append(x)
             return every
 
@@ -344,6 +355,10 @@ class Bert(nn.Module):
             if value not in known:
                 raise ValueError(f"{name}={value!r} is none of {', '.join(map(repr, known))}.")
         pooled = ("pretraining", "next_sentence", "classification")
+        if self.inner_layers > 1 and self.scan_layers:
+            raise ValueError(
+                f"inner_layers={self.inner_layers} needs scan_layers=False, which runs them."
+            )
         if self.groups and (self.scan_layers or self.depth % self.groups):
             raise ValueError(
                 f"groups={self.groups} of a depth of {self.depth}: choose a divisor, and "
