@@ -6,6 +6,7 @@ from typing import Any
 import golden
 
 from zoo.models.vision.gmm_hosts import GmmCaiT, GmmSwin
+from zoo.models.vision.gmm_pyramids import GmmPiT, GmmT2T
 from zoo.models.vision.gmm_vit import GmmViT
 
 # official class -> ours, our names of its arguments
@@ -32,6 +33,20 @@ HOSTS = {
             head_dim="dim_head", hidden="mlp_dim",
         ),
     ),
+    "PiT": (
+        GmmPiT,
+        dict(
+            embed_dim="dim", depths="depth", num_heads="heads", head_dim="dim_head",
+            mlp_ratio="mlp_dim_ratio",
+        ),
+    ),
+    "T2T_ViT": (
+        GmmT2T,
+        dict(
+            in_channels="in_chans", token_dim="token_dim", embed_dim="embed_dim", depth="depth",
+            num_heads="num_heads", mlp_ratio="mlp_ratio", qkv_bias="qkv_bias", scale="qk_scale",
+        ),
+    ),
 }  # fmt: skip
 # what the official constructors take if nothing is said, where it is not what `create_model` gives
 DEFAULTS = {
@@ -41,6 +56,8 @@ DEFAULTS = {
         num_heads=(3, 6, 12, 24), window_size=7, mlp_ratio=4.0,
     ),
     "CaiT": dict(kernels=3),
+    "PiT": dict(head_dim=64),
+    "T2T_ViT": dict(image_size=(224, 224), num_classes=1000),
 }  # fmt: skip
 
 
@@ -54,6 +71,8 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     fields = DEFAULTS[cls] | config.rename(**names, num_classes="num_classes")
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     fields |= config.rename(kernels="num_kernals")
+    if cls == "PiT" and isinstance(fields.get("num_heads"), int):
+        fields["num_heads"] = (fields["num_heads"],) * len(fields["depths"])
     if "img_size" in config.entries:
         fields["image_size"] = golden.pair(config.take("img_size"))
     if "patch_size" in config.entries:
@@ -79,6 +98,11 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
         if cls == "SwinTransformer":
             merged = {f"layer{s}": out[f"downsample{s + 1}"] for s in range(len(model.depths) - 1)}
             return out | merged
+        if cls == "PiT":
+            first = kept["stages_0_layers_0"]
+            return out | {"masked_scores0": first["attention"]["scores"][0]}
+        if cls == "T2T_ViT":
+            return out | {"masked_scores0": kept["layers_0"]["attention"]["scores"][0]}
         first = kept["layers_0"]
         return out | {
             "masked_scores0": first["mixer"]["attention"]["scores"][0],

@@ -3,8 +3,8 @@
 From the same paper and code. Swin: A is that of a window, and multiplies the scores before Swin's
 bias and mask are added. CaiT: A multiplies before the heads are mixed, in the blocks of patches;
 the class token's attention has none. `gmm_dinat` is ours: neighbourhood attention in Swin's
-skeleton, as in DiNAT_s, computed densely and meant for small maps. The authors' PiT and T2T are
-left out. Swin's number of parameters is the published 7.1 M; of CaiT it is `gmm_cait_tiny`, 108
+skeleton, as in DiNAT_s, computed densely and meant for small maps. PiT and T2T are in
+`gmm_pyramids`. Swin has the published 7.1 M parameters; of CaiT it is `gmm_cait_tiny`, 108
 wide as their `cait-tiny`, that has the published 5.1 M.
 
     features         gmm_swin

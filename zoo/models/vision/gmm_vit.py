@@ -121,6 +121,19 @@ class ElementwiseMask(nn.Module):
 MASKS = ("gaussian", "elementwise", None)
 
 
+def mask_of(
+    kind: str,
+    kernels: int,
+    underflow: bool,
+    distances: Int[np.ndarray, "queries keys"],
+    num_heads: int,
+    param_dtype: jnp.dtype,
+) -> Float[Array, "#heads queries keys"]:
+    """The mask of a kind; called in the compact method of the attention, which gets `mask`."""
+    maker = {"gaussian": partial(GaussianMask, kernels, underflow), "elementwise": ElementwiseMask}
+    return maker[kind](param_dtype=param_dtype, name="mask")(distances, num_heads)
+
+
 def masked_attention(
     query: Float[Array, "batch queries heads head_dim"],
     key: Float[Array, "batch keys heads head_dim"],
@@ -169,6 +182,7 @@ class MaskedAttention(nn.Module):
       kernels: Gaussians for each head.
       scale: factor on q k^T; None is 1 / sqrt(head width).
       talking: heads are mixed by a matrix before and after the softmax.
+      class_token: the first token has no distances, and scores with it are not multiplied.
       dropout: rate at the end.
     """
 
@@ -180,6 +194,7 @@ class MaskedAttention(nn.Module):
     qkv_bias: bool = False
     scale: float | None = None
     talking: bool = False
+    class_token: bool = False
     dropout: float = 0.0
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
@@ -188,7 +203,7 @@ class MaskedAttention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "batch tokens channels"],
-        distances: Int[np.ndarray, "tokens tokens"],
+        distances: Int[np.ndarray, "patches patches"],
         bias: Float[Array, "biases #heads tokens tokens"] | None = None,
         train: bool = False,
     ) -> Float[Array, "batch tokens channels"]:
@@ -210,12 +225,11 @@ class MaskedAttention(nn.Module):
         else:
             multiplier = None
             if self.mask is not None:
-                maker = {
-                    "gaussian": partial(GaussianMask, self.kernels, self.underflow),
-                    "elementwise": ElementwiseMask,
-                }[self.mask]
-                mask = maker(param_dtype=self.param_dtype, name="mask")
-                multiplier = mask(distances, self.num_heads)
+                sizes = (self.mask, self.kernels, self.underflow)
+                multiplier = mask_of(*sizes, distances, self.num_heads, self.param_dtype)
+                if self.class_token:
+                    first = ((0, 0), (1, 0), (1, 0))
+                    multiplier = jnp.pad(multiplier, first, constant_values=1.0)
             mix = self._mix() if self.talking else None
             y, scores = masked_attention(query, key, value, multiplier, bias, self.scale, mix)
             self.sow("intermediates", "scores", scores)
@@ -351,16 +365,20 @@ def mask_rules(theirs: str, ours: str) -> list[Rule]:
     ]
 
 
+def gaussian_table(tokens: int) -> Float[np.ndarray, "1 1 tokens tokens"]:
+    """The authors', as float32 gives it; its grid is square, even if that has no whole side."""
+    at = np.arange(tokens)
+    side = len(at) ** 0.5
+    at = np.stack([at // side, at % side], -1)
+    squared = np.square(at[:, None] - at).sum(-1).astype(np.float32)
+    return (np.exp(-squared) ** np.float32(0.5))[None, None]
+
+
 def layout(*rules: Rule, tokens: Callable[[nn.Module], int], aliases: str, **derived) -> Rules:
     """Rules with the authors' table for so many tokens, and its names in the blocks."""
 
     def table(model: nn.Module) -> np.ndarray:
-        """As float32 gives it; its grid is square, and has no whole side where tokens do not."""
-        at = np.arange(tokens(model))
-        side = len(at) ** 0.5
-        at = np.stack([at // side, at % side], -1)
-        squared = np.square(at[:, None] - at).sum(-1).astype(np.float32)
-        return (np.exp(-squared) ** np.float32(0.5))[None, None]
+        return gaussian_table(tokens(model))
 
     def alias(model: nn.Module, **_) -> np.ndarray | None:
         return table(model) if model.mask == "gaussian" else None
