@@ -22,13 +22,14 @@ def _body(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
         embed_dim="dim", depth="n_layers", num_heads="n_heads", epsilon="norm_eps",
         max_steps="max_mcmc_steps",
     )  # fmt: skip
-    config.expect(**{"class": ("EBTDefault", "EBTTimeConcat")})
-    config.expect(adaln_zero_init=(False, True), n_kv_heads=None, ebt_act_func="silu")
-    config.ignore("max_seq_len", "weight_initialization", "weight_initialization_gain",
-                  "dyt_alpha_init")  # fmt: skip
+    config.expect(**{"class": ("EBTDefault", "EBTTimeConcat", "EBTAdaLN")})
+    config.expect(n_kv_heads=(None, config.entries.get("n_heads")))
+    config.ignore("max_seq_len", "max_batch_size", "adaln_zero_init", "weight_initialization",
+                  "weight_initialization_gain", "dyt_alpha_init")  # fmt: skip
     timed = "time_embeddings.weight" in case.shapes
-    fields["conditioning"] = "time_embed" if timed else "default"
-    fields["norm"] = config.take("ebt_norm", "rms")
+    modulated = "final_layer.linear.weight" in case.shapes
+    kind = "adaln" if modulated else "time_embed" if timed else "default"
+    fields |= {"conditioning": kind, **kinds(config, kind)}
     fields["mlp_ratio"] = config.take("ffn_dim_multiplier") or 1.0
     both = jnp.asarray(case.uniform("embeddings"))
     model = EnergyTransformer(**fields, length=both.shape[1] // 2)
@@ -50,15 +51,25 @@ def _body(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     return model, run
 
 
+def kinds(config: golden.Config, conditioning: str) -> dict[str, str]:
+    """Norms and activation, of which only the code of time embeddings has a choice."""
+    norm, activation = config.take("ebt_norm", "rms"), config.take("ebt_act_func", "silu")
+    if conditioning != "time_embed":
+        return {}
+    norm = {"ebm_backwards_norm": "both_ways"}.get(norm, norm)
+    return {"norm": norm, "activation": activation}
+
+
 def _language(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     config = case.config
     fields = config.rename(
         vocab_size="vocab", embed_dim="embedding_dim", depth="num_transformer_blocks",
-        num_heads="multiheaded_attention_heads", conditioning="ebt_type", norm="ebt_norm",
+        num_heads="multiheaded_attention_heads", conditioning="ebt_type",
         steps="mcmc_num_steps", alpha="mcmc_step_size", truncate="truncate_mcmc",
         embeds_by_table="vocab_to_embed_uses_prob_dist", clamp="absolute_clamp",
         temperature="sharpen_predicted_distribution", last_repeats="randomize_mcmc_num_steps",
     )  # fmt: skip
+    fields |= kinds(config, fields.get("conditioning", "default"))
     fields["mlp_ratio"] = config.take("ffn_dim_multiplier") or 1.0
     fields["detach"] = not config.take("no_mcmc_detach", False)
     every = config.take("normalize_initial_condition", True)
@@ -70,7 +81,7 @@ def _language(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]
     steps = case.shapes.get("transformer.time_embeddings.weight", (None,))[0]
     fields["max_steps"] = steps
     config.expect(
-        langevin_dynamics_noise=0.0, num_modality_processing_mlp_layers=1, ebt_act_func="silu",
+        langevin_dynamics_noise=0.0, num_modality_processing_mlp_layers=1,
         contrastive_loss=False, execution_mode=("pretrain", "inference"),
         reconstruction_coeff=1.0,
     )  # fmt: skip

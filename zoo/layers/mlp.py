@@ -34,6 +34,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     "relu6": jax.nn.relu6,
     "leaky_relu": jax.nn.leaky_relu,
+    "elu": jax.nn.elu,
     **dict.fromkeys(("silu", "swish"), jax.nn.silu),
     "mish": jax.nn.mish,
     "hardswish": jax.nn.hard_swish,

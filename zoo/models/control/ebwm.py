@@ -15,7 +15,10 @@ once. Its sequence is [o_0 ... | p_0 ...]: embedded tokens, then embedded candid
     loss = mean over k of the cross-entropy of y_k                    differentiated through dE/dq
 
 With time embeddings an embedding of the step k stands in front of the tokens, which it shifts by a
-position. The conditioning by modulated norms (`adaln`) and the heads for images are not here.
+position. With `adaln` a linear map of silu(that embedding) gives each block six vectors: what comes
+out of a norm is times 1 + s plus b, and what is added is times g; the last norm gets s and b, too.
+With `adaln_zero` these maps and the head start at zero. Only with time embeddings has the code
+other norms than RMSNorm (`NORMS`) and other activations. The heads for images are not here.
 
     features            ebt_xxs
     energy              2    255       of each step
@@ -33,10 +36,12 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from zoo.checkpoints.rules import Rule, Rules, linear
+from zoo.checkpoints.rules import Rule, Rules, dense_rules, linear
 from zoo.layers.decoder import GatedMlp
 from zoo.layers.dense import Dense
+from zoo.layers.mlp import ACTIVATIONS
 from zoo.layers.norm import LayerNorm
+from zoo.layers.patch import torch_default_init
 from zoo.system import System, Variant
 
 init = nn.initializers.xavier_normal()
@@ -110,6 +115,74 @@ def _softmax(scores: Array) -> Array:
     return jax.nn.softmax(scores.astype(jnp.float32), -1).astype(scores.dtype)
 
 
+class DynamicTanh(nn.Module):
+    """`scale * tanh(alpha x) + bias`, in place of a norm (arXiv 2503.10622)."""
+
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
+        alpha = self.param("alpha", nn.initializers.constant(0.5), (1,), self.param_dtype)
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], self.param_dtype)
+        y = jnp.tanh(alpha.astype(self.dtype) * x.astype(self.dtype))
+        return y * scale.astype(self.dtype) + bias.astype(self.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def norm_of_gradient(x: Array, scale: Array, epsilon: float) -> Array:
+    """`x`; its gradient is the RMSNorm, with this scale, of the gradient that comes back."""
+    return x
+
+
+def _gradient(epsilon: float, scale: Array, gradient: Array) -> tuple[Array, Array]:
+    root = jax.lax.rsqrt(jnp.square(gradient).mean(-1, keepdims=True) + epsilon)
+    normed = gradient * root
+    return normed * scale, normed.reshape(-1, normed.shape[-1]).sum(0)
+
+
+norm_of_gradient.defvjp(lambda x, scale, epsilon: (x, scale), _gradient)
+
+
+class BothWaysNorm(nn.Module):
+    """RMSNorm, and another one of the gradient on its way back."""
+
+    epsilon: float
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        x = nn.RMSNorm(epsilon=self.epsilon, name="forward", **types)(x)
+        start = nn.initializers.constant(0.01)
+        scale = self.param("gradient_scale", start, x.shape[-1:], self.param_dtype)
+        return norm_of_gradient(x, scale.astype(x.dtype), self.epsilon)
+
+
+def _no_norm(name: str) -> Any:
+    return lambda x: x
+
+
+NORMS = {
+    "rms": lambda epsilon, types: partial(nn.RMSNorm, epsilon=epsilon, **types),
+    "layer": lambda epsilon, types: partial(LayerNorm, epsilon=1e-5, **types),
+    "dyt": lambda epsilon, types: partial(DynamicTanh, **types),
+    "none": lambda epsilon, types: _no_norm,
+    "both_ways": lambda epsilon, types: partial(BothWaysNorm, epsilon, **types),
+}
+"""Kinds of norms: what makes the maker of one. PyTorch's LayerNorm is not told the epsilon."""
+
+Norm = Literal["rms", "layer", "dyt", "none", "both_ways"]
+Conditioning = Literal["default", "time_embed", "adaln", "adaln_zero"]
+
+
+def modulated(x: Array, shift: Array | None, scale: Array | None) -> Array:
+    """`x (1 + scale) + shift`; without them `x`."""
+    return x if shift is None else x * (1 + scale) + shift
+
+
 class EnergyTransformer(nn.Module):
     """The energy of each candidate.
 
@@ -118,9 +191,10 @@ class EnergyTransformer(nn.Module):
       depth: blocks.
       num_heads: heads.
       mlp_ratio: width of the MLPs over the channels.
-      conditioning: none, or an embedding of the step in front of the tokens.
+      conditioning: none, an embedding of the step in front of the tokens, or norms modulated by it.
       max_steps: steps that have an embedding.
-      norm: kind of the norms.
+      norm: kind of the norms, a key of `NORMS`.
+      activation: of the MLPs.
       epsilon: of the norms.
       length: tokens of `example_inputs`.
     """
@@ -129,9 +203,10 @@ class EnergyTransformer(nn.Module):
     depth: int = 6
     num_heads: int = 6
     mlp_ratio: float = 1.0
-    conditioning: Literal["default", "time_embed"] = "default"
+    conditioning: Conditioning = "default"
     max_steps: int = 2
-    norm: Literal["rms", "layer"] = "rms"
+    norm: Norm = "rms"
+    activation: str = "silu"
     epsilon: float = 1e-5
     length: int = 4
     dtype: jnp.dtype = jnp.float32
@@ -151,25 +226,49 @@ class EnergyTransformer(nn.Module):
     ) -> Float[Array, "batch length"]:
         """The energies, for the step of this number."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        kind = {"rms": nn.RMSNorm, "layer": LayerNorm}[self.norm]
-        norm = partial(kind, epsilon=self.epsilon, **types)
-        if self.conditioning == "time_embed":
+        norm = NORMS[self.norm](self.epsilon, types)
+        zero, embedding = self.conditioning == "adaln_zero", None
+        if self.conditioning != "default":
             shape = (self.max_steps, self.embed_dim)
             table = self.param(
                 "step_embedding", nn.initializers.normal(1.0), shape, self.param_dtype
             )
-            first = jnp.broadcast_to(table[step], (tokens.shape[0], 1, self.embed_dim))
+            embedding = table[step].astype(self.dtype)
+        if self.conditioning == "time_embed":
+            first = jnp.broadcast_to(embedding, (tokens.shape[0], 1, self.embed_dim))
             tokens = jnp.concatenate([first.astype(tokens.dtype), tokens], 1)
+            embedding = None
+        vectors = partial(Modulation, zero=zero, **types)
         streams = (tokens, candidates)
         for i in range(self.depth):
             block = EnergyBlock(
-                self.num_heads, int(self.embed_dim * self.mlp_ratio), norm, name=f"layers_{i}",
-                **types,
+                self.num_heads, int(self.embed_dim * self.mlp_ratio), norm, self.activation,
+                partial(vectors, 6), name=f"layers_{i}", **types,
             )  # fmt: skip
-            streams = block(*streams)
+            streams = block(*streams, embedding)
         x = norm(name="norm")(streams[1])
-        head = Dense(1, use_bias=False, kernel_init=init, name="head", **types)
+        if embedding is not None:
+            x = modulated(x, *vectors(2, name="modulation")(embedding))
+        start = nn.initializers.zeros if zero else init
+        head = Dense(1, use_bias=False, kernel_init=start, name="head", **types)
         return head(x)[..., 0]
+
+
+class Modulation(nn.Module):
+    """So many vectors of a step: a linear map of silu(its embedding)."""
+
+    count: int
+    zero: bool = False
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, embedding: Float[Array, "channels"]) -> list[Float[Array, "channels"]]:
+        start = nn.initializers.zeros if self.zero else torch_default_init
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        width = self.count * embedding.shape[-1]
+        y = Dense(width, kernel_init=start, name="map", **types)(nn.silu(embedding)[None])[0]
+        return jnp.split(y, self.count)
 
 
 class EnergyBlock(nn.Module):
@@ -178,20 +277,29 @@ class EnergyBlock(nn.Module):
     num_heads: int
     mlp_dim: int
     norm: Any
+    activation: str
+    modulation: Any
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens: Array, candidates: Array) -> tuple[Array, Array]:
-        """Both streams after the block."""
+    def __call__(
+        self, tokens: Array, candidates: Array, embedding: Array | None
+    ) -> tuple[Array, Array]:
+        """Both streams after the block, modulated where there is an embedding of the step."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm1, norm2 = self.norm(name="norm1"), self.norm(name="norm2")
         attention = TwoStreamAttention(self.num_heads, name="attention", **types)
-        mlp = GatedMlp(self.mlp_dim, name="mlp", **types)
+        activation = ACTIVATIONS[self.activation]
+        mlp = GatedMlp(self.mlp_dim, activation=activation, name="mlp", **types)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (None, None, 1.0) * 2
+        if embedding is not None:
+            made = self.modulation(name="modulation")(embedding)
+            shift1, scale1, gate1, shift2, scale2, gate2 = made
         streams = (tokens, candidates)
-        added = attention(*(norm1(x) for x in streams))
-        streams = tuple(x + y for x, y in zip(streams, added, strict=True))
-        return tuple(x + mlp(norm2(x)) for x in streams)
+        added = attention(*(modulated(norm1(x), shift1, scale1) for x in streams))
+        streams = tuple(x + gate1 * y for x, y in zip(streams, added, strict=True))
+        return tuple(x + gate2 * mlp(modulated(norm2(x), shift2, scale2)) for x in streams)
 
 
 class EBT(nn.Module):
@@ -199,7 +307,8 @@ class EBT(nn.Module):
 
     Attributes:
       vocab_size: tokens.
-      embed_dim, depth, num_heads, mlp_ratio, conditioning, norm: of `EnergyTransformer`.
+      embed_dim, depth, num_heads, mlp_ratio, conditioning, norm, activation: of
+        `EnergyTransformer`.
       max_steps: steps that have an embedding; None: as many as are taken.
       steps: gradient steps.
       last_repeats: times that the last step is repeated on its own energy.
@@ -221,8 +330,9 @@ class EBT(nn.Module):
     depth: int = 6
     num_heads: int = 6
     mlp_ratio: float = 1.0
-    conditioning: Literal["default", "time_embed"] = "time_embed"
-    norm: Literal["rms", "layer"] = "rms"
+    conditioning: Conditioning = "time_embed"
+    norm: Norm = "rms"
+    activation: str = "silu"
     max_steps: int | None = None
     steps: int = 2
     last_repeats: int = 0
@@ -271,7 +381,7 @@ class EBT(nn.Module):
         table = table.astype(self.dtype)
         transformer = EnergyTransformer(
             self.embed_dim, self.depth, self.num_heads, self.mlp_ratio, self.conditioning,
-            self.max_steps or self.steps, self.norm, name="transformer", **types,
+            self.max_steps or self.steps, self.norm, self.activation, name="transformer", **types,
         )  # fmt: skip
         if not self.embeds_by_table:
             table_of = self.param("candidate_kernel", init, shape, self.param_dtype)
@@ -355,7 +465,8 @@ def refinement_loss(
 # ---------------------------------------------------------------------------- checkpoints
 
 
-def _body(theirs: str, ours: str) -> list[Rule]:
+def _body(theirs: str, ours: str, adaln: bool = False) -> list[Rule]:
+    """`adaln`: with modulated norms, whose head has another name."""
     rules = []
     for a, b in (("attention.wq", "attention/query"), ("attention.wk", "attention/key"),
                  ("attention.wv", "attention/value"), ("attention.wo", "attention/out"),
@@ -364,25 +475,42 @@ def _body(theirs: str, ours: str) -> list[Rule]:
         source = f"{theirs}layers.{{i}}.{a}.weight"
         rules.append(Rule(source, f"{ours}layers_{{i}}/{b}/kernel", linear))
     for a, b in (("attention_norm", "norm1"), ("ffn_norm", "norm2")):
-        for c, d in (("weight", "scale"), ("bias", "bias")):
-            rules.append(Rule(f"{theirs}layers.{{i}}.{a}.{c}", f"{ours}layers_{{i}}/{b}/{d}"))
+        rules += _norm(f"{theirs}layers.{{i}}.{a}", f"{ours}layers_{{i}}/{b}")
+    head = f"{theirs}final_layer"
+    if adaln:
+        rules += dense_rules(
+            f"{theirs}layers.{{i}}.adaLN_modulation.1", f"{ours}layers_{{i}}/modulation/map"
+        )
+        rules += dense_rules(f"{head}.adaLN_modulation.1", f"{ours}modulation/map")
+        head = f"{head}.linear"
     return [
         *rules,
-        Rule(f"{theirs}norm.weight", f"{ours}norm/scale"),
-        Rule(f"{theirs}norm.bias", f"{ours}norm/bias"),
+        *_norm(f"{theirs}norm", f"{ours}norm"),
         Rule(f"{theirs}time_embeddings.weight", f"{ours}step_embedding"),
-        Rule(f"{theirs}final_layer.weight", f"{ours}head/kernel", linear),
+        Rule(f"{head}.weight", f"{ours}head/kernel", linear),
     ]
 
 
-def _official(prefix: str = "") -> Rules:
+def _norm(theirs: str, ours: str) -> list[Rule]:
+    """Any of `NORMS`."""
+    names = {
+        "weight": "scale",
+        "bias": "bias",
+        "alpha": "alpha",
+        "forward_rms.weight": "forward/scale",
+        "backward_rms.weight": "gradient_scale",
+    }
+    return [Rule(f"{theirs}.{a}", f"{ours}/{b}") for a, b in names.items()]
+
+
+def _official(prefix: str = "", adaln: bool = False) -> Rules:
     return Rules(
         [
             Rule(f"{prefix}alpha", "alpha"),
             Rule(f"{prefix}langevin_dynamics_noise_std", "noise_std"),
             Rule(f"{prefix}embeddings.weight", "embedding"),
             Rule(f"{prefix}vocab_to_embed.weight", "candidate_kernel", linear),
-            *_body(f"{prefix}transformer.", "transformer/"),
+            *_body(f"{prefix}transformer.", "transformer/", adaln),
         ],
     )
 
@@ -391,6 +519,9 @@ LAYOUTS = {
     "official": _official(),
     "lightning": _official("model."),
     "body": Rules(_body("", "")),
+    "official_adaln": _official(adaln=True),
+    "lightning_adaln": _official("model.", adaln=True),
+    "body_adaln": Rules(_body("", "", adaln=True)),
 }
 
 _COMMON = dict(
