@@ -18,7 +18,7 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
 
 def create(config: golden.Config, transformers: bool = True) -> Any:
     """The model of a configuration of either code, whose defaults differ."""
-    fields = {"groups": 8, "tie_embeddings": False} if transformers else {}
+    fields = {"groups": 8, "tie_embeddings": False} if transformers else hybrid_fields(config)
     for ours, theirs in (
         ("vocab_size", ("vocab_size",)),
         ("embed_dim", ("hidden_size", "d_model")),
@@ -50,14 +50,51 @@ def create(config: golden.Config, transformers: bool = True) -> Any:
     padding = config.take("pad_vocab_size_multiple", 1)
     if "vocab_size" in fields:
         fields["vocab_size"] = -(-fields["vocab_size"] // padding) * padding
-    config.expect(rms_norm=True, attn_layer_idx=((), [], None))
+    if transformers:
+        config.ignore("rms_norm")  # its layers have RMSNorm whatever it says
+    else:
+        config.expect(rms_norm=True)
     config.ignore(
         "num_heads", "nheads", "chunk_size", "rescale_prenorm_residual", "time_step_rank",
         "time_step_min", "time_step_max", "time_step_floor", "fused_add_norm", "dt_min", "dt_max",
-        "dt_init_floor", "A_init_range", "conv_init", "use_mem_eff_path", "ssm_cfg", "attn_cfg",
+        "dt_init_floor", "A_init_range", "conv_init", "use_mem_eff_path",
         *_text.IGNORED,
     )  # fmt: skip
     return zoo.create("mamba2_130m", **fields)
+
+
+def hybrid_fields(config: golden.Config) -> dict[str, Any]:
+    """What mamba_ssm says of its state space and of the layers that are attention."""
+    inner = golden.Config({**(config.take("ssm_cfg") or {})})
+    inner.expect(layer="Mamba2")
+    fields = inner.rename(
+        state_size="d_state", head_dim="headdim", groups="ngroups", expand="expand",
+        ssm_dim="d_ssm", conv_size="d_conv", conv_bias="conv_bias", use_bias="bias",
+        use_norm="rmsnorm", norm_before_gate="norm_before_gate", wide_skip="D_has_hdim",
+    )  # fmt: skip
+    inner.ignore("chunk_size", "A_init_range", "dt_min", "dt_max", "dt_init_floor", "conv_init",
+                 "use_mem_eff_path")  # fmt: skip
+    inner.finish()
+    layers = tuple(config.take("attn_layer_idx") or ())
+    inner = golden.Config(config.take("attn_cfg") or {})
+    if not layers:
+        return fields
+    inner.expect(causal=True, mlp_dim=0, softmax_scale=None, rotary_emb_interleaved=False)
+    fields |= {
+        "attention_layers": layers,
+        "attention_heads": inner.take("num_heads"),
+        "attention_kv_heads": inner.take("num_heads_kv"),
+        "attention_head_dim": inner.take("head_dim"),
+        "attention_conv": inner.take("d_conv", 0),
+        "attention_rotary": inner.take("rotary_emb_dim", 0),
+        "rope_theta": float(inner.take("rotary_emb_base", 10000.0)),
+        "attention_bias": inner.take("qkv_proj_bias", True),
+        "attention_out_bias": inner.take("out_proj_bias", True),
+    }
+    if "causal" not in inner.entries:
+        raise golden.Unsupported("its attention sees later tokens, and the zoo's is causal")
+    inner.finish()
+    return fields
 
 
 def made_by(case: golden.Case) -> bool:

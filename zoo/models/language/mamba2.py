@@ -10,8 +10,9 @@ State Space Duality", ICML 2024, arXiv 2405.21060; official code github.com/stat
 
 B and C are shared by the heads of a group. A block is `u = u + mixer(RMSNorm(u))`, without an MLP
 unless `mlp_dim` says so, and the residual stream is float32. There are no positions: the state is
-all that a step needs. Listed layers can be softmax attention instead (hybrids). The official code
-clips dt in the whole sequence but not in its step; we clip in both.
+all that a step needs. Listed layers can be softmax attention instead (hybrids), whose queries, keys
+and values may go through a convolution, too, and turn in their first channels only. The official
+code clips dt in the whole sequence but not in its step; we clip in both.
 
     features            mamba2_130m
     embed               128  768    for 128 tokens
@@ -42,12 +43,19 @@ from zoo.checkpoints.rules import (
     split,
     tied,
 )
-from zoo.layers.causal import Context
+from zoo.layers.causal import (
+    Context,
+    attention_state,
+    causal_attention,
+    continue_attention,
+    keep_attention,
+)
 from zoo.layers.decoder import Decoder, ShortConv, keep_inputs
 from zoo.layers.dense import Dense
 from zoo.layers.mlp import ACTIVATIONS
 from zoo.layers.partition import constrain
 from zoo.layers.patch import torch_default_init
+from zoo.layers.rotary import Rotary
 from zoo.system import File, System, Variant
 
 
@@ -241,6 +249,106 @@ class StateSpace(nn.Module):
         return y, None if state is None else after
 
 
+class HybridAttention(nn.Module):
+    """The attention of mamba_ssm's hybrids: a causal convolution before it, and rotary in part.
+
+    Attributes:
+      num_heads: query heads.
+      num_kv_heads: key heads; None: as many.
+      head_dim: channels of a head; None: the channels over the heads.
+      conv_size: tokens of the convolution of queries, keys and values; 0: none.
+      rotary_dim: channels of a head that turn; None: all.
+      theta: base of the rotary frequencies.
+      qkv_bias: whether query, key and value have biases.
+      out_bias: whether the output has a bias.
+    """
+
+    num_heads: int
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    conv_size: int = 0
+    rotary_dim: int | None = None
+    theta: float = 10000.0
+    qkv_bias: bool = False
+    out_bias: bool = False
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    def widths(self, channels: int) -> tuple[int, int]:
+        """Channels of all queries, and of all keys."""
+        width = self.head_dim or channels // self.num_heads
+        return self.num_heads * width, (self.num_kv_heads or self.num_heads) * width
+
+    def init_state(self, batch: int, channels: int, length: int) -> dict[str, Array]:
+        """Room for the keys and values of `length` tokens, and inputs of the convolution."""
+        wide, shared = self.widths(channels)
+        heads, width = self.num_kv_heads or self.num_heads, wide // self.num_heads
+        state = attention_state(batch, length, heads, width, self.dtype)
+        if self.conv_size:
+            before = (batch, self.conv_size - 1, wide + 2 * shared)
+            state["conv"] = jnp.zeros(before, self.dtype)
+        return state
+
+    def keep(self, state: dict, nodes: dict, path: Array, accepted: Array) -> dict[str, Array]:
+        """See `zoo.layers.causal.keep_attention`."""
+        after = keep_attention(_without_conv(state), nodes, path, accepted)
+        if self.conv_size:
+            after["conv"] = keep_inputs(state["conv"], nodes["inputs"], path, accepted)
+        return after
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch length channels"],
+        state: dict | None = None,
+        train: bool = False,
+        context: Context = Context(),  # noqa: B008 (immutable)
+    ) -> tuple[Float[Array, "batch length channels"], dict | None]:
+        """The attended tokens and, if there is a state, the next one."""
+        batch, length, channels = x.shape
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        dense = partial(Dense, kernel_init=torch_default_init, **types)
+        wide, shared = self.widths(channels)
+        parts = [
+            dense(size, use_bias=self.qkv_bias, name=name)(x)
+            for name, size in (("query", wide), ("key", shared), ("value", shared))
+        ]
+        last = None
+        if self.conv_size:
+            start = tap_init(self.conv_size)
+            convolve = ShortConv(self.conv_size, False, start, start, name="conv", **types)
+            before = None if state is None else state["conv"]
+            mixed, last = convolve(jnp.concatenate(parts, -1), before, context)
+            parts = jnp.split(mixed, [wide, wide + shared], -1)
+        shape = (batch, length, -1, wide // self.num_heads)
+        query, key, value = (
+            constrain(t.reshape(shape), "batch", "length", "heads", "head_dim") for t in parts
+        )
+        query, key = self._turn(query, context), self._turn(key, context)
+        if state is None:
+            y = causal_attention(query, key, value, context.mask)
+        else:
+            y, state = continue_attention(query, key, value, _without_conv(state), context)
+            if self.conv_size:
+                state["conv" if context.parents is None else "inputs"] = last
+        return dense(channels, use_bias=self.out_bias, name="out")(
+            y.reshape(batch, length, -1)
+        ), state
+
+    def _turn(self, x: Array, context: Context) -> Float[Array, "batch length heads head_dim"]:
+        turned = x.shape[-1] if self.rotary_dim is None else self.rotary_dim
+        if not turned:
+            return x
+        positions = context.positions
+        positions = jnp.arange(x.shape[1])[None] if positions is None else positions
+        first = Rotary(self.theta)(x[..., :turned], positions)
+        return jnp.concatenate([first, x[..., turned:]], -1)
+
+
+def _without_conv(state: dict) -> dict:
+    return {name: value for name, value in state.items() if name != "conv"}
+
+
 class Mamba2(Decoder):
     """Mamba-2 language model; fields of the mixer as in `StateSpace`.
 
@@ -248,6 +356,8 @@ class Mamba2(Decoder):
 
     Attributes:
       residual_in_float32: whether blocks are summed in float32, whatever `dtype` they run in.
+      attention_head_dim, attention_conv, attention_rotary, attention_out_bias: of hybrids, as
+        `head_dim`, `conv_size`, `rotary_dim` and `out_bias` of `HybridAttention`.
     """
 
     vocab_size: int = 50288
@@ -270,6 +380,30 @@ class Mamba2(Decoder):
     wide_skip: bool = False
     norm_epsilon: float | None = None
     residual_in_float32: bool = True
+    attention_head_dim: int | None = None
+    attention_conv: int = 0
+    attention_rotary: int | None = None
+    attention_out_bias: bool = False
+
+    def mixers(self) -> list[nn.Module]:
+        """An unbound mixer for each layer."""
+        if self.window is not None:  # only of attention without what hybrids have more
+            return super().mixers()
+        attention = HybridAttention(
+            self.attention_heads,
+            self.attention_kv_heads,
+            self.attention_head_dim,
+            self.attention_conv,
+            self.attention_rotary,
+            self.rope_theta,
+            self.attention_bias,
+            self.attention_out_bias,
+            self.dtype,
+            self.param_dtype,
+            parent=None,
+        )
+        layers = enumerate(super().mixers())
+        return [attention if i in self.attention_layers else own for i, own in layers]
 
     def residual_dtype(self) -> jnp.dtype:
         """The type of the residual stream."""
@@ -319,9 +453,9 @@ def _swapped(rule: Transform) -> Transform:
 
 def _qkv(model: Mamba2) -> tuple[int, int, int]:
     """Channels of query, key and value in a layer of attention."""
-    width = model.embed_dim // model.attention_heads
+    width = model.attention_head_dim or model.embed_dim // model.attention_heads
     shared = width * (model.attention_kv_heads or model.attention_heads)
-    return model.embed_dim, shared, shared
+    return width * model.attention_heads, shared, shared
 
 
 def _layout(embed: str, *, head: bool, prefix: str = "backbone.") -> Rules:
@@ -412,6 +546,13 @@ VARIANTS: dict[str, Variant] = {
     ),
     "mamba2_2.7b": Variant(
         fields=dict(embed_dim=2560, depth=64), params=2_702_599_680, **_PUBLISHED
+    ),
+    "mamba2attn_2.7b": Variant(
+        fields=dict(
+            embed_dim=2560, depth=64, attention_layers=(9, 18, 27, 36, 45, 56), attention_heads=30,
+            attention_head_dim=128, attention_conv=4, attention_rotary=64,
+        ),
+        **_PUBLISHED,
     ),
     "mamba2_codestral_7b": Variant(
         fields=dict(
