@@ -37,8 +37,7 @@ def run(case: golden.Case, model: Any) -> Callable[[dict], Mapping[str, Any]]:
         out["hidden_last"] = out["last_hidden_state"]
         out["embedding_sum"] = out["embed"]
         out["loss"] = loss(out["logits"], arguments)[None]
-        if "mask" in arguments:
-            out |= golden.masked(out, arguments["mask"] != 0)
+        out |= golden.masked(out, arguments.get("mask", np.ones_like(arguments["tokens"])) != 0)
         return {name: strided(case, name, x) for name, x in out.items()}
 
     return outputs

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import golden
+from golden_systems import _series
 
 import zoo
 
@@ -18,6 +19,10 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     """The model that `model` names."""
     config = case.config
     config.expect(model=tuple(NAMES))
+    # Of the other models of the repository; the average of DLinear has 25 steps whatever is set.
+    config.ignore(*_series.UNUSED, "label_len", "moving_avg", "kernel_size", "dec_in", "c_out")
+    config.ignore("embed", "embed_type", "factor", "distil", "activation")
+    config.ignore("d_model", "n_heads", "e_layers", "d_layers", "d_ff")
     fields = config.rename(
         context_length="seq_len", horizon="pred_len", variates="enc_in", individual="individual"
     )

@@ -11,7 +11,7 @@ import numpy as np
 from zoo.data.light_curves import GaussianProcess, fit, unfitted
 from zoo.models.timeseries.t2 import T2
 
-PLACES = {"L": "steps", "M": "channels"}
+PLACES = {"L": "steps", "M": "channels", "d": "channels", None: "steps"}
 
 
 def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
@@ -25,8 +25,15 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
                            depth="num_layers", num_classes="num_classes", dropout="droprate",
                            context_length="timesteps", variates="bands",
                            aux_features="num_aux_feats")  # fmt: skip
-    config.expect(num_filters=fields["embed_dim"], add_aux_feats_to=tuple(PLACES))
-    fields["add_aux_to"] = PLACES[config.entries.get("add_aux_feats_to", "L")]
+    if "input_2" in case.names:
+        fields.setdefault("aux_features", case.input("input_2").shape[-1])
+    _, steps, bands = case.input("input_1").shape
+    config.ignore("input_dim", "fc_neurons")  # of the input; of a layer that is not there
+    config.expect(num_filters=fields.get("embed_dim", 32))
+    config.expect(add_aux_feats_to=tuple(PLACES), add_feats_to=tuple(PLACES))
+    place = next((n for n in ("add_aux_feats_to", "add_feats_to") if n in config.entries), None)
+    fields["add_aux_to"] = PLACES[config.entries.get(place)]
+    fields = {"context_length": steps, "variates": bands, "dropout": 0.1, **fields}
     model = T2(**fields)
     inputs = [case.input("input_1")]
     if model.aux_features:

@@ -15,7 +15,7 @@ follow; no weights are published. c is `factor`, L_q and L_k the numbers of quer
 Where paper and code differ: the sum of M is over the sampled keys but divided by L_k; the decoder
 reads its self-attention's heads out in another order than it wrote them (`mix`), so that steps and
 heads mix. The measure of a causal query sees keys after it. Keys are drawn in evaluation too: with
-the rng stream `sample`, and without one always the same. InformerStack is not here.
+the rng stream `sample`, and without one always the same. `stacks` makes it InformerStack.
 
 Heads beside the forecast are those of Time-Series-Library (MIT), of an encoder that does not
 distil. With `decoder_depth=0` every step of it is read out, which reconstructs (imputation, anomaly
