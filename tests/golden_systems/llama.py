@@ -74,7 +74,20 @@ def scaling(rope: dict[str, Any], positions: int) -> Callable | None:
                 "truncate": "truncate",
             },
         ),
+        "longrope": (
+            rotary.LongRope,
+            {
+                "short_factor": "short",
+                "long_factor": "long",
+                "original_max_position_embeddings": "original",
+                "factor": "factor",
+                "attention_factor": "amplitude",
+            },
+        ),
     }
+    if kind == "longrope":
+        rope.setdefault("factor", positions / rope["original_max_position_embeddings"])
+        rope |= {name: tuple(rope[name]) for name in ("short_factor", "long_factor")}
     if kind not in known:
         raise golden.Unsupported(f"its rope_type is {kind!r}, not one of {', '.join(known)}")
     make, names = known[kind]

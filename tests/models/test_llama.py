@@ -153,3 +153,14 @@ def test_what_does_not_fit_is_one_sentence(fields, sentence):
     model = zoo.create("llama_test", **fields)
     with pytest.raises(ValueError, match=sentence):
         jax.eval_shape(lambda: model.init(jax.random.key(0), tokens(1, 4)))
+
+
+def test_longrope_has_other_factors_for_long_texts():
+    scaling = rotary.LongRope((1.0, 2.0), (4.0, 8.0), original=4, factor=2.0)
+    plain = np.array([1.0, 0.1], np.float32)
+    for length, divisor in ((4, [1, 2]), (5, [4, 8])):
+        frequencies, amplitude = scaling(plain, 10000.0, jnp.arange(length)[None])
+        np.testing.assert_allclose(frequencies, plain / divisor, rtol=1e-6)
+        assert amplitude == pytest.approx((1 + np.log(2) / np.log(4)) ** 0.5)
+    with pytest.raises(ValueError, match="2 and 2 factors for 3 pairs"):
+        scaling(np.ones(3, np.float32), 10000.0, jnp.arange(3)[None])

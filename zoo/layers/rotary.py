@@ -142,6 +142,41 @@ class Yarn:
         return jnp.asarray(slowed, jnp.float32), amplitude
 
 
+@dataclass(frozen=True)
+class LongRope:
+    """LongRoPE (arXiv 2402.13753): a factor for each pair of channels, others for long texts.
+
+    All frequencies depend on the last position of a call, as in `Dynamic`.
+
+    Attributes:
+      short: what frequencies are divided by in texts of up to `original` tokens.
+      long: the same in longer ones.
+      original: positions of the original training.
+      factor: how much longer texts become.
+      amplitude: of cosine and sine; None: `sqrt(1 + log(factor) / log(original))`.
+    """
+
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    original: int
+    factor: float
+    amplitude: float | None = None
+
+    def __call__(self, frequencies, theta, positions):
+        short, long = (np.asarray(f, np.float32) for f in (self.short, self.long))
+        if short.shape != frequencies.shape or long.shape != frequencies.shape:
+            raise ValueError(
+                f"LongRope has {len(short)} and {len(long)} factors for {len(frequencies)} pairs "
+                "of channels; give one for each pair."
+            )
+        divisor = jnp.where(positions.max() + 1 > self.original, long, short)
+        amplitude = self.amplitude
+        if amplitude is None:
+            grown = math.log(self.factor) / math.log(self.original) if self.factor > 1 else 0.0
+            amplitude = math.sqrt(1 + grown)
+        return frequencies / divisor, amplitude
+
+
 def rotate_pairs(
     x: Float[Array, "batch length heads head_dim"],
     positions: Int[Array, "*#batch length"],
