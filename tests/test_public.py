@@ -131,6 +131,9 @@ def test_an_unrelated_name_gets_the_way_to_all_names():
         ({"depths": 2}, "Swin takes depths as tuple[int, ...], not 2."),
         ({"drop_path": "0.1"}, "Swin takes drop_path as float, not '0.1'."),
         ({"qkv_bias": None}, "Swin takes qkv_bias as bool, not None."),
+        ({"dtype": "int32"}, "dtype='int32' is no floating type"),
+        ({"window_size": -7}, "Swin with window_size=-7: give 1 or more"),
+        ({"depths": (2,)}, "Swin with num_heads=(2, 4) and depths=(2,): give one for each"),
         ({"dtype": "float33"}, "dtype='float33' is no number type"),
     ],
 )

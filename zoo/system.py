@@ -10,8 +10,9 @@ import numbers
 import re
 import sys
 from collections.abc import Mapping
-from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, get_args
+
+from zoo.kinds import fits, said
 
 if TYPE_CHECKING:
     import flax.linen as nn
@@ -91,12 +92,13 @@ class Variant:
                 fields[key] = _dtype(key, fields[key])
         types = {f.name: f.type for f in dataclasses.fields(self.module)}
         for key in overrides:
-            if not _fits(fields[key], types[key]):
-                wanted = getattr(types[key], "__name__", "")
-                wanted = wanted if isinstance(types[key], type) else str(types[key])
+            if not fits(fields[key], types[key]):
                 raise ValueError(
-                    f"{self.module.__name__} takes {key} as {wanted}, not {overrides[key]!r}."
+                    f"{self.module.__name__} takes {key} as {said(types[key])}, not "
+                    f"{overrides[key]!r}."
                 )
+        _check_sizes(self, fields, overrides)
+        _check_stages(self, fields)
         return self.module(**fields)
 
 
@@ -170,28 +172,60 @@ def _dtype(key: str, name: str) -> Any:
     import jax.numpy as jnp
 
     try:
-        return jnp.dtype(name)
+        found = jnp.dtype(name)
     except TypeError:
         raise ValueError(f"{key}={name!r} is no number type; use float32 or bfloat16.") from None
+    if not jnp.issubdtype(found, jnp.inexact):
+        raise ValueError(f"{key}={name!r} is no floating type; use float32 or bfloat16.")
+    return found
 
 
-def _fits(value: Any, wanted: Any) -> bool:
-    """Whether a value is of a field's type; types other than plain numbers and text always fit."""
-    parts = get_args(wanted)
-    if get_origin(wanted) in (Union, UnionType):
-        return any(_fits(value, part) for part in parts)
-    if get_origin(wanted) is tuple:
-        if not isinstance(value, tuple):
-            return False
-        if len(parts) == 2 and parts[1] is Ellipsis:
-            return all(_fits(item, parts[0]) for item in value)
-        return len(value) == len(parts) and all(map(_fits, value, parts))
-    if wanted is NoneType:
-        return value is None
-    plain = {int: numbers.Integral, float: numbers.Real, bool: bool, str: str}
-    if wanted not in plain:
-        return value is not None
-    return isinstance(value, plain[wanted]) and (wanted is bool or not isinstance(value, bool))
+_POSITIVE = re.compile(
+    r"(\w+_)?(embed_dim|num_heads|patch_size|image_size|window_size|stride|channels)"
+    r"|vocab_size|context_length|variates|max_positions|factor"
+)
+_SHARE = re.compile(r"(\w+_)?(dropout|drop_path)")
+
+
+def _check_sizes(variant: Variant, fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Refuse numbers that no model can have: sizes below 1, shares above 1.
+
+    A field may be what the variant or the class has, also where that is 0 or negative.
+    """
+    defaults = {f.name: f.default for f in dataclasses.fields(variant.module)}
+    name = variant.module.__name__
+    for key in overrides:
+        before = (variant.fields.get(key, defaults[key]), defaults[key])
+        items = fields[key] if isinstance(fields[key], tuple) else (fields[key],)
+        if any(fields[key] == one for one in before):
+            continue
+        for item in items:
+            if isinstance(item, bool) or not isinstance(item, numbers.Real):
+                continue
+            least = 1 if _POSITIVE.fullmatch(key) else 0
+            of_sign = isinstance(item, numbers.Integral) and not any(
+                isinstance(one, numbers.Real) and one < 0 for one in before
+            )
+            if of_sign and item < least:
+                raise ValueError(f"{name} with {key}={fields[key]!r}: give {least} or more.")
+            if _SHARE.fullmatch(key) and not 0 <= item <= 1:
+                raise ValueError(f"{name} with {key}={fields[key]!r}: give a share from 0 to 1.")
+
+
+def _check_stages(variant: Variant, fields: Mapping[str, Any]) -> None:
+    """Refuse fields with one value a stage that disagree on how many stages there are."""
+    types = {f.name: f.type for f in dataclasses.fields(variant.module)}
+    before, now = variant.fields.get("depths"), fields.get("depths")
+    if not isinstance(before, tuple) or not isinstance(now, tuple):
+        return
+    for key, old in variant.fields.items():
+        a_stage = isinstance(old, tuple) and len(old) == len(before)
+        a_stage = a_stage and get_args(types[key])[-1:] == (Ellipsis,)
+        if a_stage and isinstance(fields[key], tuple) and len(fields[key]) != len(now):
+            raise ValueError(
+                f"{variant.module.__name__} with {key}={fields[key]} and depths={now}: give one "
+                "for each stage."
+            )
 
 
 def closest(name: str, known: list[str]) -> str:

@@ -152,3 +152,17 @@ def test_held_out_examples_are_read_by_several_threads():
     batches = list(eval_batches(Data(Waits(), Waits(), batch_size=8, threads=4)))
     assert batches[0]["x"].tolist() == list(range(8))
     assert len(seen) == 4
+
+
+def test_settings_that_mean_nothing_are_refused(tmp_path):
+    root = plain(tmp_path, "ab")
+    with pytest.raises(ValueError, match="corrupt is 'ignore'; it must be 'refuse' or 'skip'"):
+        ImageFolder(root, corrupt="ignore")
+    with pytest.raises(ValueError, match="channels is 4; it must be 1 or 3"):
+        ImageFolder(root, channels=4)
+    with pytest.raises(ValueError, match="white=0 becomes 255; give a number above 0"):
+        ImageFolder(root, white=0)
+    with pytest.raises(ValueError, match="names a class twice"):
+        ImageFolder(root, classes=("a", "b", "a"))
+    with pytest.raises(ValueError, match=r"Data.train is 'photos', which is no source .*ImageFo"):
+        Data("photos", ImageFolder(root))

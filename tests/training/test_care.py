@@ -135,6 +135,15 @@ def test_what_is_wrong_is_said_before_anything_is_written(tmp_path, changes, sai
         (lambda: small(data=with_data(threads=0)), "threads is 0"),
         (lambda: small(seed=-1), "seed is -1"),
         (lambda: small(partition=Partition(fsdp=0)), "fsdp is 0"),
+        (lambda: small(optimizer=Optimizer("adan")), "name is 'adan'; it must be 'adamw', 'adam'"),
+        (lambda: small(optimizer=Optimizer(learning_rate="1e-3")), "is '1e-3'; it must be float"),
+        (lambda: small(optimizer=Optimizer(accumulate=2.0)), "accumulate is 2.0; it must be int"),
+        (lambda: small(precision="fp16"), "precision is 'fp16'; it must be 'float32' or"),
+        (lambda: small(freeze="embed.*"), "freeze is 'embed.*'; it must be tuple"),
+        (lambda: small(freeze=("*embed",)), r"'\*embed' is no pattern of paths \(nothing to rep"),
+        (lambda: small(task="classification"), "task is 'classification'; it must be Task"),
+        (lambda: small(optimizer="adam"), "optimizer is 'adam'; it must be Optimizer or dict"),
+        (lambda: small(data={"train": 1}), "it must be a zoo.data.Data"),
     ],
 )
 def test_senseless_numbers_are_refused(make, said):

@@ -73,6 +73,24 @@ def test_an_unknown_field_is_said_beside_a_source_of_ones_own(tmp_path):
         parse([own, "--nosuch", "2"])
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("from zoo.training import Optimiser\n", "line 1: ImportError: cannot import name 'Optim"),
+        ("def get_config():\n    return tiny()\n", "line 2: NameError: name 'tiny' is not"),
+        ("from zoo.training import Optimizer\ndef get_config():\n    return Optimizer(lr=1)\n",
+         "line 3: TypeError: .* unexpected keyword argument 'lr'"),
+        ("def get_config(:\n", "SyntaxError"),
+        ("get_config = 3\n", "has no function get_config"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_a_config_file_are_said_with_their_line(tmp_path, text, said):
+    (tmp_path / "own.py").write_text(text)
+    with pytest.raises(ConfigError, match=said) as error:
+        parse([str(tmp_path / "own.py")])
+    assert "\n" not in str(error.value)
+
+
 def test_a_missing_config_file_and_a_wrong_model_are_said():
     with pytest.raises(ConfigError, match=r"no config file 'configs/nothing\.py'"):
         parse(["configs/nothing.py"])

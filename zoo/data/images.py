@@ -21,6 +21,8 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageOps
 
+from zoo.kinds import check_kinds
+
 IMAGE_SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm",
     ".pgm", ".pbm", ".pnm", ".tga", ".jp2", ".avif",
@@ -154,6 +156,9 @@ class ImageFolder:
     channels: Literal[1, 3] = 3
 
     def __post_init__(self):
+        check_kinds(self)
+        if self.white is not None and not self.white > 0:
+            raise ValueError(f"white={self.white} becomes 255; give a number above 0.")
         root = Path(self.path)
         if not root.is_dir():
             raise FileNotFoundError(f"There is no folder {str(root)!r} to read images from.")
@@ -170,6 +175,8 @@ class ImageFolder:
                 f"classes; give {str(root / first)!r}."
             )
         classes = tuple(found) if self.classes is None else tuple(self.classes)
+        if len(set(classes)) < len(classes):
+            raise ValueError(f"classes={classes} names a class twice.")
         if unknown := [name for name in found if name not in classes]:
             raise ValueError(
                 f"{str(root)!r} has a folder {unknown[0]!r}, which is none of the "

@@ -10,6 +10,7 @@ Evaluation: every example once, in order; the last batch is padded and `valid` s
 
 import collections
 import concurrent.futures
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -63,7 +64,18 @@ class Data:
     test: Source | None = None
 
     def __post_init__(self) -> None:
-        """Number the classes of held-out folders and tables as the training source has them."""
+        """Number the classes of held-out folders and tables as the training source has them.
+
+        Raises:
+          ValueError: for what is no source of examples.
+        """
+        for name in ("train", "eval", "test"):
+            source = getattr(self, name)
+            if isinstance(source, str | os.PathLike | dict) or (source is None and name != "test"):
+                raise ValueError(
+                    f"Data.{name} is {source!r}, which is no source of examples; give one of "
+                    "zoo.data, such as ImageFolder(PATH), Arrays(image=..., label=...) or a list."
+                )
         classes = _classes(self.train)
         for name in ("eval", "test"):
             source = getattr(self, name)

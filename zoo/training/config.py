@@ -10,8 +10,10 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import sys
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FunctionType
@@ -22,6 +24,7 @@ from tyro.conf import AvoidSubcommands, Fixed
 
 from zoo.errors import ConfigError
 from zoo.evaluators.evaluator import Evaluator
+from zoo.kinds import check_kinds
 from zoo.methods.method import Method
 from zoo.tasks.task import Task, lower_is_better
 from zoo.training.fields import TYPE, with_field
@@ -169,8 +172,12 @@ class TrainConfig:
         """Check what can be checked without the model.
 
         Raises:
-          ConfigError: naming the first field that is out of range.
+          ConfigError: naming the first field that is of a wrong kind or out of range.
         """
+        for part in _parts(self):
+            check_kinds(part)
+        if not hasattr(self.data, "train"):
+            raise ConfigError(f"TrainConfig.data is {self.data!r}; it must be a zoo.data.Data.")
         positive = ("num_steps", "log_every", "prefetch", "guard_limit")
         inf = float("inf")
         ranges = [(self, name, 1, inf) for name in positive] + [
@@ -195,6 +202,16 @@ class TrainConfig:
                     "learning_rate", "initial_fraction", "final_fraction", "weight_decay",
                     "layer_decay", "eps", "clip")),
             ]  # fmt: skip
+            patterns = (*self.freeze, *optimizer.no_decay, *optimizer.rate_multipliers,
+                        *optimizer.decay_multipliers)  # fmt: skip
+            for pattern in patterns:
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ConfigError(
+                        f"{pattern!r} is no pattern of paths ({error}); they are regular "
+                        "expressions, in which any text is '.*'."
+                    ) from None
             factors = {**optimizer.rate_multipliers, **optimizer.decay_multipliers}
             for pattern, factor in factors.items():
                 if not 0 <= factor < inf:
@@ -231,6 +248,19 @@ class TrainConfig:
         return next(iter(self.optimizers.values())).accumulate
 
 
+def _parts(value: Any) -> Iterator[Any]:
+    """The zoo's own dataclasses in a config, itself first, at any depth."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        if type(value).__module__.startswith("zoo."):
+            yield value
+        inner = [getattr(value, f.name, None) for f in dataclasses.fields(value)]
+    else:
+        inner = list(value.values()) if isinstance(value, dict) else value
+    if isinstance(inner, tuple | list):
+        for one in inner:
+            yield from _parts(one)
+
+
 @dataclass(frozen=True)
 class Command:
     """Train the model that a config file describes.
@@ -258,21 +288,31 @@ def load_file(path: str | os.PathLike) -> TrainConfig:
     """The config that a file's `get_config()` gives.
 
     Raises:
-      ConfigError: if there is no such file, it has no get_config that gives a TrainConfig, or that
-        finds no data (raised from a FileNotFoundError).
+      ConfigError: if there is no such file, it has no get_config that gives a TrainConfig, that
+        finds no data (raised from a FileNotFoundError), or the file fails otherwise, with the line.
     """
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"There is no config file {str(path)!r}; ls configs/ shows those here.")
-    get_config = getattr(_module(str(path)), "get_config", None)
-    if get_config is None:
-        raise ConfigError(f"{path} has no function get_config() -> TrainConfig.")
+    if path.suffix != ".py":
+        raise ConfigError(
+            f"{str(path)!r} is no config file: those are Python files that end in .py."
+        )
     try:
+        get_config = getattr(_module(str(path)), "get_config", None)
+        if not callable(get_config):
+            raise ConfigError(f"{path} has no function get_config() -> TrainConfig.")
         config = get_config()
     except ConfigError:
         raise
     except (FileNotFoundError, ValueError) as error:  # of data that is not there, or not as said
         raise ConfigError(" ".join(str(error).split())) from error
+    except Exception as error:  # of the file itself: a misspelt name, say
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__)
+                 if f.filename == str(path.resolve())]  # fmt: skip
+        where = f"{path}{f', line {lines[-1]}' if lines else ''}"
+        text = " ".join(str(error).split())
+        raise ConfigError(f"{where}: {type(error).__name__}: {text.rstrip('.')}.") from error
     if not isinstance(config, TrainConfig):
         raise ConfigError(f"get_config() of {path} gave a {type(config).__name__}, no TrainConfig.")
     return config
