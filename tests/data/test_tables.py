@@ -1,11 +1,12 @@
 """Tables of series as people have them."""
 
 import gzip
+import zipfile
 
 import numpy as np
 import pytest
 
-from zoo.data.series import Table, csv_file
+from zoo.data.series import Segments, Table, Windows, csv_file
 
 HOURS = [f"2021-01-01 {h:02d}:00:00" for h in range(12)]
 
@@ -145,3 +146,87 @@ def test_a_large_file_is_read_in_pieces(tmp_path, monkeypatch):
     path.write_bytes(gzip.compress("\n".join(["date,load", *rows]).encode()))
     assert max(map(len, csv_file.CsvFile(path).pieces())) == 7
     assert Table(path).values[:, 0].tolist() == list(range(12))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"order": "sorted"}, "order is 'sorted'; it must be 'refuse', 'sort' or 'keep'"),
+        ({"gaps": "interpolate"}, "gaps is 'interpolate'"),
+        ({"columns": ("load", "load")}, "names a column twice"),
+        ({"splits": (0.9, 0.2, -0.1)}, "give none below 0"),
+        ({"splits": (0.7, 0.3)}, "splits is .*must be tuple"),
+        ({"splits": (float("nan"), 0, 0)}, "give none below 0"),
+        ({"delimiter": ", "}, "is not one character"),
+        ({"encoding": "utf-99"}, "none that Python knows"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(tmp_path, fields, said):
+    path = plain(tmp_path, [f"{d},{i}" for i, d in enumerate(HOURS)])
+    with pytest.raises(ValueError, match=said):
+        len(Table(path, **fields))
+
+
+def test_windows_of_no_steps_are_refused(tmp_path):
+    table = Table(plain(tmp_path, [f"{d},{i}" for i, d in enumerate(HOURS)]))
+    with pytest.raises(ValueError, match="context_length=0 and horizon=1 are steps"):
+        Windows(table, "train", 0, 1)
+    with pytest.raises(ValueError, match="time_features is 'timeF'; it must be 'features'"):
+        Windows(table, "train", 2, 1, time_features="timeF")
+    with pytest.raises(ValueError, match=r"Windows\.table is 'x\.csv'; it must be Table"):
+        Windows("x.csv", "train", 2, 1)
+    with pytest.raises(ValueError, match="length=2 and step=0 are rows"):
+        Segments(table, "train", 2, 0)
+
+
+def test_archives_hold_one_table(tmp_path):
+    rows = "\n".join(["date,load", *(f"{d},{i}" for i, d in enumerate(HOURS))])
+    with zipfile.ZipFile(tmp_path / "x.ZIP", "w") as archive:
+        archive.mkdir("data")
+        archive.writestr("readme.txt", "what this is")
+        archive.writestr("data/load.csv", rows)
+    assert len(Table(tmp_path / "x.ZIP")) == 12
+    with zipfile.ZipFile(tmp_path / "none.zip", "w"):
+        pass
+    with pytest.raises(ValueError, match="holds no file; one table was expected"):
+        len(Table(tmp_path / "none.zip"))
+    (tmp_path / "torn.csv.gz").write_bytes(gzip.compress(rows.encode())[:-20])
+    (tmp_path / "no.zip").write_text(rows)
+    for name in ("torn.csv.gz", "no.zip"):
+        with pytest.raises(ValueError, match=f"{name}' cannot be unpacked"):
+            len(Table(tmp_path / name))
+    (tmp_path / "sheet.csv").write_bytes(b"PK\3\4 a workbook")
+    with pytest.raises(ValueError, match="is no CSV file; save it as CSV first"):
+        len(Table(tmp_path / "sheet.csv"))
+
+
+def test_cells_that_look_like_numbers_are_not_guessed(tmp_path):
+    with pytest.raises(ValueError, match=r"Line 2 .* is no row of numbers .*'1_5'"):
+        len(Table(plain(tmp_path, [f"{d},1_5" for d in HOURS])))
+    with pytest.raises(ValueError, match="mark that is never closed"):
+        len(Table(plain(tmp_path, [f'{HOURS[0]},"1', *[f"{HOURS[1]},1"] * 9000])))
+    rows = [*(f"{d},{i}" for i, d in enumerate(HOURS[:-1])), f"{HOURS[-1]},1e39"]
+    with pytest.raises(ValueError, match="values too large to be scaled, up to 1e\\+39"):
+        Table(plain(tmp_path, rows)).scaled_by(Table(plain(tmp_path, rows)))
+    with pytest.raises(ValueError, match="no column of numbers beside 'date'"):
+        len(Table(plain(tmp_path, HOURS, header="date")))
+    with pytest.raises(ValueError, match="label 'odd' that is neither 0 nor 1, such as -1"):
+        len(Table(plain(tmp_path, [f"{d},1,-1" for d in HOURS], "date,load,odd"), labels="odd"))
+
+
+def test_steps_may_be_parts_of_a_second(tmp_path):
+    rows = [f"2021-01-01 00:00:00.{i:02d}0,{i}" for i in range(20)]
+    table = Table(plain(tmp_path, rows))
+    assert table.values[:, 0].tolist() == list(range(20))
+    assert str(table.following(1)[0]) == "2021-01-01T00:00:00.200000"
+    assert len(Table(plain(tmp_path, [*rows[:5], *rows[6:]]), gaps="fill")) == 20
+    mixed = [f"{HOURS[0]}+02:00,1", f"{HOURS[1]},1"]
+    with pytest.raises(ValueError, match="some dates have a time zone and some have none"):
+        len(Table(plain(tmp_path, mixed)))
+
+
+def test_the_separator_line_of_excel_is_no_header(tmp_path):
+    rows = ["sep=;", "date;load", *(f"{d};{i}" for i, d in enumerate(HOURS))]
+    assert Table(write(tmp_path / "x.csv", rows, "utf-8-sig")).values[:, 0].tolist() == list(
+        range(12)
+    )

@@ -11,6 +11,7 @@ import io
 import itertools
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,7 @@ PIECE = 4096  # rows that are held as text
 
 
 class CsvFile:
-    """The header of a CSV file (also .gz, or the first file in a .zip), and its rows in pieces.
+    """The header of a CSV file (also .gz, or the one in a .zip), and its rows in pieces.
 
     Attributes:
       path: the file.
@@ -50,15 +51,25 @@ class CsvFile:
         self.path = Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(f"There is no file {str(path)!r} to read a series from.")
-        if self.path.suffix.lower() in (".xlsx", ".xls", ".ods", ".parquet", ".feather"):
+        if self._is_of_a_program():
             raise ValueError(f"{str(path)!r} is no CSV file; save it as CSV first.")
+        if delimiter is not None and len(delimiter) != 1:
+            raise ValueError(f"delimiter={delimiter!r} is not one character.")
         self.encoding = encoding or self._encoding()
+        try:
+            codecs.lookup(self.encoding)
+        except LookupError:
+            raise ValueError(f"encoding={encoding!r} is none that Python knows.") from None
         with self._open() as file:
             lines = list(itertools.islice((line for line in file if line.strip()), 50))
         if not lines:
             raise ValueError(f"{str(path)!r} is empty.")
         if "\0" in lines[0]:
             raise ValueError(f"{str(path)!r} is no text; a CSV file was expected.")
+        named = re.fullmatch(r'"?sep=(.)"?', lines[0].strip("\ufeff\r\n"))  # as Excel reads it
+        self._above = 0 if named is None else 1  # lines above the header
+        del lines[: self._above]
+        delimiter = delimiter or (named and named[1])
         self.delimiter = delimiter or max(DELIMITERS, key=lambda d: (lines[0].count(d), -ord(d)))
         rows = list(csv.reader(lines, delimiter=self.delimiter))
         self.header = [name.strip() for name in rows[0]]
@@ -94,19 +105,45 @@ class CsvFile:
             )
         return ","
 
+    def _is_of_a_program(self) -> bool:
+        """Whether it is a table of another format, by its ending or its first bytes."""
+        suffix = self.path.suffix.lower()
+        if suffix in (".xlsx", ".xls", ".ods", ".parquet", ".feather"):
+            return True
+        with open(self.path, "rb") as file:
+            start = file.read(4)
+        return start == b"PAR1" or (start == b"PK\3\4" and suffix != ".zip")
+
     @contextmanager
     def _bytes(self) -> Iterator[Any]:
-        if self.path.suffix == ".zip":
-            with zipfile.ZipFile(self.path) as archive:
-                names = [n for n in archive.namelist() if not n.startswith("__MACOSX")]
-                with archive.open(names[0]) as file:
-                    yield file
-        elif self.path.suffix == ".gz":
-            with gzip.open(self.path) as file:
-                yield file
-        else:
-            with open(self.path, "rb") as file:
-                yield file
+        suffix = self.path.suffix.lower()
+        try:
+            if suffix == ".zip":
+                with (
+                    zipfile.ZipFile(self.path) as archive,
+                    archive.open(self._member(archive)) as f,
+                ):
+                    yield f
+            elif suffix == ".gz":
+                with gzip.open(self.path) as f:
+                    yield f
+            else:
+                with open(self.path, "rb") as f:
+                    yield f
+        except (zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error, RuntimeError) as error:
+            reason = str(error).rstrip(".") or type(error).__name__
+            raise ValueError(f"{str(self.path)!r} cannot be unpacked: {reason}.") from None
+
+    def _member(self, archive: zipfile.ZipFile) -> str:
+        """The one table in an archive: the file there is, or the one that ends in .csv."""
+        names = [n for n in archive.namelist() if not n.endswith("/") and "__MACOSX" not in n]
+        tables = [n for n in names if n.lower().endswith((".csv", ".tsv", ".txt"))]
+        for found in (names, tables, [n for n in tables if n.lower().endswith(".csv")]):
+            if len(found) == 1:
+                return found[0]
+        raise ValueError(
+            f"{str(self.path)!r} holds {', '.join(names[:5]) or 'no file'}; one table was expected."
+        )
 
     @contextmanager
     def _open(self) -> Iterator[Any]:
@@ -117,6 +154,11 @@ class CsvFile:
             except UnicodeDecodeError as error:
                 raise ValueError(
                     f"{str(self.path)!r} is not {self.encoding} ({error.reason}); give encoding=."
+                ) from None
+            except csv.Error as error:
+                raise ValueError(
+                    f"{str(self.path)!r} cannot be taken apart into cells ({error}); a quotation "
+                    "mark that is never closed does this."
                 ) from None
             finally:
                 text.detach()
@@ -130,7 +172,7 @@ class CsvFile:
         with self._open() as file:
             reader = csv.reader(file, delimiter=self.delimiter)
             rows = ((reader.line_num, row) for row in reader if any(cell.strip() for cell in row))
-            next(rows, None)
+            next(itertools.islice(rows, self._above, None), None)
             while piece := list(itertools.islice(rows, PIECE)):
                 for number, row in piece:
                     extra = [cell for cell in row[len(self.header) :] if cell.strip()]
@@ -153,4 +195,6 @@ class CsvFile:
         cell = cell.strip()
         if cell.lower() in MISSING:
             return float("nan")
+        if "_" in cell:  # which Python takes for a mark of thousands
+            raise ValueError(f"could not convert string to float: {cell!r}")
         return float(cell.replace(",", ".") if self.decimal == "," else cell)

@@ -75,7 +75,9 @@ TIME_FEATURES = {"features": time_features, "calendar": calendar}
 def parse_dates(
     texts: list[str], date_format: str | None = None, lines: np.ndarray | None = None
 ) -> np.ndarray:
-    """Texts as `datetime64[s]`; see `DATE_FORMATS`. Those with a time zone are taken to UTC.
+    """Texts as `datetime64[s]`, or `[us]` where one has parts of a second; see `DATE_FORMATS`.
+
+    Those with a time zone are taken to UTC.
 
     Args:
       texts: of dates.
@@ -93,11 +95,13 @@ def parse_dates(
         choices = [lambda t, f=f: datetime.datetime.strptime(t, f) for f in DATE_FORMATS]
         choices.insert(0, datetime.datetime.fromisoformat)
     parse = next((c for c in choices if _parses(c, texts[0])), choices[0])  # all are written alike
-    dates = []
+    dates: list[datetime.datetime] = []
+    zoned = 0
     for i, text in enumerate(texts):
         try:
             date = parse(text)
             if date.tzinfo is not None:
+                zoned += 1
                 date = date.astimezone(datetime.UTC).replace(tzinfo=None)
             dates.append(date)
         except (ValueError, OverflowError, OSError):
@@ -109,7 +113,13 @@ def parse_dates(
                 f"{f' of the form {date_format!r}' if date_format else ''}; give date_format= "
                 f"{hint}."
             ) from None
-    return np.array(dates, "datetime64[s]")
+        if zoned not in (0, len(dates)):
+            raise ValueError(
+                f"Line {i + 2 if lines is None else lines[i]} has {text!r}; some dates have a time "
+                "zone and some have none: give all of them one."
+            )
+    parted = any(date.microsecond for date in dates)
+    return np.array(dates, "datetime64[us]" if parted else "datetime64[s]")
 
 
 def _unix(seconds: float) -> datetime.datetime:

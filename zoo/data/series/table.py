@@ -17,6 +17,7 @@ import numpy as np
 
 from zoo.data.series.csv_file import CsvFile
 from zoo.data.series.dates import FREQUENCIES, parse_dates
+from zoo.kinds import check_kinds
 
 SPLITS = ("train", "val", "test")
 MONDAY = np.datetime64("1970-01-05")  # from which business days are counted
@@ -78,6 +79,16 @@ class Table:
     only: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.columns, str):
+            object.__setattr__(self, "columns", (self.columns,))
+        check_kinds(self)
+        if len(set(self.columns or ())) < len(self.columns or ()):
+            raise ValueError(f"columns={self.columns} names a column twice.")
+        whole = all(isinstance(size, int) for size in self.splits)
+        if not all(size >= 0 for size in self.splits) or not sum(self.splits) > 0:
+            raise ValueError(f"splits={self.splits} are rows or shares; give none below 0.")
+        if not whole and abs(sum(self.splits) - 1) > 1e-9:
+            raise ValueError(f"splits={self.splits} are shares, which must sum to 1.")
         if self.frequency not in FREQUENCIES:
             raise ValueError(
                 f"frequency={self.frequency!r} is none of {', '.join(FREQUENCIES)} (minutes, "
@@ -105,6 +116,11 @@ class Table:
             own, holes = holes, np.ones(values.shape, bool)
             holes[np.searchsorted(dates, before)] = own
         labels = values[:, -1] != 0 if self.labels else None
+        if labels is not None and (odd := np.flatnonzero(values[:, -1] != labels)).size:
+            raise ValueError(
+                f"{len(odd)} rows of {str(self.path)!r} have a label {self.labels!r} that is "
+                f"neither 0 nor 1, such as {values[odd[0], -1]:g}; write 1 for an anomalous row."
+            )
         count = len(chosen)
         return tuple(chosen), dates, values[:, :count], labels, holes[:, :count]
 
@@ -144,6 +160,8 @@ class Table:
                         f"{path!r} has {header.count(name)} columns {name!r}; rename one, or name "
                         "the columns to read with columns=."
                     )
+        if not chosen and self.target is None:
+            raise ValueError(f"{path!r} has no column of numbers beside {self.date!r}.")
         if self.target is not None:
             chosen = (*(c for c in chosen if c != self.target), self.target)
         return chosen
@@ -344,7 +362,15 @@ class Table:
     def scaled_by(self, other: "Table") -> np.ndarray:
         """The same, by the scale of another table of the same columns."""
         mean, deviation = other.scale
-        return ((self.values - mean) / deviation).astype(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            scaled = ((self.values - mean) / deviation).astype(np.float32)
+        if not (good := np.isfinite(scaled).all(axis=0)).all():
+            name = self.variates[int(np.argmin(good))]
+            raise ValueError(
+                f"The column {name!r} of {str(self.path)!r} has values too large to be scaled, up "
+                f"to {np.abs(self.values[:, np.argmin(good)]).max():g}; mend or leave it out."
+            )
+        return scaled
 
     def unscaled(self, values: np.ndarray) -> np.ndarray:
         """Scaled values `[..., variates]` in the units of the file."""
@@ -363,9 +389,7 @@ class Table:
         if all(isinstance(size, int) for size in self.splits):
             sizes = [int(size) for size in self.splits]
         else:
-            train, val, test = self.splits
-            if abs(train + val + test - 1) > 1e-9:
-                raise ValueError(f"splits={self.splits} are shares, which must sum to 1.")
+            train, _, test = self.splits
             sizes = [int(total * train), 0, int(total * test)]
             sizes[1] = total - sum(sizes)
         if sum(sizes) > total:
@@ -385,6 +409,8 @@ def _ticks(dates: np.ndarray, frequency: str) -> tuple[np.ndarray, str]:
     if frequency == "b":
         days = dates.astype("datetime64[D]")
         return np.busday_count(MONDAY, days), "business days"
+    if dates.dtype == np.dtype("datetime64[us]"):
+        return dates.astype(np.int64), "microseconds"
     return dates.astype("datetime64[s]").astype(np.int64), "seconds"
 
 
@@ -406,7 +432,7 @@ def _dates(ticks: np.ndarray, unit: str, like: np.datetime64) -> np.ndarray:
         )
     if unit == "business days":
         return np.busday_offset(MONDAY, ticks).astype("datetime64[s]")
-    return ticks.astype("datetime64[s]")
+    return ticks.astype("datetime64[us]" if unit == "microseconds" else "datetime64[s]")
 
 
 def _is_index(cells: Sequence[str]) -> bool:

@@ -8,6 +8,7 @@ import numpy as np
 
 from zoo.data.series.dates import TIME_FEATURES
 from zoo.data.series.table import Table
+from zoo.kinds import check_kinds
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,12 @@ class Windows:
     time_features: Literal["features", "calendar"] | None = "features"
 
     def __post_init__(self) -> None:
+        check_kinds(self)
+        if self.context_length < 1 or self.horizon < 0:
+            raise ValueError(
+                f"context_length={self.context_length} and horizon={self.horizon} are steps; give "
+                "at least 1 and 0."
+            )
         start, stop = self.table.rows(self.split)
         if len(self) < 1 or self._first < 0:
             raise ValueError(
@@ -136,6 +143,11 @@ class Segments:
     fitted_on: Table | None = None
 
     def __post_init__(self) -> None:
+        check_kinds(self)
+        if self.length < 1 or self.step < 1:
+            raise ValueError(
+                f"length={self.length} and step={self.step} are rows; give at least 1 of each."
+            )
         if len(self) < 1:
             start, stop = self._rows
             raise ValueError(
