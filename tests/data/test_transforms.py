@@ -58,6 +58,10 @@ def test_normalize_is_the_formula():
     out = Normalize(mean, std)(example, rng())["image"]
     assert out.dtype == np.float32
     np.testing.assert_allclose(out, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="takes bytes from 0 to 255, not float32: leave it out"):
+        Normalize(mean, std)({"image": out}, rng())
+    with pytest.raises(ValueError, match="are of pixels from 0 to 1"):
+        Normalize((123.7, 116.3, 103.5), (58.4, 57.1, 57.4))
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -28,6 +28,17 @@ def test_folders_of_frames_are_read_by_class_and_only_where_sampled(folder):
     np.testing.assert_array_equal(example["clip"][:, 0, 0, 0], [11, 41])
 
 
+def test_frames_come_in_the_order_of_their_numbers(tmp_path):
+    where = tmp_path / "awake" / "a"
+    where.mkdir(parents=True)
+    for i in range(12):
+        Image.fromarray(np.full((4, 4, 3), i, np.uint8)).save(where / f"frame{i}.png")
+    clip = SampleClip(12)(ClipFolder(tmp_path)[0], np.random.default_rng(0))["clip"]
+    assert clip[:, 0, 0, 0].tolist() == list(range(12))
+    with pytest.raises(ValueError, match="has no frames"):
+        SampleClip(2)({"clip": np.zeros((0, 4, 4, 3))}, np.random.default_rng(0))
+
+
 def test_a_wrong_folder_is_said_when_it_is_read(tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder"):
         len(ClipFolder(tmp_path / "absent"))

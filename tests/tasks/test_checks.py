@@ -30,6 +30,8 @@ NUMBERS = np.arange(12) % 3
         (np.arange(12) % 5, "create the model with num_classes=5"),
         (NUMBERS.astype("f"), "Labels are float32 such as 0.0; class numbers are integers"),
         (np.array(list("abc") * 4), "Labels are text such as .*'a'.*; number them"),
+        (np.eye(3, dtype=int)[NUMBERS], r"Labels are int64 \[batch, 3\]; distributions .*float32"),
+        (np.eye(3, dtype="f")[NUMBERS] + 1, "12 of 12 labels are no distributions .* the sum 4"),
         (NUMBERS[:, None], r"shape \[12, 1\]; a label is one class number"),
     ],
 )

@@ -7,7 +7,7 @@ rest is NumPy. Until `Normalize`, images are uint8 `[height, width, channels]`.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -59,7 +59,7 @@ class Resize:
     """To `size` (height, width); one number: the shorter side, the other in proportion."""
 
     size: int | tuple[int, int]
-    interpolation: str = "bicubic"
+    interpolation: Literal["nearest", "bilinear", "bicubic"] = "bicubic"
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         """Transform one example."""
@@ -109,7 +109,7 @@ class RandomResizedCrop:
     size: tuple[int, int]
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    interpolation: str = "bicubic"
+    interpolation: Literal["nearest", "bilinear", "bicubic"] = "bicubic"
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         """Transform one example."""
@@ -163,13 +163,31 @@ class ColorJitter:
 
 @dataclass(frozen=True)
 class Normalize:
-    """To float32: `(image / 255 - mean) / std`, per channel."""
+    """To float32: `(image / 255 - mean) / std`, per channel.
+
+    Raises:
+      ValueError: for a mean of another scale, or a deviation of 0; when called, for images that
+        are floats already.
+    """
 
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
 
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if any(not abs(m) <= 1 for m in self.mean) or any(not s > 0 for s in self.std):
+            raise ValueError(
+                f"Normalize has mean={self.mean} and std={self.std}; they are of pixels from 0 to "
+                "1 (those of 0 to 255 divided by 255), and no deviation is 0."
+            )
+
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         """Transform one example."""
+        if (kind := example["image"].dtype).kind == "f":
+            raise ValueError(
+                f"Normalize takes bytes from 0 to 255, not {kind}: leave it out where images are "
+                "scaled already, or give (255 * images).astype('uint8')."
+            )
         scale = np.float32(1 / 255) / np.asarray(self.std, np.float32)
         shift = np.asarray(self.mean, np.float32) / np.asarray(self.std, np.float32)
         return {**example, "image": example["image"].astype(np.float32) * scale - shift}

@@ -6,6 +6,7 @@ images `[height, width, 3]` (or an array) until `SampleClip` reads those that ar
 
 import copy
 import functools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm")
 
 @dataclass(frozen=True)
 class FrameFiles:
-    """A video that is a folder of image files, one a frame, in the order of their names."""
+    """A video that is a folder of image files, one a frame, in the order of their numbers."""
 
     files: tuple[Path, ...]
 
@@ -130,7 +131,7 @@ class ClipFolder:
                 if entry.suffix.lower() in VIDEO_SUFFIXES:
                     found.append((VideoFile(entry), label))
                 elif entry.is_dir():
-                    files = sorted(f for f in entry.iterdir() if _is_frame(f))
+                    files = sorted((f for f in entry.iterdir() if _is_frame(f)), key=in_order)
                     found += [(FrameFiles(tuple(files)), label)] if files else []
         if not found:
             raise FileNotFoundError(
@@ -145,6 +146,12 @@ class ClipFolder:
     def __getitem__(self, index: int) -> Example:
         clip, label = self.videos[index]
         return {"clip": clip, "label": label}
+
+
+def in_order(file: Path) -> list[tuple[int, str]]:
+    """A key that sorts names with numbers as people count: frame2 before frame10."""
+    parts = re.split(r"(\d+)", file.name)
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
 def _is_frame(file: Path) -> bool:
@@ -170,6 +177,8 @@ class SampleClip:
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         """Transform one example."""
         length, span = len(example["clip"]), (self.frames - 1) * self.stride + 1
+        if not length:
+            raise ValueError(f"{example['clip']!r} has no frames.")
         room = max(length - span, 0)
         start = int(rng.integers(room + 1)) if self.random else room // 2
         indices = (start + np.arange(self.frames) * self.stride) % length

@@ -131,7 +131,17 @@ def check_labels(labels: Any, classes: int) -> None:
             f"Labels are text such as {labels.reshape(-1)[0]!r}; number them, as "
             "numpy.unique(labels, return_inverse=True) does."
         )
-    if labels.ndim == 2 and labels.dtype.kind == "f" and labels.shape[1] == classes:
+    if labels.ndim == 2 and labels.shape[1] == classes:
+        if labels.dtype.kind != "f":
+            raise ValueError(f"Labels are {labels.dtype} [batch, {classes}]; distributions over "
+                             "classes are floats: labels.astype('float32').")  # fmt: skip
+        odd = ~(np.abs(labels.sum(1) - 1) < 1e-2) | (labels < -1e-6).any(1)
+        if odd.any():
+            raise ValueError(
+                f"{int(odd.sum())} of {len(labels)} labels are no distributions over the {classes} "
+                f"classes, such as one with the sum {labels[odd][0].sum():g}; each sums to 1 (an "
+                "example of several classes is nothing that this task learns)."
+            )
         return
     if labels.ndim != 1:
         raise ValueError(
