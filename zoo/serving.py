@@ -43,6 +43,9 @@ def symbolic_inputs(
     Raises:
       ValueError: if a length is given for a model whose inputs have one size.
     """
+    for name, size in (("batch", batch), ("length", length)):
+        if size is not None and size < 1:
+            raise ValueError(f"{name}={size} is no size; give 1 or more, or leave it out for any.")
     makes = model.example_inputs
     free = "length" in inspect.signature(makes).parameters
     if length is not None and not free:

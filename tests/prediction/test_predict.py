@@ -175,6 +175,21 @@ def test_what_cannot_be_answered_is_one_sentence(photos, tmp_path, capsys):
         assert said in out and "\n" not in out, out
 
 
+def test_an_older_file_stays_until_there_is_an_answer(photos, tmp_path, capsys):
+    _, run = photos
+    older = tmp_path / "older.csv"
+    older.write_text("precious")
+    assert main(["predict", str(run), str(tmp_path / "none.png"), "--out", str(older)]) == 2
+    assert older.read_text() == "precious"
+    names = tmp_path / "names.txt"
+    names.write_text("one\ntwo\nthree\n")
+    assert main(["predict", str(run), "x.png", "--classes", str(names)]) == 2
+    assert "has 3 names, and the model 2 classes" in capsys.readouterr().err
+    np.savez(tmp_path / "nan.npz", images=np.full((1, 4, 4, 3), np.nan, "f"))
+    assert main(["predict", str(run), str(tmp_path / "nan.npz")]) == 2
+    assert "The probabilities are no numbers (NaN)" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
     path = tmp_path_factory.mktemp("table") / "load.csv"
@@ -238,11 +253,17 @@ def test_images_are_restored_into_files(tmp_path):
         list(answers(of_run(run), [tmp_path / "small"]))
 
 
-def test_texts_are_continued_and_arrays_answered(tmp_path):
+def test_texts_are_continued_and_arrays_answered(tmp_path, capsys):
     tokens = Arrays(tokens=np.zeros((4, 16), "i4"))
     run = saved(tmp_path / "text", "gpt2_test", LanguageModelling(), Data(tokens, tokens))
     (row,) = answers(of_run(run), ["1 2 3"], Options(steps=4))
     assert len(row["continuation"]) == 4
+    list(answers(of_run(run), ["1 2 3 " * 20], Options(steps=4)))  # 60 tokens of 64 positions
+    assert capsys.readouterr().err == ""
+    list(answers(of_run(run), ["1 2 3 " * 30], Options(steps=4)))
+    assert "has 90 tokens; the last 60 are read" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="has no tokens to continue"):
+        list(answers(of_run(run), [" "], Options(steps=4)))
     with pytest.raises(ConfigError, match="give --tokenizer FILE"):
         list(answers(of_run(run), ["Once upon a time"]))
     rows = Arrays(x=np.zeros((4, 3), "f"), target=np.zeros(4, "f"))

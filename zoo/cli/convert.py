@@ -112,7 +112,7 @@ def _save_orbax(target: Path, model: "nn.Module", variables: Mapping[str, Any]) 
 
 def _pairs(texts: list[str]) -> dict[str, str]:
     for text in texts:
-        if "=" not in text:
+        if not text.partition("=")[0] or "=" not in text:
             raise RequestError(f"--rename takes OLD=NEW, not {text!r}.")
     return dict(text.split("=", 1) for text in texts)
 

@@ -9,6 +9,8 @@ from zoo import registry
 from zoo.cli import output
 from zoo.cli.arguments import RequestError, add_command, add_fields, overrides
 
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
 
 def add(commands: Any) -> None:
     """Add the command to the program."""
@@ -30,6 +32,9 @@ def run(options: argparse.Namespace) -> int:
     folder, fields = Path(options.out), overrides(options.set)
     if folder.exists():
         raise RequestError(f"{options.out!r} exists already; give the name of a new folder.")
+    platforms = [name.strip() for name in (options.platforms or "").split(",") if name.strip()]
+    if unknown := [name for name in platforms if name not in PLATFORMS]:
+        raise RequestError(f"There is no platform {unknown[0]!r}; give {', '.join(PLATFORMS)}.")
     is_folder = Path(options.name).is_dir()
     if options.weights is None and not is_folder:
         raise RequestError(
@@ -45,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
         preprocessing=report.preprocessing or known,
         batch=options.batch,
         length=options.length,
-        platforms=options.platforms.split(",") if options.platforms else None,
+        platforms=platforms or None,
     )
     if options.json:
         output.print_json({"written": str(folder), **about})

@@ -43,11 +43,19 @@ def run(options: argparse.Namespace) -> int:
     from zoo.prediction.answers import Options
     from zoo.prediction.predictor import text_tokenizer, with_feature
 
-    if min(options.top, options.steps, options.batch_size or 1) < 1:
+    sizes = (options.top, options.steps, options.batch_size)
+    if min(size for size in sizes if size is not None) < 1:
         raise RequestError("--top, --steps and --batch-size must be at least 1.")
+    if "" in options.inputs:
+        raise RequestError("An input is empty; give a file, a folder, a text, or - for lines.")
     out = Path(options.out) if options.out else None
-    folder = out if out is not None and out.suffix not in outputs.SUFFIXES else (
-        out.parent if out is not None else None)  # fmt: skip
+    is_file = out is not None and out.suffix.lower() in outputs.SUFFIXES
+    if out is not None and not is_file and not out.is_dir() and (out.suffix or out.exists()):
+        raise RequestError(
+            f"{options.out!r} is no place to write to: end a file in "
+            f"{', '.join(outputs.SUFFIXES)}, or give a folder."
+        )
+    folder = out.parent if is_file and out is not None else out
     how = Options(options.top, options.steps, folder, options.column, options.seed)
     inputs = list(options.inputs)
     if is_run(options.what):
@@ -63,6 +71,8 @@ def run(options: argparse.Namespace) -> int:
     else:
         if Path(options.what).is_dir() or "/" in options.what:
             raise RequestError(f"There is no checkpoint of a run in {options.what!r}.")
+        if options.step is not None:
+            raise RequestError(f"--step is of a run, and {options.what!r} is a model's name.")
         if len(inputs) < 2:
             raise RequestError(
                 f"{options.what!r} is no run directory; of a model's name give its weights and an "
@@ -72,8 +82,19 @@ def run(options: argparse.Namespace) -> int:
         predictor = of_model(
             options.what, weights, tokenizer=options.tokenizer, **overrides(options.set)
         )
+    if options.tokenizer and "tokens" not in predictor.inputs:
+        raise RequestError(f"--tokenizer is for texts, and {options.what!r} does not read any.")
     if options.classes:
-        names = Path(options.classes).read_text(encoding="utf-8").splitlines()
+        try:
+            names = Path(options.classes).read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError:
+            raise RequestError(f"{options.classes!r} is no text of names.") from None
+        count = getattr(predictor.network, "num_classes", len(names))
+        if len(names) != count:
+            raise RequestError(
+                f"{options.classes!r} has {len(names)} names, and the model {count} classes; give "
+                "one a line, in the order of their numbers."
+            )
         predictor = dataclasses.replace(predictor, facts={**predictor.facts, "classes": names})
     if options.batch_size or "-" in inputs:  # a line is answered before the next one comes
         predictor = dataclasses.replace(predictor, batch_size=options.batch_size or 1)

@@ -2,10 +2,11 @@
 
 import argparse
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from zoo.cli import output
-from zoo.cli.arguments import add_command, add_fields, overrides
+from zoo.cli.arguments import RequestError, add_command, add_fields, overrides
 from zoo.verify import verify
 
 
@@ -19,6 +20,8 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print each check as it is done; the status is 1 if one failed."""
+    if options.weights is not None and not Path(options.weights).exists():
+        raise RequestError(f"There are no weights {options.weights!r}.")
     words = {True: "ok", False: "FAILED", None: "skipped"}
     checks = []
     for check in verify(options.name, overrides(options.set), options.weights):

@@ -12,7 +12,7 @@ import numpy as np
 
 from zoo.data.images import FOREIGN, IMAGE_SUFFIXES, hidden, read_image, walk
 from zoo.data.loader import BATCH_NAMES
-from zoo.data.video import VIDEO_SUFFIXES, FrameFiles, VideoFile
+from zoo.data.video import VIDEO_SUFFIXES, FrameFiles, VideoFile, in_order
 from zoo.errors import ConfigError, DataError
 from zoo.prediction import series
 from zoo.prediction.predictor import Predictor
@@ -193,9 +193,9 @@ def _clip_examples(inputs: Iterable[str]) -> Iterator[tuple[str, Example]]:
                 yield one, {"clip": VideoFile(path)}
                 continue
             inner = sorted(p for p in path.iterdir() if not hidden(p.name))
-            frames = tuple(p for p in inner if p.suffix.lower() in IMAGE_SUFFIXES)
+            frames = [p for p in inner if p.suffix.lower() in IMAGE_SUFFIXES]
             if frames:
-                yield one, {"clip": FrameFiles(frames)}
+                yield one, {"clip": FrameFiles(tuple(sorted(frames, key=in_order)))}
             for other in inner:
                 if other.suffix.lower() in VIDEO_SUFFIXES:
                     yield str(other), {"clip": VideoFile(other)}
@@ -220,7 +220,10 @@ def _texts(inputs: Iterable[str], column: str) -> Iterator[str]:
                     table = TextTable(file, column, None)
                     yield from (table[i]["text"] for i in range(len(table)))
                 else:
-                    lines = file.read_text(encoding="utf-8-sig").splitlines()
+                    try:
+                        lines = file.read_text(encoding="utf-8-sig").splitlines()
+                    except UnicodeDecodeError:
+                        raise DataError(f"{str(file)!r} is no text in UTF-8.") from None
                     yield from (line for line in lines if line.strip())
 
 
@@ -236,6 +239,8 @@ def _text_examples(
             yield text, {"text": text}
             continue
         encoded = predictor.tokenizer([text], pad_to=length)
+        if predictor.tokenizer.library.encode(text).overflowing:
+            print(f"{text[:40]!r} is longer than {length} tokens, which are read.", file=sys.stderr)
         names = predictor.inputs
         yield text, {name: x[0, :length] for name, x in encoded.items() if name in names}
 
@@ -299,6 +304,11 @@ def _row(predictor: Predictor, said: Mapping[str, np.ndarray], options: Options)
     """One example's answer: labels with probabilities, or the numbers themselves."""
     if "probabilities" in said and said["probabilities"].ndim == 1:
         probabilities = said["probabilities"]
+        if not np.isfinite(probabilities).all():
+            raise ConfigError(
+                "The probabilities are no numbers (NaN): the input or the weights hold some that "
+                "are none, or too large ones."
+            )
         order = np.argsort(-probabilities, kind="stable")[: options.top]
         named = [_class_name(predictor, int(i)) for i in order]
         row: Row = {"label": named[0], "probability": float(probabilities[order[0]])}
@@ -324,7 +334,8 @@ def _continued(predictor: Predictor, inputs: Iterable[str], options: Options) ->
     from zoo.inference import generate
 
     tokenizer = predictor.tokenizer
-    length = predictor.inputs["tokens"].shape[1]
+    most = getattr(predictor.network, "max_positions", None)
+    most = most or getattr(predictor.network, "max_length", None)
     sampler: dict[str, Callable] = {}
     if options.seed is not None:
         from zoo.inference.samplers import Draw
@@ -341,8 +352,12 @@ def _continued(predictor: Predictor, inputs: Iterable[str], options: Options) ->
                     "of tokens."
                 )
             ids = [int(word) for word in words]
-        room = max(1, getattr(predictor.network, "max_length", length) - options.steps)
-        ids = ids[-room:] or [0]
+        if not ids:
+            raise DataError(f"{text!r} has no tokens to continue.")
+        if most is not None and len(ids) > (room := max(1, most - options.steps)):
+            print(f"{text[:40]!r} has {len(ids)} tokens; the last {room} are read, which leaves "
+                  f"room for --steps {options.steps}.", file=sys.stderr)  # fmt: skip
+            ids = ids[-room:]
         with reading(text[:40]):
             new = generate(
                 predictor.network, predictor.variables, np.array([ids], np.int32),

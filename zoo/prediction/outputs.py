@@ -1,6 +1,7 @@
 """Where rows of answers go: a table, JSON, CSV and JSON lines, each row as soon as it is there."""
 
 import csv
+import itertools
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,24 +18,29 @@ SUFFIXES = (".csv", ".json", ".jsonl", ".npz")
 def write(rows: Iterable[Mapping[str, Any]], target: str | Path) -> int:
     """Write rows to a file by its ending (`SUFFIXES`); gives how many.
 
-    CSV and JSON lines are written row by row; JSON is one list, and .npz has an array a column.
+    CSV and JSON lines are written row by row, from the first that is known; JSON is one list, and
+    .npz has an array a column.
 
     Raises:
       ConfigError: for another ending.
     """
     path = Path(target)
-    if path.suffix not in SUFFIXES:
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
         raise ConfigError(f"{str(path)!r} is no file to write to; end it in {', '.join(SUFFIXES)}.")
+    rows = iter(rows)
+    first = list(itertools.islice(rows, 1))  # what fails before it leaves an older file as it was
+    rows = itertools.chain(first, rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".npz":
+    if suffix == ".npz":
         kept = list(rows)
         names = list(dict.fromkeys(name for row in kept for name in row))
         np.savez(path, **{name: np.array([row.get(name) for row in kept]) for name in names})
         return len(kept)
     with open(path, "w", newline="", encoding="utf-8") as file:
-        if path.suffix == ".csv":
+        if suffix == ".csv":
             return _csv(rows, file)
-        if path.suffix == ".jsonl":
+        if suffix == ".jsonl":
             return sum(1 for _ in _each(rows, lambda row: file.write(json.dumps(row) + "\n")))
         kept = list(rows)
         json.dump(kept, file, indent=1)

@@ -117,6 +117,8 @@ def _forecast(
             f"The network forecasts {said.shape[-1]} variates, and the table has {len(mean)}."
         )
     values = said * deviation + mean
+    if not np.isfinite(values).all():
+        raise ConfigError(f"The forecast of {str(file)!r} is no number (NaN): see its last rows.")
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         draw(folder / f"{file.stem}.forecast.png", table, dates[: len(values)], values, context)
