@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from zoo.training.optimizer import clip_by_global_norm
 from zoo.training.step import scaled
 
 
@@ -39,7 +40,7 @@ def leaf_by_leaf(
 
     def update(grads: Any, state: Any, params: Any, bad: Any, rates: Any) -> tuple[Any, Any]:
         if clip:
-            grads, _ = optax.clip_by_global_norm(clip).update(grads, optax.EmptyState())
+            grads, _ = clip_by_global_norm(clip).update(grads, optax.EmptyState())
         structure = jax.tree.structure(params)
 
         def like_params(node: Any) -> bool:

@@ -82,7 +82,7 @@ def make_optimizer(
             ("clip", optax.clip_by_block_rms(1.0)),
         ),
     }
-    parts = [("clip", _clip(config.clip))] if config.clip else []
+    parts = [("clip", clip_by_global_norm(config.clip))] if config.clip else []
     parts.append((STATES.get(config.name, config.name), rules[config.name]()))
     if config.weight_decay:
         parts.append(("decay", _weight_decay(config, networks)))
@@ -95,7 +95,7 @@ STATES = {"adamw": "adam", "nadamw": "adam", "lamb": "adam"}
 """Rules that keep the same moments as another, under one name."""
 
 
-def _clip(limit: float) -> optax.GradientTransformation:
+def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     """`optax.clip_by_global_norm`, whose norm XLA for CPU would sum again for every leaf."""
 
     def clip(updates: Any, _: Any) -> Any:
