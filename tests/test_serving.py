@@ -73,3 +73,11 @@ def test_export_without_weights_is_refused(capsys, tmp_path):
 def test_a_length_for_images_is_refused():
     with pytest.raises(ValueError, match="no length"):
         symbolic_inputs(zoo.create("vit_test"), length=4)
+
+
+def test_sizes_below_one_are_refused():
+    model = zoo.create("gpt2_test")
+    with pytest.raises(ValueError, match="batch=0 is no size; give 1 or more"):
+        symbolic_inputs(model, batch=0)
+    with pytest.raises(ValueError, match="length=-3 is no size"):
+        symbolic_inputs(model, length=-3)

@@ -253,6 +253,18 @@ def test_sharded_folders_are_one_checkpoint(tmp_path, suffix):
         assert same(got["a"].read(), np.ones(2, np.float32))
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_shards_need_no_index_but_each_other(tmp_path, suffix):
+    index, weight_map = write_shards(tmp_path, suffix)
+    index.unlink()
+    assert set(open_checkpoint(tmp_path)) == {"a", "b"}
+    with pytest.raises(CheckpointError, match="part 1 of 2 of a checkpoint; give the folder"):
+        open_checkpoint(tmp_path / weight_map["a"])
+    (tmp_path / weight_map["a"]).unlink()
+    with pytest.raises(CheckpointError, match=r"the shard 'model-00001-of-00002.*is missing"):
+        open_checkpoint(tmp_path)
+
+
 def test_an_index_must_tell_the_truth(tmp_path):
     index, weight_map = write_shards(tmp_path)
 
@@ -281,6 +293,8 @@ def test_a_folder_with_one_file_of_weights_is_that_file(tmp_path):
         (b"", "empty"),
         (b"<!DOCTYPE html><html>", "web page"),
         (b"version https://git-lfs.github.com/spec/v1\n", "LFS pointer"),
+        (b"GGUF\3\0\0\0", "a GGUF file"),
+        (b"\x1f\x8b\x08", "a gzip archive to be unpacked first"),
         (b"\x89PNG\r\n\x1a\n0000", "no checkpoint"),
         (b"\x80\x02K\x01.", "torch.save"),
     ],
@@ -289,6 +303,10 @@ def test_what_is_no_checkpoint_is_named(tmp_path, content, reason):
     (tmp_path / "a.pth").write_bytes(content)
     with pytest.raises(CheckpointError, match=reason):
         open_checkpoint(tmp_path / "a.pth")
+    if reason == "LFS pointer":
+        (tmp_path / "a.safetensors").write_bytes(content)
+        with pytest.raises(CheckpointError, match=reason):
+            open_checkpoint(tmp_path / "a.safetensors")
 
 
 def test_what_is_not_there_is_said_to_be_missing(tmp_path):

@@ -74,6 +74,9 @@ def test_images_are_fed_as_the_folder_says(tmp_path, capsys):
     loaded, _, report = zoo.load(source, return_report=True)
     assert loaded == model and report.preprocessing.std == (0.25,) * 3
     assert "std (0.25, 0.25, 0.25)" in capsys.readouterr().err
+    (source / "preprocessor_config.json").write_text('{"image_mean": 0.5, "image_std": [0, 0, 0]}')
+    with pytest.raises(ValueError, match=r"has image_mean 0.5 and image_std \[0, 0, 0\]; lists of"):
+        zoo.load(source)
 
 
 def test_a_folder_that_does_not_say_what_it_is_needs_a_name(tmp_path):

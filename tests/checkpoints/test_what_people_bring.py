@@ -171,6 +171,8 @@ def test_names_can_be_changed_by_pattern():
     assert equal(convert(LAYOUTS, other, Net(), rename=rename), PLAIN)
     with pytest.raises(ValueError, match="as many"):
         convert(LAYOUTS, other, Net(), rename={"stage.*": "blocks"})
+    with pytest.raises(ValueError, match="is no dict of"):
+        convert(LAYOUTS, other, Net(), rename=[("stage.*", "blocks.*")])
 
 
 def test_the_error_gives_the_settings_that_fit_first():

@@ -44,6 +44,16 @@ __all__ = [
 T = TypeVar("T")
 MAX_INDEX = 64 << 20  # bytes of an index.json
 _WHOLE = ("model.safetensors", "pytorch_model.bin", "flax_model.msgpack")
+_SHARD = re.compile(r".+-(\d{5})-of-(\d{5})\.(safetensors|bin)")
+_OTHERS = {
+    b"GGUF": "a GGUF file (llama.cpp), which is no checkpoint",
+    b"\x89HDF": "an HDF5 file (Keras), which is no checkpoint",
+    b"\x1f\x8b": "a gzip archive to be unpacked first, no checkpoint",
+    b"\x93NUMPY": "an array (.npy), no checkpoint",
+}
+"""What files of other formats begin with."""
+
+_UNKNOWN = "no checkpoint"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _WRAPPING = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
 HUB_SECONDS = 3.0  # after which a hub that does not answer is given up
@@ -68,6 +78,11 @@ def open_checkpoint(path: str | os.PathLike, weights: str | None = None) -> Stat
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"There is no checkpoint {str(path)!r}.")
+    if path.is_file() and (part := _SHARD.fullmatch(path.name)) and int(part[2]) > 1:
+        raise CheckpointError(
+            f"{path}: part {int(part[1])} of {int(part[2])} of a checkpoint; give the folder, "
+            "which has all parts."
+        )
     tensors = _open_directory(path, weights) if path.is_dir() else _open_file(path, weights)
     notes = list(getattr(tensors, "notes", ()))
     chosen = getattr(tensors, "chosen", False)
@@ -169,12 +184,15 @@ def _open_file(path: Path, weights: str | None = None) -> Mapping[str, Tensor]:
         return read_msgpack(path)
     if start[:1] == b"\x80" and path.suffix != ".safetensors":
         return read_torch(path, weights)
-    if path.suffix == ".safetensors" or start[8:] == b"{":
-        return read_safetensors(path)
     if start[:5] == b"<html" or start[:9].lower() == b"<!doctype" or start[:7] == b"version":
         raise CheckpointError(f"{path}: a web page or a Git LFS pointer, not the weights.")
+    if path.suffix == ".safetensors" or start[8:] == b"{":
+        return read_safetensors(path)
+    what = next(
+        (name for magic, name in _OTHERS.items() if start.startswith(magic)), "no checkpoint"
+    )
     raise CheckpointError(
-        f"{path}: no checkpoint that is known here; it should be a safetensors file, a torch file, "
+        f"{path}: {what} that is known here; it should be a safetensors file, a torch file, "
         "an .npz archive, Flax's .msgpack or a Hugging Face folder."
     )
 
@@ -189,6 +207,8 @@ def _open_directory(folder: Path, weights: str | None) -> Mapping[str, Tensor]:
             f"{folder}: an adapter (PEFT), not the weights of a model. Load the base model's file, "
             "add zoo.methods.lora.LoRA, and read the adapter with zoo.methods.lora.with_adapter."
         )
+    if shards := [p for p in _children(folder) if _SHARD.fullmatch(p.name)]:
+        return _open_shards(folder, shards)
     for suffix in (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".npz", ".msgpack"):
         found = [p for p in _children(folder) if p.suffix == suffix]
         if len(found) == 1:
@@ -232,6 +252,25 @@ def _open_index(path: Path) -> Mapping[str, Tensor]:
         raise CheckpointError(
             f"{path}: {len(lost)} tensors of the index are in no shard, {lost[0][:100]!r} first."
         )
+    return tensors
+
+
+def _open_shards(folder: Path, shards: list[Path]) -> Mapping[str, Tensor]:
+    """The tensors of shards whose index is not there: all of them, as their names number them."""
+    first = _SHARD.fullmatch(shards[0].name)
+    count = int(first[2]) if first else 0
+    wanted = [
+        shards[0].name.replace(f"-{first[1]}-of-", f"-{i + 1:05}-of-") if first else ""
+        for i in range(min(count, 10_000))
+    ]
+    if missing := [name for name in wanted if not (folder / name).is_file()]:
+        raise CheckpointError(f"{folder}: the shard {missing[0]!r} is missing.")
+    tensors: dict[str, Tensor] = {}
+    for name in wanted:
+        for key, tensor in _open_file(folder / name).items():
+            if key in tensors:
+                raise CheckpointError(f"{folder}: {key!r} is in two shards.")
+            tensors[key] = tensor
     return tensors
 
 

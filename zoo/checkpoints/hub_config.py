@@ -518,15 +518,25 @@ def _pooling(folder: Path) -> tuple[str, tuple[str, ...]]:
 
 
 def _preprocessing(config: Config | None) -> Preprocessing | None:
-    if not config or "image_mean" not in config or not config.get("do_normalize", True):
+    if not config or config.get("image_mean") is None or not config.get("do_normalize", True):
         return None
+    mean, std = config["image_mean"], config.get("image_std")
+    numbers = all(
+        isinstance(x, list) and len(x) in (1, 3) and all(isinstance(n, int | float) for n in x)
+        for x in (mean, std)
+    )
+    if not numbers or not all(n > 0 for n in std):
+        raise ValueError(
+            f"preprocessor_config.json has image_mean {mean!r} and image_std {std!r}; lists of "
+            "numbers were expected, of std above 0."
+        )
     names: dict[Any, str] = {0: "nearest", 2: "bilinear", 3: "bicubic"}
     size, crop = config.get("size"), config.get("crop_size")
     edge = [_edge(size), _edge(crop)]
     ratio = edge[1] / edge[0] if all(edge) and config.get("do_center_crop") else 1.0
     return Preprocessing(
-        tuple(config["image_mean"]),
-        tuple(config["image_std"]),
+        tuple(mean),
+        tuple(std),
         config.get("crop_pct") or ratio,
         names.get(config.get("resample"), "bicubic"),
     )

@@ -29,6 +29,11 @@ def load(
     **options: Any,
 ) -> tuple[nn.Module, dict, Report]:
     """See `zoo.load`; `options` are those of `zoo.checkpoints.rules.convert`."""
+    if isinstance(source, Mapping):
+        raise ValueError(
+            f"zoo.load({os.fspath(name)!r}, SOURCE) takes a file or folder, not tensors in memory; "
+            f"zoo.convert({os.fspath(name)!r}, TENSORS) takes those."
+        )
     named = source is not None
     name = os.fspath(name)
     if source is None:

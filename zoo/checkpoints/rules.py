@@ -214,6 +214,8 @@ def renamed(tensors: Mapping[str, LazyTensor], rename: Mapping[str, str]) -> dic
     Raises:
       ValueError: if a pattern and its name differ in the number of `*`, or two names become one.
     """
+    if not isinstance(rename, Mapping):
+        raise ValueError(f"rename={rename!r} is no dict of {{'THEIRS*': 'OURS*'}}.")
     for old, new in rename.items():
         if old.count("*") != new.count("*"):
             raise ValueError(f"rename needs as many * in {new!r} as in {old!r}.")
