@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zoo.models.control.ebwm import EBT, EnergyTransformer, refinement_loss
+from zoo.models.control.ebwm import EBT, EnergyTransformer, contrastive_loss, refinement_loss
 
 
 def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
@@ -82,8 +82,7 @@ def _language(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]
     fields["max_steps"] = steps
     config.expect(
         langevin_dynamics_noise=0.0, num_modality_processing_mlp_layers=1,
-        contrastive_loss=False, execution_mode=("pretrain", "inference"),
-        reconstruction_coeff=1.0,
+        execution_mode=("pretrain", "inference"), discrete_contrastive_loss_true_logit_val=(0.0,),
     )  # fmt: skip
     config.ignore(
         "tokenizer", "mcmc_step_size_learnable", "langevin_dynamics_noise_learnable", "class",
@@ -91,9 +90,11 @@ def _language(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]
         "batch_size_per_device", "dyt_alpha_init", "debug_unused_parameters",
         "randomize_mcmc_step_size_scale", "randomize_mcmc_num_steps_min",
         "randomize_mcmc_num_steps_final_landscape", "denoising_initial_condition",
-        "gaussian_random_noise_scaling", "contrastive_loss_coeff",
-        "discrete_contrastive_loss_true_logit_val",
+        "gaussian_random_noise_scaling",
     )  # fmt: skip
+    factor = config.take("reconstruction_coeff", 1.0)
+    share = config.take("contrastive_loss_coeff", 0.0005)
+    contrasts = config.take("contrastive_loss", False)
     ids = case.input("input_ids").astype(np.int32)
     model = EBT(**fields, length=ids.shape[1] - 1)
     start = jnp.asarray(2 * case.uniform("init_logits"))
@@ -106,11 +107,16 @@ def _language(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]
             total, each = refinement_loss(
                 out["refined"], ids[:, 1:], truncate=model.truncate, soften=soften
             )
-            return total, (out, each)
+            contrast = contrasted(model, params, ids, out["energy"][:, -1]) if contrasts else 0.0
+            return factor * total + share * contrast, (out, each, contrast)
 
-        grads, (out, each) = jax.jit(jax.grad(loss, has_aux=True))(params)
+        grads, (out, each, contrast) = jax.jit(jax.grad(loss, has_aux=True))(params)
         total = loss(params)[0]
         found = {"loss": total, "initial_loss": each[0], "final_step_loss": each[-1]}
+        found["contrastive_loss"] = contrast
+        found["initial_final_pred_energies_gap"] = (
+            out["energy"][:, 0] - out["energy"][:, -1]
+        ).mean()
         found["perplexity"] = jnp.exp(each[-1])
         for k in range(out["refined"].shape[1]):
             found[f"logits_{k + 1}"] = out["refined"][:, k]
@@ -122,6 +128,18 @@ def _language(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]
         return found
 
     return model, run
+
+
+def contrasted(model: EBT, params: dict, ids: np.ndarray, refined: Any) -> Any:
+    """The contrastive loss, with the energies of the true next tokens at the last step."""
+    body = EnergyTransformer(
+        model.embed_dim, model.depth, model.num_heads, model.mlp_ratio, model.conditioning,
+        model.max_steps or model.steps, model.norm, model.activation,
+    )  # fmt: skip
+    table = params["embedding" if model.embeds_by_table else "candidate_kernel"]
+    words, answers = params["embedding"][ids[:, :-1]], table[ids[:, 1:]]
+    true = body.apply({"params": params["transformer"]}, words, answers, model.steps - 1)
+    return contrastive_loss(true, refined, ids[:, 1:])
 
 
 def made_by(case: golden.Case) -> bool:

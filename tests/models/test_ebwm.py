@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import zoo
+from zoo.models.control import ebwm
 from zoo.models.control.ebwm import EnergyTransformer, refinement_loss
 
 
@@ -70,3 +71,30 @@ def test_the_loss_is_differentiated_through_the_steps():
     assert np.isfinite(wq).all() and np.abs(wq).max() > 0
     padded = jax.jit(loss)(variables["params"], jnp.zeros((2, 6), int))
     assert float(padded) == 0.0
+
+
+def test_the_contrastive_loss_is_the_cross_entropy_of_both_energies():
+    true, refined = np.random.default_rng(0).normal(size=(2, 3, 5)).astype(np.float32)
+    targets = np.array([[1, 2, 0, 3, 4]] * 3)
+    each = jax.nn.log_softmax(-jnp.stack([true, refined], -1))[..., 0]
+    wanted = -each[targets != 0].mean()
+    got = ebwm.contrastive_loss(true, refined, targets)
+    np.testing.assert_allclose(got, wanted, rtol=1e-5)
+
+
+def test_the_gradient_is_normed_on_its_way_back_and_the_output_is_not():
+    x, scale = jnp.array([[3.0, 4.0]]), jnp.array([2.0, 2.0])
+    y, back = jax.vjp(lambda x: ebwm.norm_of_gradient(x, scale, 0.0), x)
+    np.testing.assert_array_equal(y, x)
+    np.testing.assert_allclose(back(jnp.array([[3.0, 4.0]]))[0], 2 * x / 12.5**0.5, rtol=1e-6)
+
+
+def test_modulation_that_starts_at_zero_gives_no_energy_and_other_steps_other_energies():
+    x = jax.random.normal(jax.random.key(0), (2, 2, 3, 8))
+    energies = {}
+    for kind in ("adaln", "adaln_zero"):
+        model = ebwm.EnergyTransformer(8, 1, 2, conditioning=kind, max_steps=2)
+        variables = model.init(jax.random.key(1), *x)
+        energies[kind] = [model.apply(variables, *x, step) for step in range(2)]
+    assert not np.any(energies["adaln_zero"])
+    assert np.abs(energies["adaln"][0] - energies["adaln"][1]).max() > 1e-3

@@ -462,6 +462,27 @@ def refinement_loss(
     return (losses[-1] if truncate else losses.mean()), losses
 
 
+def contrastive_loss(
+    true: Float[Array, "batch length"],
+    refined: Float[Array, "batch length"],
+    targets: Int[Array, "batch length"],
+    padding: int | None = 0,
+) -> Float[Array, ""]:
+    """Low energies for the true next tokens, high ones for what the steps began their last from.
+
+    The mean over targets that count of `log(1 + exp(E_true - E_refined))`.
+
+    Args:
+      true: energies of the true next tokens.
+      refined: energies of the last step.
+      targets: next tokens.
+      padding: target that does not count; None: all do.
+    """
+    counted = jnp.ones_like(targets, bool) if padding is None else targets != padding
+    each = jax.nn.softplus((true - refined).astype(jnp.float32))
+    return jnp.where(counted, each, 0).sum() / jnp.maximum(counted.sum(), 1)
+
+
 # ---------------------------------------------------------------------------- checkpoints
 
 
