@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from zoo.training.first import one_by_one
+from zoo.training import first
+from zoo.training.first import BLOCKS, one_by_one
 
 
 def values(seed):
@@ -21,3 +23,32 @@ def test_values_are_those_of_the_compiled_function_and_may_be_used_up():
     jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)(got)
     np.testing.assert_array_equal(one_by_one(values)(seed)["zeros"], np.zeros(3))
     np.testing.assert_array_equal(seed, wanted["seed"])
+
+
+def drawn(seed):
+    """Draws of several kinds and sizes: less than the smallest block, and one more than it."""
+    keys = jax.random.split(jax.random.wrap_key_data(seed), 5)
+    return {
+        "normal": jax.random.normal(keys[0], (3, 7)),
+        "again": 2 * jax.random.normal(keys[1], (3, 7)),
+        "uniform": jax.random.uniform(keys[2], (BLOCKS[-1] + 1,), minval=-1, maxval=2),
+        "truncated": jax.random.truncated_normal(keys[3], -2, 2, (4, 5)),
+        "half": jax.random.normal(keys[4], (6,), jnp.bfloat16),
+        "folded": jax.jit(lambda k: jax.random.uniform(jax.random.fold_in(k, 1), (4,)))(keys[4]),
+    }
+
+
+def test_draws_made_of_blocks_are_those_of_the_generator(monkeypatch):
+    seed, made = jax.random.key_data(jax.random.key(4)), []
+    block = first._block
+    monkeypatch.setattr(first, "_block", lambda *args: made.append(args[2]) or block(*args))
+    wanted, got = jax.jit(drawn)(seed), one_by_one(drawn)(seed)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, wanted)
+    assert len(made) == 5  # two for the one number more; halves and folded keys go the other way
+
+
+@pytest.mark.parametrize("size", [1, BLOCKS[-1], BLOCKS[-1] + 3])
+def test_bits_of_blocks_are_those_of_the_generator(size):
+    key = jax.random.key(8)
+    bits = jnp.concatenate(first._bits(key, (size,)))[:size]
+    np.testing.assert_array_equal(bits, jax.random.bits(key, (size,)))
