@@ -33,7 +33,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float, Int
 
 from zoo.checkpoints.rules import Rule, Rules, dense_rules, linear
@@ -450,6 +449,8 @@ def refinement_loss(
       soften: label smoothing of the first step, which falls to zero at the last.
       padding: target that does not count; None: all do.
     """
+    import optax  # a part of the time of `zoo list`, if it were imported with the file
+
     steps = refined.shape[1]
     counted = jnp.ones_like(targets, bool) if padding is None else targets != padding
     losses = []

@@ -39,6 +39,7 @@ forecasts, whose heads the code applies to GPT-2's tokens, which fit no forecast
 
 import contextlib
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import flax.linen as nn
 import jax
@@ -52,10 +53,12 @@ from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
 from zoo.layers.patch import torch_default_init
 from zoo.layers.series import bias_init, check_series, moving_average, standardise
-from zoo.methods.lora import LoRA
 from zoo.models.language.gpt2 import GPT2Block, init, residual_init, trunk_rules
 from zoo.models.timeseries.patchtst import patch_count, patches
 from zoo.system import File, System, Variant
+
+if TYPE_CHECKING:
+    from zoo.methods.lora import LoRA
 
 PARTS = ("trend", "season", "noise")
 _PREDICT = (47, 17407, 262, 2003, 640, 2239, 1813, 262)
@@ -178,7 +181,7 @@ class TEMPO(nn.Module):
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
-    def lora(self) -> LoRA:
+    def lora(self) -> "LoRA":
         """The method beside GPT-2's `qkv`."""
         return LoRA(self.lora_rank, self.lora_alpha, r"(.*/)?attention/qkv", self.dropout)
 
