@@ -94,7 +94,7 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
 
     def outputs(variables: dict) -> golden.Outputs:
         out, kept = run(variables)
-        out["patch"] = out["patch_embed"]
+        out["patch"] = out["embed" if cls == "T2T_ViT" else "patch_embed"]
         if cls == "SwinTransformer":
             merged = {f"layer{s}": out[f"downsample{s + 1}"] for s in range(len(model.depths) - 1)}
             return out | merged
