@@ -187,3 +187,11 @@ def test_what_cannot_be_built_is_said_in_a_sentence():
     ):
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(zoo.create("hat_test", **fields).init, jax.random.key(0), x)
+
+
+@pytest.mark.parametrize("name, what", [("hat_test", "images"), ("predformer_test", "frames")])
+def test_bytes_are_refused(name, what):
+    model = zoo.create(name)
+    pixels = np.zeros(model.example_inputs(1)[what].shape, np.uint8)
+    with pytest.raises(ValueError, match=f"takes {what} of floats from 0 to 1, not uint8; divide"):
+        model.init(jax.random.key(0), pixels)

@@ -117,6 +117,16 @@ def test_a_run_continues_with_its_own_config(tmp_path):
     assert (command.config.num_steps, command.config.seed) == (7, 5)
 
 
+@pytest.mark.parametrize("text", [None, "", "{broken", "\xff"])
+def test_a_run_whose_saved_config_is_lost_goes_on_from_what_it_was_begun_with(tmp_path, text):
+    origin = {"config": str(Path(CONFIG).resolve()), "args": ["--num-steps", "7"]}
+    (tmp_path / "origin.json").write_text(json.dumps(origin))
+    if text is not None:
+        (tmp_path / "config.json").write_text(text, encoding="latin-1")
+    _, command = parse(["--workdir", str(tmp_path)])
+    assert command.config.num_steps == 7 and command.config.model == tiny.get_config().model
+
+
 def test_arrays_in_memory_are_named_when_a_config_is_loaded_again(tmp_path):
     arrays = Arrays(image=np.zeros((4, 4, 4, 1), np.uint8), label=np.zeros(4, np.int32))
     before = tiny.get_config()

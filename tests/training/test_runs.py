@@ -12,7 +12,7 @@ import zoo
 from zoo.checkpoints import runs
 from zoo.checkpoints.mismatch import CheckpointMismatch
 from zoo.checkpoints.runs import Checkpoints, load_run, load_variables
-from zoo.errors import CheckpointBroken
+from zoo.errors import CheckpointBroken, StorageError
 
 
 def parts(scale=1.0):
@@ -103,6 +103,13 @@ def test_broken_steps_are_set_aside_until_one_is_whole(run, tmp_path):
     assert len(said) == 2
     assert all("damaged" in s for s in said)
     assert {p.name for p in (copy / "set_aside").iterdir()} == {"3", "4"}
+    for step in Checkpoints(copy).steps():
+        (copy / f"checkpoints/{step}/FILES.json").write_text("{}")
+    with pytest.raises(
+        StorageError, match=r"No checkpoint of .* is whole; .* begins anew at step 0"
+    ):
+        Checkpoints(copy, say=said.append).restore(abstract())
+    assert Checkpoints(copy).restore(abstract()) is None
 
 
 def test_a_checkpoint_of_another_model_is_refused_and_left_in_place(run):

@@ -8,14 +8,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def check_pixels(model: nn.Module, pixels: Array, kind: str = "images") -> None:
-    """Raises ValueError for whole numbers: pixels that nobody has scaled and normalised."""
-    if not jnp.issubdtype(pixels.dtype, jnp.floating):
+def check_pixels(
+    model: nn.Module, pixels: Array, kind: str = "images", normalised: bool = True
+) -> None:
+    """Raises ValueError for whole numbers: pixels that nobody has scaled, and normalised."""
+    dtype = getattr(pixels, "dtype", type(pixels).__name__)
+    if hasattr(pixels, "dtype") and jnp.issubdtype(dtype, jnp.floating):
+        return
+    if not normalised:
         raise ValueError(
-            f"This {type(model).__name__} takes {kind} of floats as its authors normalise them, "
-            f"not {pixels.dtype}; divide by 255, subtract the mean and divide by the deviation "
-            "(zoo.data.transforms.published_transforms does it)."
+            f"This {type(model).__name__} takes {kind} of floats from 0 to 1, not {dtype}; divide "
+            "by 255."
         )
+    raise ValueError(
+        f"This {type(model).__name__} takes {kind} of floats as its authors normalise them, "
+        f"not {dtype}; divide by 255, subtract the mean and divide by the deviation "
+        "(zoo.data.transforms.published_transforms does it)."
+    )
 
 
 class ImageClassifier(nn.Module):

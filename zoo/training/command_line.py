@@ -47,8 +47,8 @@ def parse(args: Sequence[str], default: str = DEFAULT) -> tuple[str, Command]:
     run = _workdir(args)
     begun = _begun(run)
     saved = run / "config.json" if run is not None else Path()
-    if path is None and begun is not None and '"unsaved"' in saved.read_text():
-        path = begun["config"]  # arrays in memory: only the file has them
+    if path is None and begun is not None and not _whole(saved):
+        path = begun["config"]
     origin = None
     if begun is not None and str(Path(path or begun["config"]).resolve()) == begun["config"]:
         all_args = [*begun["args"], *_of_config(args)]  # a later flag goes before an earlier one
@@ -124,6 +124,15 @@ def _begun(run: Path | None) -> dict[str, Any] | None:
         return begun if begun and isinstance(begun["args"], list) and begun["config"] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _whole(saved: Path) -> bool:
+    """Whether a saved config is there, without arrays in memory, which only its file has."""
+    try:
+        text = saved.read_text(encoding="utf-8")
+        return '"unsaved"' not in text and isinstance(json.loads(text), dict)
+    except (OSError, ValueError):
+        return False
 
 
 def _own(args: list[str]) -> tuple[list[tuple[str, str]], list[str]]:

@@ -57,6 +57,7 @@ from zoo.checkpoints.rules import (
     norm_rules,
     squeeze,
 )
+from zoo.layers.classifier import check_pixels
 from zoo.layers.dense import Dense
 from zoo.layers.mlp import Mlp, gelu
 from zoo.layers.norm import LayerNorm as _LayerNorm
@@ -346,6 +347,7 @@ class HAT(nn.Module):
         self, images: Float[Array, "batch height width in_channels"], train: bool = False
     ) -> dict[str, Array]:
         """Every named map (see the table above); all but `image` are of the reflected size."""
+        check_pixels(self, images, normalised=False)
         self._check(images.shape)
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         _, height, width, _ = images.shape

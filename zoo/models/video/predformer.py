@@ -49,6 +49,7 @@ from jaxtyping import Array, Float
 
 import kernels_pallas
 from zoo.checkpoints.rules import Rule, Rules, dense_rules, linear, norm_rules
+from zoo.layers.classifier import check_pixels
 from zoo.layers.decoder import GatedMlp
 from zoo.layers.dense import Dense
 from zoo.layers.norm import LayerNorm as _LayerNorm
@@ -248,6 +249,7 @@ class PredFormer(nn.Module):
         self, frames: Float[Array, "batch time height width channels"], train: bool = False
     ) -> dict[str, Array]:
         """The embedded tokens, those after each layer, and the forecast (see the table above)."""
+        check_pixels(self, frames, "frames", normalised=False)
         self._check(frames.shape)
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         (time, height, width), p = self.clip_size, self.patch_size
