@@ -44,7 +44,10 @@ CASES = {
     "1,000 tokens, 8 heads of 64, bias [1,8,L,L]": ("attention", (1, 1000, 8, 64), {"bias": True}),
     "16,384 tokens, 8 heads of 64": ("attention", (1, 16384, 8, 64), {}),
     "decoding: 8 x 1 query, 32 heads, 8,192 keys of 4 heads of 128": (
-        "attention", (8, 1, 32, 128), {"keys": (8192, 4)},
+        "attention", (8, 1, 32, 128), {"keys": (8192, 4), "forward": True},
+    ),
+    "decoding: the same, caches of several lengths": (
+        "attention", (8, 1, 32, 128), {"keys": (8192, 4), "ragged": True, "forward": True},
     ),
     "Swin stage 1: 1,024 windows of 49, 3 heads": ("windows", (1024, 49, 3, 32), {"masks": 64}),
     "Swin stage 3: 1,024 windows of 49, 12 heads": ("windows", (1024, 49, 12, 32), {"masks": 4}),
@@ -97,9 +100,11 @@ def program(operation, sizes, options, implementation, backward):
         keys, kv_heads = options.get("keys", (length, heads))
         arrays = [shape(*sizes), *[shape(batch, keys, kv_heads, width)] * 2]
         extra = [shape(1, heads, length, length)] if options.get("bias") else []
+        ragged = options.get("ragged")
+        extra += [shape(batch, dtype="int32")] if ragged else []
         mask = kernels_pallas.Causal() if options.get("causal") else None
 
-        def call(q, k, v, *bias):
+        def call(q, k, v, *extra):
             if implementation == "jax_flash":
                 from jax.experimental.pallas.ops.tpu import flash_attention as jax_flash
 
@@ -111,7 +116,8 @@ def program(operation, sizes, options, implementation, backward):
                     block_sizes=jax_flash.BlockSizes(**blocks),
                 )  # fmt: skip
                 return out.transpose(0, 2, 1, 3)
-            options = dict(mask=mask, bias=bias[0] if bias else None)
+            options = dict(zip(["lengths" if ragged else "bias"], extra, strict=False))
+            options["mask"] = mask
             return kernels_pallas.attention(q, k, v, **options, implementation=implementation)
 
         out = shape(*sizes)
@@ -291,7 +297,7 @@ def static_table(cases=tuple(CASES), chips=tuple(CLOCK)) -> list[str]:
 
     for case in cases:
         operation, _, options = CASES[case]
-        for backward in (False, True):
+        for backward in (False,) if options.get("forward") else (False, True):
             for chip in chips:
                 xla, ours = (figures(case, chip, i, backward) for i in ("xla", "pallas_tpu"))
                 flash = ""

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas import compat
-from kernels_pallas.attention.problem import Gradients, Operands, Problem
+from kernels_pallas.attention.problem import Gradients, Operands, Problem, apart
 from kernels_pallas.attention.tile import (
     FULL,
     PARTIAL,
@@ -278,6 +278,7 @@ def forward(problem: Problem, x: Operands, *, interpret=False):
 
 def backward(problem: Problem, x: Operands, out, lse, d_out, d_lse, *, interpret=False):
     """Gradients in the operands' types."""
+    x, d_out = apart(problem, x, d_out)
     d_out, lse, delta = row_statistics(problem, x, out, lse, d_out, d_lse)
     if problem.score.clipped:
         delta = delta + _by_query(problem, x, (d_out, lse, lse), interpret, only_delta=True)

@@ -153,6 +153,26 @@ class Operands(NamedTuple):
     captured: tuple | None = None
 
 
+def hides(problem: Problem, x: Operands) -> bool:
+    """Whether a key may be hidden from a query, and a row see no key at all."""
+    hiding = (problem.mask, x.bias, x.query_segments, problem.score.modify)
+    return any(t is not None for t in hiding)
+
+
+def apart(problem: Problem, x: Operands, d_out):
+    """`(x, d_out)` with finite gradients, and NaN for the queries of rows where they were not.
+
+    So what is not finite reaches the gradients of what a row sees, and of nothing else: zero
+    weights times NaN would be NaN.
+    """
+    d_out = d_out.astype(x.value.dtype)
+    if not hides(problem, x):
+        return x, d_out
+    good = jnp.isfinite(d_out)
+    query = jnp.where(good.all(-1, keepdims=True), x.query, jnp.nan)
+    return x._replace(query=query), jnp.where(good, d_out, 0)
+
+
 class Gradients(NamedTuple):
     """Of the operands; None where one is absent or no float."""
 

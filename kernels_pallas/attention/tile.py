@@ -259,7 +259,6 @@ def row_statistics(problem: Problem, x: Operands, out, lse, d_out, d_lse):
     Rows that see nothing get no gradient, and a log-sum-exp for which exp(masked - lse) is zero.
     `delta` is `sum(d_out * out) - d_lse`, or what clipped softmax starts from.
     """
-    d_out = d_out.astype(x.value.dtype)
     if problem.score.normalised:
         empty = lse <= EMPTY
         d_out = jnp.where(empty[..., None], 0, d_out)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas import chips, compat
-from kernels_pallas.attention.problem import Gradients, Operands, Problem
+from kernels_pallas.attention.problem import Gradients, Operands, Problem, apart
 from kernels_pallas.attention.tile import (
     FULL,
     PARTIAL,
@@ -423,6 +423,7 @@ def backward(
 ) -> Gradients:
     """Gradients in the operands' types. Arguments as in `forward`."""
     options = dict(limit=limit, interpret=interpret)
+    x, d_out = apart(problem, x, d_out)
     d_out, lse, delta = row_statistics(problem, x, out, lse, d_out, d_lse)
     if problem.score.clipped:
         delta = delta + _clipped_delta(problem, x, d_out, lse, **options)

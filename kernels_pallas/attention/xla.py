@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.attention.problem import Gradients, Operands, Problem
+from kernels_pallas.attention.problem import Gradients, Operands, Problem, apart, hides
 from kernels_pallas.masks import block_table
 from kernels_pallas.scores import EMPTY, MASKED, distance, dropout_factor, modified
 
@@ -93,9 +93,7 @@ class _Blocks:
         self.by_value = f"{lead}qk,{kv}kd->{lead}qd"
         self.by_rows = f"{lead}qk,{lead}qd->{kv}kd"
         self.wide = jnp.promote_types(x.value.dtype, jnp.float32)
-        # whether an entry may be hidden, and a row see no key at all
-        hiding = (problem.mask, x.bias, x.query_segments, problem.score.modify)
-        self.guarded = any(t is not None for t in hiding)
+        self.guarded = hides(problem, x)
         self.q = self.by_query(x.query)
         self.k, self.v = (t.reshape(*self.batch, *t.shape[1:]) for t in (x.key, x.value))
         self.q_clean, self.k_clean = self.q, self.k
@@ -259,10 +257,12 @@ def forward(problem: Problem, x: Operands, block_bytes: int = ACCELERATOR_BLOCK_
             if blocks.guarded:
                 top = jnp.maximum(top, EMPTY)
             w = jnp.exp(s - top)
-            total = w.sum(-1, keepdims=True)
             if blocks.guarded:
-                total = jnp.maximum(total, 1e-37)
-            lse = top + jnp.log(total)
+                w = jnp.where(s <= EMPTY, 0.0, w)  # also where a row that sees NaN is NaN
+            total = w.sum(-1, keepdims=True)
+            lse = top + jnp.log(jnp.maximum(total, 1e-37) if blocks.guarded else total)
+            if blocks.guarded:
+                total = jnp.where(total > 0, total, 1.0)
             if score.clipped:
                 w, total = score.weight(s, lse), 1.0
         else:
@@ -292,9 +292,9 @@ def backward(
     block_bytes: int = ACCELERATOR_BLOCK_BYTES,
 ) -> Gradients:
     """Gradients in the operands' types; sums over queries and examples are at least float32."""
+    x, d_out = apart(problem, x, d_out)
     blocks = _Blocks(problem, x, block_bytes)
     score, dtype, wide = problem.score, x.value.dtype, blocks.wide
-    d_out = d_out.astype(dtype)
     if blocks.guarded and score.normalised:
         d_out = jnp.where((lse <= EMPTY)[..., None], 0, d_out)
     do = blocks.by_query(d_out)

@@ -17,7 +17,7 @@ from kernels_pallas.neighborhood.problem import Operands, Problem
 from kernels_pallas.spread import HEAD_AXES, divisions, spread
 
 
-def _plain_forward(narrow: bool, problem: Problem, x: Operands):
+def _plain_forward(narrow: bool, problem: Problem, x: Operands, bad=None):
     """Heads first and back; without `narrow`, bfloat16 is computed in float32."""
     rank, dtype = len(problem.axes), x.value.dtype
     first = (0, rank + 1, *range(1, rank + 1), rank + 2)
@@ -29,6 +29,7 @@ def _plain_forward(narrow: bool, problem: Problem, x: Operands):
         problem.axes,
         *(t.transpose(first) for t in arrays),
         bias,
+        None if bad is None else bad.transpose(first),
         scale=problem.scale,
         precision=problem.precision,
     )
@@ -42,7 +43,8 @@ def _plain(narrow: bool) -> Body:
         return (run(problem, x),), ()
 
     def backward(problem, x, results, saved, cotangents):
-        return jax.vjp(partial(run, problem), x)[1](cotangents[0])[0]
+        d_out, bad = xla.finite(cotangents[0], jnp.promote_types(x.value.dtype, jnp.float32))
+        return jax.vjp(lambda x: run(problem, x, bad), x)[1](d_out)[0]
 
     return Body(forward, backward)
 

@@ -17,7 +17,7 @@ from kernels_pallas.neighborhood.geometry import Axis, grid_kinds
 from kernels_pallas.scores import EMPTY, MASKED
 
 
-def attend(axes: tuple[Axis, ...], query, key, value, bias, *, scale: float, precision):
+def attend(axes: tuple[Axis, ...], query, key, value, bias, bad=None, *, scale, precision):
     """Heads-first neighbourhood attention.
 
     Args:
@@ -26,6 +26,8 @@ def attend(axes: tuple[Axis, ...], query, key, value, bias, *, scale: float, pre
       key: `[batch, heads, *space, head_dim]`.
       value: `[batch, heads, *space, value_dim]`.
       bias: `[heads, rows of the flat table]`, or None.
+      bad: `[batch, heads, *space, 1]`: NaN for queries that become NaN where they see a key, else
+        zero; or None.
       scale: of the scores.
       precision: of the products.
 
@@ -38,35 +40,39 @@ def attend(axes: tuple[Axis, ...], query, key, value, bias, *, scale: float, pre
     if bias is not None:
         kinds = jnp.where(kinds, bias.astype(wide)[:, row].swapaxes(0, 1), MASKED)
     product = partial(jnp.einsum, precision=precision, preferred_element_type=wide)
-    query, bad_query = finite(query, wide)
-    key, bad_key = finite(key, wide)
-    value, bad_value = finite(value, wide)
+    (query, bad_query), (key, bad_key), (value, bad_value) = (
+        finite(t, wide) for t in (query, key, value)
+    )
+    bad_query = bad_query if bad is None else bad_query + bad
 
     @partial(jax.checkpoint, prevent_cse=False)
     def one(tile):
-        q, k, v, bad, kind = tile
-        s = scale * product("bhqd,bhkd->bhqk", q, k) + bad.swapaxes(-1, -2)
+        q, bad_q, k, v, bad_k, kind = tile
+        s = scale * product("bhqd,bhkd->bhqk", q, k) + bad_q + bad_k.swapaxes(-1, -2)
         seen = lax.dynamic_index_in_dim(kinds, kind, keepdims=False)
         if bias is None:
             s = jnp.where(seen, s, MASKED)
         else:
             s = jnp.where(seen > MASKED, s + seen, MASKED)
         top = lax.stop_gradient(s.max(-1, keepdims=True))
-        # all zeros where a bias hides the whole window; rows that see NaN are NaN where they see
-        w = jnp.where(s <= EMPTY, 0.0, jnp.exp(s - jnp.maximum(top, EMPTY)))
-        total = jnp.maximum(w.sum(-1, keepdims=True), 1e-37)
-        out = product("bhqk,bhkd->bhqd", w.astype(v.dtype), v) / total
+        top = jnp.where(top == jnp.inf, jnp.nan, jnp.maximum(top, EMPTY))
+        # all zeros where a bias hides the whole window; rows that see NaN are NaN where they see,
+        # and not divided by it, which would make NaN of the gradients of what they do not see
+        w = jnp.where(s <= EMPTY, 0.0, jnp.exp(s - top))
+        total = w.sum(-1, keepdims=True)
+        out = product("bhqk,bhkd->bhqd", w.astype(v.dtype), v) / jnp.where(total > 0, total, 1.0)
         return out.astype(v.dtype)
 
+    bad_query, bad_key = lax.stop_gradient((bad_query, bad_key + bad_value))
     tiles = (
-        query_tiles(axes, query),
-        *(key_tiles(axes, t) for t in (key, value, lax.stop_gradient(bad_key + bad_value))),
+        *(query_tiles(axes, t) for t in (query, bad_query)),
+        *(key_tiles(axes, t) for t in (key, value, bad_key)),
     )
     if len(kind) == 1:
         out = one((*(t[0] for t in tiles), 0))[None]
     else:
         out = lax.map(one, (*tiles, jnp.asarray(kind)))
-    return join_tiles(axes, out) + lax.stop_gradient(bad_query).astype(value.dtype)
+    return join_tiles(axes, out)
 
 
 def finite(t, dtype):

@@ -312,7 +312,7 @@ def gated_linear_attention_step(
 ) -> tuple[Array, Float[Array, "batch heads key_dim value_dim"]]:
     """One step of `gated_linear_attention`: output and the next state."""
     if log_decay is not None:
-        state = jnp.exp(_wide(log_decay))[..., None] * state
+        state = _decayed(log_decay[..., None], state)
     state = state + _outer(key, value)
     return _read(query, state, scale).astype(value.dtype), state
 
@@ -329,7 +329,7 @@ def delta_rule_step(
 ) -> tuple[Array, Float[Array, "batch heads key_dim value_dim"]]:
     """One step of `delta_rule`: output and the next state."""
     if log_decay is not None:
-        state = jnp.exp(_wide(log_decay))[..., None, None] * state
+        state = _decayed(log_decay[..., None, None], state)
     change = _wide(beta)[..., None] * (value - _read(key, state, 1.0))
     state = state + _outer(key, change)
     return _read(query, state, scale).astype(value.dtype), state
@@ -373,6 +373,12 @@ def selective_scan_step(
 def _wide(t):
     """In float32, or float64 if it is."""
     return t.astype(jnp.promote_types(t.dtype, jnp.float32))
+
+
+def _decayed(log_decay, state):
+    """The state after a gate; one that forgets everything also forgets what is not finite."""
+    forgets = log_decay.max(-2, keepdims=True) <= LOWEST_LOG_DECAY
+    return jnp.exp(_wide(log_decay)) * jnp.where(forgets, 0.0, state)
 
 
 def _outer(key, value):

@@ -9,8 +9,7 @@ and d_ts = b_t - b_s (t >= s):
     S = e^(b_C) S + (k e^z)^T u
 
 Every exponent is a sum of log decays of consecutive steps, formed without subtraction: nothing
-overflows, and strong decays cost no digits. There is no slicing and no gather, only masks made of
-indices, products and reductions.
+overflows, and strong decays cost no digits.
 
 Numbers that are not finite stay with the steps that see them: they count as zeros in all products,
 where zero times infinity would carry them to earlier steps, and what a step sees decides which
@@ -18,15 +17,19 @@ outputs become NaN. A gate that forgets everything forgets them, too.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Bool
 
 from kernels_pallas.recurrence.problem import Problem
 
 # A decay of e^-10000 is zero; -inf would give 0 * inf in masked sums.
 LOWEST_LOG_DECAY = -1e4
+LARGEST_GATE = 80.0  # gates are at most zero; from here on, as from NaN, there is no decay
+STRONGEST_WRITE = 1e6  # beta |k|^2 lies in [0, 2] where the delta rule is stable
 SOLVE_BLOCK = 16
 
 
@@ -47,45 +50,83 @@ def step(problem: Problem, q, k, v, g, beta, state):
     """
     product = partial(_product, v.dtype, problem.precision)
     row, column = indices(q.shape[0])
-    q, k, v, g, beta, state, bad_out, bad_state = _spoiled(q, k, v, g, beta, state)
+    q, k, v, g, beta, state, spoiled, sees = _spoiled(q, k, v, g, beta, state)
     vector = g is not None and g.shape[1] > 1
     if vector:
         prefix, suffix, total = column_sums(g)
         scores, decay = scores_by_halving(product, q, k, g), None
     else:
         decay, prefix, suffix, total = scalar_decays(g, *q.shape)
-        scores = jnp.where(row >= column, product(q, k, (1, 1)), 0.0)
+        scores = product(q, k, (1, 1))
+    scores = jnp.where(sees.steps, scores, 0.0)
     good = jnp.isfinite(scores)  # products may overflow where the output's gradient is zero
-    bad_out += jnp.where(good.all(1, keepdims=True), 0.0, jnp.nan).astype(bad_out.dtype)
-    scores = jnp.where(good, scores, 0.0) * (1.0 if decay is None else decay)
+    overflow = ~good.all(1, keepdims=True)
+    scores = jnp.where(good, scores, 0.0)
     q_in, k_out = q * jnp.exp(prefix), k * jnp.exp(suffix)
-    if beta is None:
-        u = v
-    else:
+    if g is not None:  # zero times what is huge and forgotten has gradients that are not finite
+        q_in, k_out = jnp.where(sees.state, q_in, 0), jnp.where(sees.steps[-1:].T, k_out, 0)
+    if decay is not None:
+        scores = jnp.where(sees.steps, scores * decay, 0.0)
+    u, written = v, None
+    if beta is not None:
         n = beta * jnp.where(row > column, product(k, k, (1, 1)), 0.0) * decay
-        u = beta * (v - product(k * jnp.exp(prefix), state, (1, 0)))
+        k_in = jnp.where(sees.state, k * jnp.exp(prefix), 0)
+        u = beta * (v - product(k_in, state, (1, 0)))
         u = exact(jnp.where(row >= column, inverse(n), 0.0), u)
+        written = ~jnp.isfinite(u).all(1, keepdims=True)
+        u = jnp.where(jnp.isfinite(u), u, 0.0)
     out = problem.scale * (product(q_in, state, (1, 0)) + product(scores, u, (1, 0)))
-    after = jnp.exp(total) * state + product(k_out, u, (0, 0))
-    return out + bad_out, after + bad_state
+    after = product(k_out, u, (0, 0))
+    after += jnp.exp(total) * (state if g is None else jnp.where(sees.state[-1:], state, 0.0))
+    bad_out, bad_state = sees.reach(*spoiled)
+    if written is not None:
+        more_out, more_state = sees.reach(jnp.zeros_like(written), written, None)
+        bad_out, bad_state = bad_out | more_out, bad_state | more_state
+    nan = lambda bad: jnp.where(bad, jnp.nan, 0.0).astype(state.dtype)  # noqa: E731
+    return out + nan(bad_out | overflow), after + nan(bad_state)
+
+
+class _Sees(NamedTuple):
+    """What gates leave of earlier steps.
+
+    Attributes:
+      steps: `[C, C]`: whether a step sees another.
+      state: `[C, 1]`: whether it sees the state before the chunk.
+    """
+
+    steps: Bool[Array, "C C"]
+    state: Bool[Array, "C 1"]
+
+    def reach(self, read, write, lost):
+        """Outputs `[C, V or 1]` and columns of the state after `[1, V or 1]` that are spoiled.
+
+        Args:
+          read: `[C, 1]`: steps whose own output is.
+          write: `[C, 1]`: steps that spoil what sees them.
+          lost: `[1, V]`: columns of the state before the chunk, or None.
+        """
+        seen = (self.steps & write.T).any(1, keepdims=True)
+        if lost is not None:
+            seen |= self.state & lost
+        return read | seen, seen[-1:]
 
 
 def _spoiled(q, k, v, g, beta, state):
-    """The operands with zeros where they are not finite, and what is NaN because of them.
-
-    That is a number for each output `[C, V]` and each column of the state after `[1, V]`: NaN or 0.
-    """
+    """The operands with zeros where they are not finite, what `_Sees.reach` takes, and `_Sees`."""
     row, column = indices(q.shape[0])
     read, write = ~jnp.isfinite(q).all(1, keepdims=True), ~jnp.isfinite(v).all(1, keepdims=True)
     good = jnp.isfinite(k)
     sees, kept = row >= column, jnp.ones_like(read)
     if beta is not None:
-        good &= jnp.isfinite(jnp.square(k.astype(state.dtype)).sum(1, keepdims=True))
-        write |= ~jnp.isfinite(beta)
-        beta = jnp.where(jnp.isfinite(beta), beta, 0.0)
+        beta = jnp.where(jnp.isfinite(beta), beta, jnp.inf)
+        length = jnp.square(k.astype(state.dtype)).sum(1, keepdims=True)
+        strong = jnp.abs(beta) * jnp.maximum(length, 1.0)
+        good &= strong < STRONGEST_WRITE
+        beta = jnp.where(strong < STRONGEST_WRITE, beta, 0.0)
     if g is not None:
-        write |= ~jnp.isfinite(g).all(1, keepdims=True)
-        g = jnp.where(jnp.isfinite(g), g, 0.0)
+        decays = g < LARGEST_GATE
+        write |= ~decays.all(1, keepdims=True)
+        g = jnp.where(decays, g, 0.0)
         cut = (g.max(1, keepdims=True) <= LOWEST_LOG_DECAY).astype(jnp.float32)
         across = jnp.where(row == column, cut, 0.0).sum(0, keepdims=True)
         cuts = jnp.where(row >= column, across, 0.0).sum(1, keepdims=True)  # up to each step
@@ -96,13 +137,7 @@ def _spoiled(q, k, v, g, beta, state):
     k = jnp.where(good, k, 0)
     lost = ~jnp.isfinite(state).all(0, keepdims=True)
     state = jnp.where(jnp.isfinite(state), state, 0.0)
-    written = jnp.where(row == column, write, False).any(0, keepdims=True)
-    seen = (sees & written).any(1, keepdims=True)
-    at_end = row[:, :1] == len(q) - 1
-    bad_out = read | seen | (kept & lost)
-    bad_state = ((seen | (kept & lost)) & at_end).any(0, keepdims=True)
-    nan = lambda bad: jnp.where(bad, jnp.nan, 0.0).astype(state.dtype)  # noqa: E731
-    return q, k, v, g, beta, state, nan(bad_out), nan(bad_state)
+    return q, k, v, g, beta, state, (read, write, lost), _Sees(sees, kept)
 
 
 def _product(dtype, precision, a, b, contract):

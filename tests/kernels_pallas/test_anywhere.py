@@ -108,22 +108,23 @@ def test_what_is_hidden_changes_nothing(case, name):
 
 @pytest.mark.parametrize("name", some_slow(BODIES, ["gpu"]))
 def test_packed_examples_do_not_reach_each_other(name):
-    """The second example is not finite, and its outputs have gradients, too."""
+    """The second example is not finite, nor are the gradients of its outputs."""
     problem, x = operands(queries=150, keys=150, mask=Causal())
     first = jnp.arange(150) < 90
     x = x._replace(**{n: jnp.tile(~first * 1, (2, 1)) for n in ("query_segments", "key_segments")})
     body = BODIES[name]
 
     @jax.jit
-    def both(x):
+    def both(x, slope):
         out, lse = body.forward(problem, x)
-        grads = body.backward(problem, x, out, lse, jnp.ones_like(out), jnp.zeros_like(lse))
+        d_out = jnp.where(first[:, None], jnp.ones_like(out), slope)
+        grads = body.backward(problem, x, out, lse, d_out, jnp.zeros_like(lse))
         return [t[:, :, :90] for t in (out, lse, *grads[:3])]
 
-    for bad in (np.nan, 3e38):
+    for bad, slope in ((np.nan, 1.0), (3e38, np.nan)):
         names = "query", "key", "value"
         spoiled = x._replace(**{n: getattr(x, n).at[:, :, 90:].set(bad) for n in names})
-        for got, want in zip(both(spoiled), both(x), strict=True):
+        for got, want in zip(both(spoiled, slope), both(x, 1.0), strict=True):
             np.testing.assert_array_equal(got, want)
 
 
@@ -179,19 +180,16 @@ def test_small_windows_keep_what_is_not_finite_to_those_who_see_it(case):
     def only(where, t, other=0.0):
         return jnp.where(where.reshape(*where.shape, *(1,) * (t.ndim - where.ndim)), t, other)
 
-    def loss(qkv):
-        out = only(far, call(qkv, bias))
-        return (out**2).sum(), out
-
     @jax.jit
-    def both(qkv):
-        (_, out), grad = jax.value_and_grad(loss, has_aux=True)(qkv)
-        return out, only(far, grad)
+    def both(qkv, slope):
+        out, pull = jax.vjp(lambda qkv: call(qkv, bias), qkv)
+        (grad,) = pull(only(far, 2 * out, slope))
+        return only(far, out), only(far, grad)
 
-    want = both(qkv)
-    for bad in (np.nan, np.inf, 3e38, -3e38):
+    want = both(qkv, 0.0)
+    for bad, slope in ((np.nan, 0.0), (np.inf, np.nan), (3e38, 0.0), (-3e38, np.nan)):
         spoiled = only(seen, qkv, bad)
-        for a, b in zip(both(spoiled), want, strict=True):
+        for a, b in zip(both(spoiled, slope), want, strict=True):
             np.testing.assert_array_equal(a, b)
     if not case.startswith("windows in lanes"):
         assert np.isnan(np.asarray(call(spoiled * jnp.nan, bias))).all()
@@ -228,9 +226,35 @@ def test_what_a_gate_forgets_and_what_is_packed_elsewhere_changes_nothing():
     out, state = call(q, k, v, g.at[:, 20].set(-jnp.inf))
     assert np.isnan(out[:, 17:20]).all() and np.isfinite(out[:, :17]).all()
     assert np.isfinite(out[:, 20:]).all() and np.isfinite(state).all()
+    _, state = kp.gated_linear_attention_step(
+        q[:, 0], k[:, 0], v[:, 0], jnp.full((1, 2, 1), -jnp.inf), jnp.full((1, 2, 8, 8), jnp.nan)
+    )
+    assert np.isfinite(state).all()
     out, state = kp.delta_rule(q, k, v, jnp.exp(g[..., 0]), cu_seqlens=jnp.asarray([0, 19, 40]))
     assert np.isnan(state[0]).all() and np.isfinite(state[1]).all()
     assert np.isfinite(out[:, 19:]).all()
+
+
+@pytest.mark.parametrize("name", some_slow(["gates", "channels"], ["channels"]))
+def test_what_a_gate_forgets_has_no_gradient_however_large(name):
+    call, (q, k, v, g) = recurrences(24)[name]
+    g = g.at[:, 9].set(-jnp.inf)
+    late = jax.jit(jax.grad(lambda q, k, v: (call(q, k, v, g)[0][:, 9:] ** 2).sum(), (0, 1, 2)))
+    for a, b in zip(late(q, k, v.at[:, :9].set(3e38)), late(q, k, v), strict=True):
+        np.testing.assert_array_equal(a[:, 9:], b[:, 9:])
+
+
+@pytest.mark.variants
+def test_writes_that_overflow_change_no_bit_of_earlier_steps():
+    _, (q, k, v, g) = recurrences(24)["delta"]
+    beta = jnp.exp(g)
+
+    def early(v, beta):
+        return kp.delta_rule(q, k, v, beta, g, chunk=16)[0][:, :20]
+
+    for v_late, beta_late in ((3e38, 0.5), (1.0, 3e38)):
+        got = early(v.at[:, 20:].set(v_late), beta.at[:, 20:].set(beta_late))
+        np.testing.assert_array_equal(got, early(v, beta))
 
 
 def test_a_decoding_step_equals_the_row_of_the_full_pass():
