@@ -46,8 +46,12 @@ CASES = {
     "decoding: 8 x 1 query, 32 heads, 8,192 keys of 4 heads of 128": (
         "attention", (8, 1, 32, 128), {"keys": (8192, 4), "forward": True},
     ),
-    "decoding: the same, caches of several lengths": (
-        "attention", (8, 1, 32, 128), {"keys": (8192, 4), "ragged": True, "forward": True},
+    "decoding: the same, a cache with heads first": (
+        "attention", (8, 1, 32, 128), {"keys": (8192, 4), "forward": True, "cache": True},
+    ),
+    "decoding: heads first, and caches of several lengths": (
+        "attention", (8, 1, 32, 128),
+        {"keys": (8192, 4), "forward": True, "cache": True, "ragged": True},
     ),
     "Swin stage 1: 1,024 windows of 49, 3 heads": ("windows", (1024, 49, 3, 32), {"masks": 64}),
     "Swin stage 3: 1,024 windows of 49, 12 heads": ("windows", (1024, 49, 12, 32), {"masks": 4}),
@@ -98,7 +102,9 @@ def program(operation, sizes, options, implementation, backward):
     batch, length, heads, width = sizes
     if operation == "attention":
         keys, kv_heads = options.get("keys", (length, heads))
-        arrays = [shape(*sizes), *[shape(batch, keys, kv_heads, width)] * 2]
+        cache = options.get("cache")
+        stored = (batch, kv_heads, keys, width) if cache else (batch, keys, kv_heads, width)
+        arrays = [shape(*sizes), *[shape(*stored)] * 2]
         extra = [shape(1, heads, length, length)] if options.get("bias") else []
         ragged = options.get("ragged")
         extra += [shape(batch, dtype="int32")] if ragged else []
@@ -116,6 +122,8 @@ def program(operation, sizes, options, implementation, backward):
                     block_sizes=jax_flash.BlockSizes(**blocks),
                 )  # fmt: skip
                 return out.transpose(0, 2, 1, 3)
+            if cache:  # this transposition and that of the call cancel
+                k, v = (t.transpose(0, 2, 1, 3) for t in (k, v))
             options = dict(zip(["lengths" if ragged else "bias"], extra, strict=False))
             options["mask"] = mask
             return kernels_pallas.attention(q, k, v, **options, implementation=implementation)

@@ -125,14 +125,6 @@ class System:
     decay: tuple[str, ...] = ()
     depth: str = r"(?:stages|groups|blocks|layers)_(\d+)"
 
-    def __post_init__(self) -> None:
-        """Lets `init` and `apply` of its modules run on meshes with Explicit axes, too."""
-        from zoo.layers.partition import on_any_mesh
-
-        for module in {variant.module for variant in self.variants.values()}:
-            for name in ("init", "apply"):
-                setattr(module, name, on_any_mesh(getattr(module, name)))
-
     def is_frozen(self, path: str) -> bool:
         """Whether the leaf of this path (`params` left out) is never trained."""
         return any(re.fullmatch(pattern, path) for pattern in self.frozen)

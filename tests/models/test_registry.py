@@ -22,6 +22,7 @@ from jax.sharding import AxisType
 from model_helpers import assert_trees_close, filled, representatives, sin_loss
 
 import zoo
+from zoo.layers.model import Model
 from zoo.registry import SYSTEMS, system
 from zoo.training.partition import place
 from zoo.training.tree import path_of
@@ -90,6 +91,7 @@ def shapes_of(model):
 def test_names_match_the_patterns_of_their_file_and_one_is_for_tests(path):
     variants = importlib.import_module(path).SYSTEM.variants
     for name in variants:
+        assert issubclass(variants[name].module, Model), name
         assert any(fnmatch.fnmatchcase(name, pattern) for pattern in SYSTEMS[path]), name
         others = [p for p in SYSTEMS if p != path]
         assert not any(fnmatch.fnmatchcase(name, g) for p in others for g in SYSTEMS[p]), name

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from zoo.layers.model import Model
+
 
 def check_pixels(
     model: nn.Module, pixels: Array, kind: str = "images", normalised: bool = True
@@ -27,7 +29,7 @@ def check_pixels(
     )
 
 
-class ImageClassifier(nn.Module):
+class ImageClassifier(Model):
     """A model whose `features` map images to named arrays, `logits` among them.
 
     Attributes:

@@ -26,6 +26,7 @@ from zoo.layers.causal import (
 )
 from zoo.layers.dense import Dense
 from zoo.layers.mlp import ACTIVATIONS
+from zoo.layers.model import Model
 from zoo.layers.partition import constrain
 from zoo.layers.stack import remat_block
 
@@ -220,7 +221,7 @@ class DecoderBlock(nn.Module):
         return constrain(x, "batch", "length", "channels"), state
 
 
-class PositionDecoder(nn.Module):
+class PositionDecoder(Model):
     """Base of decoders with softmax attention in every layer and a table of positions.
 
     Subclasses have the fields `depth`, `embed_dim`, `num_heads`, `max_positions`, `activation`,
@@ -315,7 +316,7 @@ class PositionDecoder(nn.Module):
             )
 
 
-class WholeTexts(nn.Module):
+class WholeTexts(Model):
     """Base of causal models whose layers look at whole texts: a step runs the text once more.
 
     What is kept of a text is its tokens, as hashes, clusters or spans depend on all of them. Texts
@@ -366,7 +367,7 @@ def check_causal(model: nn.Module) -> None:
         )
 
 
-class CausalLM(nn.Module):
+class CausalLM(Model):
     """Base of language models out of `DecoderBlock`: subclasses define `mixers()`.
 
     `init_state(batch, length)` and `step(state, tokens)` (through `apply(..., method="step")`) give

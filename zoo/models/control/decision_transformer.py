@@ -51,6 +51,7 @@ from zoo.layers.causal import init
 from zoo.layers.decoder import run_blocks
 from zoo.layers.dense import Dense
 from zoo.layers.mlp import ACTIVATIONS, Mlp, gelu
+from zoo.layers.model import Model
 from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
 from zoo.layers.series import torch_linear
@@ -132,7 +133,7 @@ class PaddedBlock(nn.Module):
         return constrain(x, "batch", "length", "channels")
 
 
-class DecisionTransformer(nn.Module):
+class DecisionTransformer(Model):
     """Continuous control: returns, states and actions so far to the next action.
 
     Attributes:
@@ -277,7 +278,7 @@ class StateEncoder(nn.Module):
         return jnp.tanh(torch_linear(self, self.width, x.shape[-1], "dense")(x))
 
 
-class AtariDecisionTransformer(nn.Module):
+class AtariDecisionTransformer(Model):
     """Discrete control from frames: logits of the actions at each step.
 
     Attributes:

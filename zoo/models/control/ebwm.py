@@ -39,6 +39,7 @@ from zoo.checkpoints.rules import Rule, Rules, dense_rules, linear
 from zoo.layers.decoder import GatedMlp
 from zoo.layers.dense import Dense
 from zoo.layers.mlp import ACTIVATIONS
+from zoo.layers.model import Model
 from zoo.layers.norm import LayerNorm
 from zoo.layers.patch import torch_default_init
 from zoo.system import System, Variant
@@ -182,7 +183,7 @@ def modulated(x: Array, shift: Array | None, scale: Array | None) -> Array:
     return x if shift is None else x * (1 + scale) + shift
 
 
-class EnergyTransformer(nn.Module):
+class EnergyTransformer(Model):
     """The energy of each candidate.
 
     Attributes:
@@ -301,7 +302,7 @@ class EnergyBlock(nn.Module):
         return tuple(x + gate2 * mlp(modulated(norm2(x), shift2, scale2)) for x in streams)
 
 
-class EBT(nn.Module):
+class EBT(Model):
     """Energy-based transformer of language: next tokens by steps down the energy.
 
     Attributes:

@@ -36,6 +36,7 @@ import kernels_pallas
 from zoo.checkpoints.rules import Rule, Rules, chain, dense_rules, linear, norm_rules, split
 from zoo.layers.dense import Dense
 from zoo.layers.mlp import ACTIVATIONS
+from zoo.layers.model import Model
 from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
 from zoo.layers.patch import torch_default_init
@@ -191,7 +192,7 @@ class GTrXLBlock(nn.Module):
         return constrain(join("gate2", x, y), "batch", "length", "channels")
 
 
-class GTrXL(nn.Module):
+class GTrXL(Model):
     """Observations of an agent to what it knows at each of them.
 
     `init_state(batch, length)` is an empty memory; `step(state, observations, reset)` (through

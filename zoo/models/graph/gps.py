@@ -26,11 +26,12 @@ from jaxtyping import Array, Float, Int
 from zoo.checkpoints.rules import Rule, Rules, batch_norm_rules, dense_rules, linear
 from zoo.layers.dense import Dense
 from zoo.layers.graph import real_nodes
+from zoo.layers.model import Model
 from zoo.models.graph.graphgps import GPSLayer, pooled
 from zoo.system import System, Variant
 
 
-class GPS(nn.Module):
+class GPS(Model):
     """GPS layers for graphs of any size, padded to one.
 
     Attributes:

@@ -41,6 +41,7 @@ from zoo.layers.graph import (
     sum_at_nodes,
 )
 from zoo.layers.mlp import ACTIVATIONS, Mlp
+from zoo.layers.model import Model
 from zoo.layers.partition import constrain
 from zoo.system import System, Variant
 
@@ -260,7 +261,7 @@ class GPSLayer(nn.Module):
         return constrain(x, "batch", "length", "channels"), edge
 
 
-class GraphGPS(nn.Module):
+class GraphGPS(Model):
     """GraphGPS for graphs of any size, padded to one.
 
     Attributes:

@@ -32,6 +32,7 @@ import kernels_pallas
 from zoo.checkpoints.rules import Rule, Rules, Transform, dense_rules, linear, norm_rules, reshape
 from zoo.layers.dense import Dense
 from zoo.layers.mlp import ACTIVATIONS, Mlp
+from zoo.layers.model import Model
 from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
 from zoo.system import System, Variant
@@ -175,7 +176,7 @@ class GraphormerLayer(nn.Module):
         return constrain(x, "batch", "length", "channels")
 
 
-class Graphormer(nn.Module):
+class Graphormer(Model):
     """Graphormer for graphs of any size, padded to one.
 
     Attributes:

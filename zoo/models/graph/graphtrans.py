@@ -50,6 +50,7 @@ from zoo.layers.graph import (
     sum_at_nodes,
 )
 from zoo.layers.mlp import ACTIVATIONS, Mlp
+from zoo.layers.model import Model
 from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
 from zoo.layers.position import sinusoids
@@ -158,7 +159,7 @@ class EncoderLayer(nn.Module):
         return constrain(x, "batch", "length", "channels")
 
 
-class GraphTrans(nn.Module):
+class GraphTrans(Model):
     """GraphTrans for graphs of any size, padded to one.
 
     Attributes:

@@ -60,6 +60,7 @@ from zoo.checkpoints.rules import (
 from zoo.layers.classifier import check_pixels
 from zoo.layers.dense import Dense
 from zoo.layers.mlp import Mlp, gelu
+from zoo.layers.model import Model
 from zoo.layers.norm import LayerNorm as _LayerNorm
 from zoo.layers.partition import constrain
 from zoo.layers.patch import torch_default_init
@@ -287,7 +288,7 @@ class Group(nn.Module):
         return x + (y if self.conv is None else self.conv(name="conv")(y))
 
 
-class HAT(nn.Module):
+class HAT(Model):
     """Hybrid Attention Transformer: an image `upscale` times as large.
 
     Attributes:

@@ -52,6 +52,7 @@ from zoo.layers.decoder import GatedMlp
 from zoo.layers.dense import Dense as _Dense
 from zoo.layers.diffusion import TimeEmbed, grid_positions, modulate, sincos
 from zoo.layers.mlp import Mlp, gelu
+from zoo.layers.model import Model
 from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
 from zoo.layers.patch import PatchEmbed, torch_default_init
@@ -199,7 +200,7 @@ def _chunks(x: Float[Array, "batch parts channels"]) -> list[Array]:
     return [part[:, None, None, None] for part in jnp.unstack(x, axis=1)]
 
 
-class PTDiT(nn.Module):
+class PTDiT(Model):
     """PT-DiT: noisy latents, their level and a text to the noise in them.
 
     Attributes:

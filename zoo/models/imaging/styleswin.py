@@ -59,6 +59,7 @@ from zoo.checkpoints.rules import (
 )
 from zoo.layers.dense import Dense
 from zoo.layers.mlp import Mlp
+from zoo.layers.model import Model
 from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
 from zoo.layers.position import relative_position_index
@@ -301,7 +302,7 @@ class Stage(nn.Module):
         return x if self.double is None else self.double(name="upsample")(x)
 
 
-class Generator(nn.Module):
+class Generator(Model):
     """StyleSwin's generator: noise to an image.
 
     Attributes:
@@ -507,7 +508,7 @@ class ScaledConv(nn.Module):
         return ours[0] @ (matrix @ ours[1])
 
 
-class Discriminator(nn.Module):
+class Discriminator(Model):
     """StyleSwin's discriminator: an image to a logit, above zero for a real one.
 
     Attributes:

@@ -38,6 +38,7 @@ from jaxtyping import Array, Float, Int
 
 from zoo.checkpoints.rules import Rule, Rules, conv, dense_rules, norm_rules
 from zoo.layers.block import Block
+from zoo.layers.model import Model
 from zoo.layers.norm import LayerNorm
 from zoo.layers.patch import torch_default_init
 from zoo.models.vision.vit import VisionTransformer
@@ -67,7 +68,7 @@ class Enlarge(nn.Module):
         return nn.relu(x)
 
 
-class TopNet(nn.Module):
+class TopNet(Model):
     """Background and object to a heat map of places and scales.
 
     Attributes:

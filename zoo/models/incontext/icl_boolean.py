@@ -50,6 +50,7 @@ from zoo.layers.causal import Context
 from zoo.layers.decoder import run_blocks
 from zoo.layers.dense import Dense
 from zoo.layers.mlp import Mlp, gelu
+from zoo.layers.model import Model
 from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
 from zoo.layers.patch import torch_default_init
@@ -142,7 +143,7 @@ class RecurrentCell(nn.Module):
         return y, state
 
 
-class InContextBoolean(nn.Module):
+class InContextBoolean(Model):
     """Classifies each point of a prompt from the points before it.
 
     With retention, LSTM and GRU, `init_state(batch, length)` and `step(state, tokens)` (through

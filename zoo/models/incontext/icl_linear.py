@@ -34,6 +34,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from zoo.checkpoints.rules import Rule, Rules
+from zoo.layers.model import Model
 from zoo.layers.partition import constrain
 from zoo.models.incontext.prompt import check_prompt, prompt_shapes
 from zoo.system import System, Variant
@@ -72,7 +73,7 @@ def start_pv(scale: float) -> Callable[..., Array]:
     return lambda key, shape, dtype=jnp.float32: jnp.zeros(shape, dtype).at[-1, -1].set(scale)
 
 
-class InContextLinear(nn.Module):
+class InContextLinear(Model):
     """Predicts each label of a prompt by linear self-attention over the points before it.
 
     Attributes:

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from zoo.checkpoints.rules import Rule, dense_rules
 from zoo.layers.causal import init
 from zoo.layers.decoder import run_blocks
+from zoo.layers.model import Model
 from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
 from zoo.layers.series import torch_linear
@@ -62,7 +63,7 @@ def check_prompt(model: nn.Module, xs: Array, ys: Array, max_points: int | None)
         )
 
 
-class InContextLearner(nn.Module):
+class InContextLearner(Model):
     """Base of learners from prompts: subclasses have `dims` and `max_points`, and `features`."""
 
     def example_inputs(

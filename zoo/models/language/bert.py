@@ -45,6 +45,7 @@ from zoo.layers.attention import Attention
 from zoo.layers.causal import check_tokens
 from zoo.layers.dense import Dense
 from zoo.layers.mlp import ACTIVATIONS, Mlp, gelu
+from zoo.layers.model import Model
 from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
 from zoo.layers.stack import remat_block
@@ -144,7 +145,7 @@ def unit_length(x: Float[Array, "*batch channels"]) -> Float[Array, "*batch chan
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))
 
 
-class Bert(nn.Module):
+class Bert(Model):
     """BERT encoder, with or without a head.
 
     Attributes:

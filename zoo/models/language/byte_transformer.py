@@ -38,6 +38,7 @@ import kernels_pallas
 from zoo.layers.causal import check_tokens
 from zoo.layers.dense import Dense
 from zoo.layers.mlp import Mlp
+from zoo.layers.model import Model
 from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
 from zoo.models.language import bert
@@ -152,7 +153,7 @@ class PackedLayer(nn.Module):
         return norm(name="norm2")(x + drop(mlp(x)))
 
 
-class ByteTransformer(nn.Module):
+class ByteTransformer(Model):
     """BERT's encoder on packed tokens; it takes the files of BERT's encoder.
 
     Attributes:

@@ -39,6 +39,7 @@ from zoo.checkpoints.rules import Rule, Rules, dense_rules, norm_rules
 from zoo.layers import decoder
 from zoo.layers.causal import Context, check_tokens, last
 from zoo.layers.dense import Dense
+from zoo.layers.model import Model
 from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
 from zoo.layers.residual import ResidualLayer, init, mlp_rules
@@ -170,7 +171,7 @@ class Extractor(nn.Module):
         return state, y
 
 
-class Extractors(nn.Module):
+class Extractors(Model):
     """A language model with an extractor in place of attention.
 
     `init_state(batch, length)` and `step(state, tokens)` (through `apply(..., method="step")`) give

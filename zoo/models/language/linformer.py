@@ -32,6 +32,7 @@ import kernels_pallas
 from zoo.checkpoints.rules import Rule, Rules, dense_rules, linear, norm_rules
 from zoo.layers.decoder import check_tokens
 from zoo.layers.dense import Dense
+from zoo.layers.model import Model
 from zoo.layers.partition import constrain
 from zoo.layers.residual import ResidualLayer, init, mlp_rules
 from zoo.layers.reversible import run_reversible
@@ -109,7 +110,7 @@ class LinformerAttention(nn.Module):
         return dense(channels, name="out")(y.reshape(batch, length, -1))
 
 
-class Linformer(nn.Module):
+class Linformer(Model):
     """Linformer with a word head at every token.
 
     Attributes:

@@ -36,6 +36,7 @@ from zoo.checkpoints.rules import Rule, Rules, Transform, dense_rules, norm_rule
 from zoo.layers.decoder import check_tokens
 from zoo.layers.dense import Dense
 from zoo.layers.mlp import Mlp
+from zoo.layers.model import Model
 from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
 from zoo.layers.stack import remat_block
@@ -180,7 +181,7 @@ class LongformerLayer(nn.Module):
         return constrain(x, "batch", "length", "channels")
 
 
-class Longformer(nn.Module):
+class Longformer(Model):
     """Longformer encoder, with or without a head.
 
     Attributes:

@@ -38,6 +38,7 @@ from zoo.layers import decoder
 from zoo.layers.causal import Context, attention_state, check_tokens, write
 from zoo.layers.decoder import check_causal
 from zoo.layers.dense import Dense
+from zoo.layers.model import Model
 from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
 from zoo.layers.residual import ResidualLayer, init, mlp_rules
@@ -314,7 +315,7 @@ class NprfAttention(nn.Module):
         return state, out(y.reshape(x.shape))
 
 
-class Nprf(nn.Module):
+class Nprf(Model):
     """A transformer with kernelised attention and relative positions.
 
     `init_state(batch, length)` and `step(state, tokens)` (through `apply(..., method="step")`) give

@@ -38,6 +38,7 @@ from zoo.layers.causal import Context, attention_state, check_tokens, continue_a
 from zoo.layers.decoder import check_causal
 from zoo.layers.dense import Dense
 from zoo.layers.mlp import gelu
+from zoo.layers.model import Model
 from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
 from zoo.layers.position import sinusoids
@@ -238,7 +239,7 @@ class SigmoidBlock(nn.Module):
         return y * self.param(name, start, y.shape[-1:], self.param_dtype).astype(self.dtype)
 
 
-class SigmoidTransformer(nn.Module):
+class SigmoidTransformer(Model):
     """A language model with sigmoid attention.
 
     `init_state(batch, length)` and `step(state, tokens)` (through `apply(..., method="step")`) give

@@ -35,6 +35,7 @@ from zoo.checkpoints.rules import Rule, Rules, Transform, dense_rules, norm_rule
 from zoo.layers.causal import check_tokens
 from zoo.layers.dense import Dense
 from zoo.layers.mlp import Mlp
+from zoo.layers.model import Model
 from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
 from zoo.models.language.bert import ACTIVATIONS, MaskedLMHead
@@ -172,7 +173,7 @@ class UrpeLayer(nn.Module):
         return constrain(x, "batch", "length", "channels")
 
 
-class Urpe(nn.Module):
+class Urpe(Model):
     """The encoder of the authors' synthetic tasks, with or without a word head.
 
     Attributes:

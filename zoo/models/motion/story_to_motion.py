@@ -42,6 +42,7 @@ from jaxtyping import Array, Bool, Float, Int
 from zoo.checkpoints.rules import Rule, Rules, dense_rules, linear, norm_rules
 from zoo.layers.block import Block
 from zoo.layers.dense import Dense
+from zoo.layers.model import Model
 from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
 from zoo.layers.position import sinusoids
@@ -90,7 +91,7 @@ def line(
     return jnp.where(known[..., None], motion, filled)
 
 
-class ProgressiveTransformer(nn.Module):
+class ProgressiveTransformer(Model):
     """Frames in a gap, from those around it.
 
     `__call__` is one pass; `complete` (through `apply(..., method="complete")`) is all of them.

@@ -35,6 +35,7 @@ from jaxtyping import Array, Float
 
 from zoo.checkpoints.rules import Rule, Rules, batch_norm_rules, dense_rules
 from zoo.layers.dense import Dense
+from zoo.layers.model import Model
 from zoo.layers.partition import constrain
 from zoo.layers.patch import torch_default_init
 from zoo.layers.series import bias_init
@@ -140,7 +141,7 @@ class DynamicMlp(nn.Module):
         return h * nn.sigmoid(by) + dense(self.hidden, "shift", z)
 
 
-class DynamicNetwork(nn.Module):
+class DynamicNetwork(Model):
     """A `DynamicMlp` as a model of vectors; fields as there.
 
     Attributes:
@@ -195,7 +196,7 @@ class DynamicNetwork(nn.Module):
         return {"logits": mlp(x.astype(self.dtype), z, train)}
 
 
-class DraMlp(nn.Module):
+class DraMlp(Model):
     """A multilayer perceptron with the activation behind each hidden layer.
 
     Attributes:

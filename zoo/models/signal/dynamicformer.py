@@ -43,6 +43,7 @@ from jaxtyping import Array, Bool, Float, Int
 import kernels_pallas
 from zoo.checkpoints.rules import Rule, Rules, batch_norm_rules, dense_rules
 from zoo.checkpoints.rules import linear as transposed
+from zoo.layers.model import Model
 from zoo.layers.partition import constrain
 from zoo.models.signal.dynamic_mlp import (
     DynamicMlp,
@@ -217,7 +218,7 @@ def alignment(
     return (jnp.square(on - 1).sum() + 0.5 * beside).reshape(1, 1)
 
 
-class DynamicFormer(nn.Module):
+class DynamicFormer(Model):
     """DynamicFormer.
 
     Attributes:

@@ -39,6 +39,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from zoo.checkpoints.rules import Rule, Rules, batch_norm_rules, conv, dense_rules
+from zoo.layers.model import Model
 from zoo.layers.partition import constrain
 from zoo.layers.patch import torch_default_init
 from zoo.layers.series import bias_init
@@ -139,7 +140,7 @@ class Block(nn.Module):
 # ---------------------------------------------------------------------------------- model
 
 
-class LMUFormer(nn.Module):
+class LMUFormer(Model):
     """LMUFormer classifier of series.
 
     Attributes:

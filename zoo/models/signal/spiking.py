@@ -37,6 +37,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from zoo.checkpoints.rules import Rule, Rules, batch_norm_rules, conv, dense_rules
+from zoo.layers.model import Model
 from zoo.layers.partition import constrain
 from zoo.layers.patch import torch_default_init
 from zoo.layers.series import bias_init, check_series, pointwise
@@ -200,7 +201,7 @@ class AttentionBlock(nn.Module):
 # ----------------------------------------------------------------------------------- models
 
 
-class SpikingNetwork(nn.Module):
+class SpikingNetwork(Model):
     """Either network.
 
     Attributes:

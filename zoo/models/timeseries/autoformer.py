@@ -44,6 +44,7 @@ from jaxtyping import Array, Bool, Float, Int
 from zoo.checkpoints.rules import Rule, Rules, conv, dense_rules, norm_rules
 from zoo.layers.dense import Dense
 from zoo.layers.mlp import Mlp, gelu
+from zoo.layers.model import Model
 from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain, on_each_device
 from zoo.layers.patch import torch_default_init
@@ -178,7 +179,7 @@ class Block(nn.Module):
         return x, read(sum(trends) + trend)
 
 
-class Autoformer(nn.Module):
+class Autoformer(Model):
     """Autoformer.
 
     Attributes:

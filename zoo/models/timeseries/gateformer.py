@@ -40,6 +40,7 @@ from zoo.checkpoints.rules import Rule, Rules, dense_rules, linear, norm_rules
 from zoo.layers.attention import Attention
 from zoo.layers.dense import Dense
 from zoo.layers.mlp import Mlp
+from zoo.layers.model import Model
 from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
 from zoo.layers.patch import torch_default_init
@@ -110,7 +111,7 @@ class Gate(nn.Module):
         return a * x + (1 - a) * y
 
 
-class Gateformer(nn.Module):
+class Gateformer(Model):
     """Gateformer.
 
     Attributes:

@@ -43,6 +43,7 @@ from jaxtyping import Array, Bool, Float, Int
 import kernels_pallas
 from zoo.checkpoints.rules import Rule, Rules, batch_norm_rules, conv, dense_rules, norm_rules
 from zoo.layers.mlp import Mlp, gelu
+from zoo.layers.model import Model
 from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
 from zoo.layers.patch import torch_default_init
@@ -153,7 +154,7 @@ class Distil(nn.Module):
         return nn.max_pool(x, (3,), (2,), ((1, 1),))
 
 
-class Informer(nn.Module):
+class Informer(Model):
     """Informer.
 
     Attributes:

@@ -45,6 +45,7 @@ from jaxtyping import Array, Float, Int
 
 from zoo.checkpoints.rules import Rules, dense_rules, norm_rules
 from zoo.layers.mlp import gelu
+from zoo.layers.model import Model
 from zoo.layers.norm import LayerNorm
 from zoo.layers.series import (
     PostNormBlock,
@@ -82,7 +83,7 @@ def flow_attention(
     return (y * (inward * allocation)[..., None]).astype(out)
 
 
-class ITransformer(nn.Module):
+class ITransformer(Model):
     """iTransformer.
 
     Attributes:

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from zoo.checkpoints.rules import Rules, dense_rules
+from zoo.layers.model import Model
 from zoo.layers.partition import constrain
 from zoo.layers.patch import torch_default_init
 from zoo.layers.series import bias_init, check_series, decompose, torch_linear
@@ -73,7 +74,7 @@ class TimeLinear(nn.Module):
         return constrain(y, "batch", "time", "variates")
 
 
-class Linear(nn.Module):
+class Linear(Model):
     """A linear map of the context.
 
     Attributes:

@@ -39,6 +39,7 @@ from jaxtyping import Array, Bool, Float
 from zoo.checkpoints.rules import Rule, Rules, batch_norm_rules, dense_rules, linear
 from zoo.layers.dense import Dense
 from zoo.layers.mlp import gelu
+from zoo.layers.model import Model
 from zoo.layers.partition import constrain
 from zoo.layers.patch import torch_default_init
 from zoo.layers.series import (
@@ -77,7 +78,7 @@ def patches(
     return padded[..., starts[:, None] + np.arange(patch_length)]
 
 
-class PatchTST(nn.Module):
+class PatchTST(Model):
     """PatchTST.
 
     Attributes:

@@ -39,6 +39,7 @@ from jaxtyping import Array, Float
 from zoo.checkpoints.rules import Rule, Rules, batch_norm_rules, dense_rules
 from zoo.layers.dense import Dense
 from zoo.layers.mlp import Mlp, gelu
+from zoo.layers.model import Model
 from zoo.layers.partition import constrain
 from zoo.layers.patch import torch_default_init
 from zoo.layers.series import bias_init, check_series, decompose
@@ -161,7 +162,7 @@ def _near_zero(key: Array, shape: tuple[int, int], dtype: jnp.dtype) -> Array:
     return jax.random.uniform(key, shape, dtype, -0.02, 0.02)
 
 
-class PatchTSTOriginal(nn.Module):
+class PatchTSTOriginal(Model):
     """PatchTST of its authors.
 
     Attributes:

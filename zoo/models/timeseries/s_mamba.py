@@ -43,6 +43,7 @@ from zoo.checkpoints.rules import Rule, Rules, chain, conv, dense_rules, linear,
 from zoo.layers.decoder import ShortConv
 from zoo.layers.dense import Dense
 from zoo.layers.mlp import Mlp, gelu
+from zoo.layers.model import Model
 from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
 from zoo.layers.patch import torch_default_init
@@ -165,7 +166,7 @@ class Block(nn.Module):
         return constrain(x, "batch", "length", "channels")
 
 
-class SMamba(nn.Module):
+class SMamba(Model):
     """S-Mamba.
 
     Attributes:

@@ -33,6 +33,7 @@ from jaxtyping import Array, Float
 from zoo.checkpoints.rules import Rule, Rules, squeeze
 from zoo.layers.attention import Attention
 from zoo.layers.mlp import Mlp
+from zoo.layers.model import Model
 from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
 from zoo.layers.position import sinusoids
@@ -85,7 +86,7 @@ class Block(nn.Module):
         return constrain(x, "batch", "length", "channels")
 
 
-class T2(nn.Module):
+class T2(Model):
     """t2 classifier.
 
     Attributes:

@@ -49,6 +49,7 @@ from jaxtyping import Array, Float, Int
 from zoo.checkpoints.rules import Rule, Rules, dense_rules, linear, stack
 from zoo.layers.dense import Dense
 from zoo.layers.mlp import Mlp
+from zoo.layers.model import Model
 from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
 from zoo.layers.patch import torch_default_init
@@ -134,7 +135,7 @@ class Unused(nn.Module):
             self.param(name, start, shape, self.param_dtype)
 
 
-class TEMPO(nn.Module):
+class TEMPO(Model):
     """TEMPO forecaster.
 
     Attributes:

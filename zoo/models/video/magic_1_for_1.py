@@ -46,6 +46,7 @@ from zoo.checkpoints.rules import Rule, Rules, conv, dense_rules, norm_rules
 from zoo.layers.dense import Dense as _Dense
 from zoo.layers.diffusion import PlainNorm, TimeEmbed, modulate
 from zoo.layers.mlp import Mlp, gelu
+from zoo.layers.model import Model
 from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
 from zoo.layers.stack import remat_block
@@ -248,7 +249,7 @@ class SingleBlock(nn.Module):
         return constrain(x, "batch", "length", "channels")
 
 
-class Magic1For1(nn.Module):
+class Magic1For1(Model):
     """Noisy latents, given frames, a time and a text to the velocity of the flow.
 
     Attributes:

@@ -52,6 +52,7 @@ from zoo.checkpoints.rules import Rule, Rules, dense_rules, linear, norm_rules
 from zoo.layers.classifier import check_pixels
 from zoo.layers.decoder import GatedMlp
 from zoo.layers.dense import Dense
+from zoo.layers.model import Model
 from zoo.layers.norm import LayerNorm as _LayerNorm
 from zoo.layers.partition import constrain
 from zoo.layers.patch import torch_default_init
@@ -201,7 +202,7 @@ def axis_of(name: str) -> str:
     return "temporal" if "temporal" in name else "space"
 
 
-class PredFormer(nn.Module):
+class PredFormer(Model):
     """PredFormer: T frames, and the T frames that follow.
 
     Attributes:

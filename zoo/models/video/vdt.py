@@ -53,6 +53,7 @@ from zoo.layers.attention import Attention
 from zoo.layers.dense import Dense
 from zoo.layers.diffusion import PlainNorm, TimeEmbed, grid_positions, modulate, sincos
 from zoo.layers.mlp import Mlp
+from zoo.layers.model import Model
 from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
 from zoo.layers.patch import PatchEmbed
@@ -102,7 +103,7 @@ class Block(nn.Module):
         return constrain(x, "batch", "time", "length", "channels")
 
 
-class VDT(nn.Module):
+class VDT(Model):
     """Video Diffusion Transformer: noisy latents and their level to the noise in them.
 
     Attributes:

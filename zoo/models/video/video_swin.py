@@ -45,6 +45,7 @@ from zoo.layers.block import ResidualBlock
 from zoo.layers.classifier import check_pixels
 from zoo.layers.hierarchy import PatchMerging, Stage
 from zoo.layers.mlp import Mlp
+from zoo.layers.model import Model
 from zoo.layers.norm import LayerNorm as _LayerNorm
 from zoo.layers.patch import torch_default_init
 from zoo.layers.position import relative_position_index, resize_grid
@@ -96,7 +97,7 @@ class ClipEmbed(nn.Module):
         return x @ kernel.astype(self.dtype).reshape(-1, self.channels) + bias.astype(self.dtype)
 
 
-class VideoSwin(nn.Module):
+class VideoSwin(Model):
     """Video Swin classifier.
 
     Attributes:

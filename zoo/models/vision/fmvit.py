@@ -53,6 +53,7 @@ import kernels_pallas
 from zoo.checkpoints.rules import Rule, Rules, chain, conv, dense_rules, norm_rules, squeeze
 from zoo.layers.classifier import ImageClassifier
 from zoo.layers.hierarchy import Stage
+from zoo.layers.model import Model
 from zoo.layers.partition import constrain
 from zoo.layers.stack import remat_block
 from zoo.layers.stochastic import DropPath
@@ -87,7 +88,7 @@ def grouped_conv(
     )  # fmt: skip
 
 
-class RepConv(nn.Module):
+class RepConv(Model):
     """A sum of convolutions with different groups, each with BatchNorm, that is one convolution.
 
     Attributes:

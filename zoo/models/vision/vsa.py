@@ -65,6 +65,7 @@ from zoo.layers.conv import DepthwiseConv
 from zoo.layers.dense import Dense
 from zoo.layers.hierarchy import Stage
 from zoo.layers.mlp import Mlp, gelu
+from zoo.layers.model import Model
 from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
 from zoo.layers.patch import torch_default_init
@@ -140,7 +141,7 @@ def sample_windows(
     return total.astype(maps.dtype)
 
 
-class VariedSizeWindowAttention(nn.Module):
+class VariedSizeWindowAttention(Model):
     """Attention of windows to keys and values sampled where the window regresses (see above).
 
     When the `intermediates` collection is mutable it sows `attention`, and `regressed_offsets` and
