@@ -265,7 +265,7 @@ def figures(case, chip, implementation, backward) -> dict:
     found = estimated() or {**(run(None) or {}), "us": None}  # it stops on some programs
     if "bytes" not in found:
         return None
-    if ours and CASES[case][2].get("causal"):
+    if ours and CASES[case][2].keys() & {"causal", "ragged"}:
         found["us"] = None  # which blocks are visited stands in a table it cannot see
     if ours and (repeated := piece(case)) is not None:
         part = estimated(part=True)

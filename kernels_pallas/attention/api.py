@@ -50,7 +50,8 @@ def attention(
     Args:
       query: `[*batch, queries, heads, head_dim]`, any number of batch axes.
       key: `[*batch, keys, kv_heads, head_dim]`; kv_heads divides heads (grouped-query attention:
-        query head h uses key head `h // (heads // kv_heads)`).
+        query head h uses key head `h // (heads // kv_heads)`). Of a cache that is kept heads first,
+        the transposition: it cancels with the call's own, so that nothing is copied.
       value: `[*batch, keys, kv_heads, value_dim]`. Arrays of several types are brought to the one
         that holds them all.
       bias: added to the scores, `[1 or batch, 1 or heads, 1 or queries, 1 or keys]`, never
