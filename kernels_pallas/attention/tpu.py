@@ -65,10 +65,7 @@ class _Call:
         self.group = self.heads // self.kv_heads
         if self.folded:
             self.heads, queries, self.group = self.kv_heads, queries * self.group, 1
-        self.q = cut(queries, limit, LANES)
-        if self.folded and block_bytes(x, 4 * limit) <= chips.vmem_bytes():
-            limit *= 4  # few rows leave room for more keys, and steps cost time of their own
-        self.k = cut(keys, limit, LANES)
+        self.q, self.k = cut(queries, limit, LANES), cut(keys, limit, LANES)
         rows = Axis(self.queries, self.queries, 1) if self.folded else self.q
         flag = flags(problem.table_mask, rows, self.k)
         self.table = table(flag.T if by_key else flag)
