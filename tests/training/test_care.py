@@ -247,6 +247,14 @@ def test_a_run_goes_on_with_its_own_flags_and_those_of_now(run):
     assert (command.config.num_steps, command.config.seed) == (4, 5)
 
 
+def test_fewer_steps_than_were_taken_are_refused(run, compiled_once):
+    before = (run / "config.json").read_text()
+    _, command = parse(["--workdir", str(run), "--num-steps", "3"])
+    with pytest.raises(ConfigError, match=r"num_steps is 3, and .* has taken 4 steps; give more"):
+        train(command.config, run)
+    assert (run / "config.json").read_text() == before
+
+
 def test_the_config_of_another_run_is_refused(run, tmp_path):
     other = tmp_path / "other.py"
     other.write_text(

@@ -149,6 +149,11 @@ class Loop:
         else:
             self.state, extra = restored
             self.step = self.saved = extra["step"]
+            if self.step > config.num_steps:
+                raise ConfigError(
+                    f"num_steps is {config.num_steps}, and {run} has taken {self.step} steps; give "
+                    "more, or measure the run with eval.py."
+                )
             self.window = extra["window"]
             self.begun_with = extra.get("examples", self.step * config.data.batch_size)
             logbook.say(f"Continuing {run} after step {self.step}.")
