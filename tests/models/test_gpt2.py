@@ -7,7 +7,7 @@ from model_helpers import assert_trees_close, documented_shapes, filled, filled_
 
 import zoo
 from zoo.checkpoints.rules import CheckpointMismatch
-from zoo.layers.causal import positions_of
+from zoo.layers.causal import check_tokens, positions_of
 from zoo.layers.stack import stack_layers
 from zoo.models.language import gpt2
 
@@ -260,3 +260,13 @@ def test_what_does_not_fit_is_one_sentence(fields, x, sentence):
 def test_a_state_has_room_for_the_positions_at_most():
     with pytest.raises(ValueError, match="has 64 positions, too few for 65"):
         zoo.create("gpt2_test").init_state(1, 65)
+
+
+@pytest.mark.parametrize("name", ["gpt2_test", "linformer_test", "performer_test"])
+def test_a_mask_that_is_added_to_scores_is_refused(name):
+    model, tokens = zoo.create(name), jnp.zeros((1, 4), jnp.int32)
+    added = np.array([[0.0, 0.0, -1e9, -1e9]], np.float32)
+    with pytest.raises(ValueError, match=r"mask has the number -1000000000\.0; give 1 or True"):
+        model.init(jax.random.key(0), tokens, mask=added)
+    text = np.array([[1.0, 1.0, 0.0, 0.0]], np.float32)
+    assert check_tokens(zoo.create("gpt2_test"), tokens, text)[1].tolist() == [[1, 1, 0, 0]]

@@ -96,6 +96,7 @@ def check_tokens(
             f"positions have shape {positions.shape}; they should have that of tokens, "
             f"{tokens.shape}."
         )
+    check_zero_or_one(mask)
     text = None if mask is None else mask != 0
     if not any(isinstance(t, jax.core.Tracer) for t in (tokens, text)):
         _check_range(name, np.asarray(tokens), text, model.vocab_size)
@@ -105,6 +106,24 @@ def check_tokens(
     if text is None:
         return jnp.where(tokens >= 0, tokens, outside), None
     return jnp.where(inside, tokens, jnp.where(text, outside, 0)), text
+
+
+def check_zero_or_one(mask: Array | None) -> None:
+    """Refuse a mask of floats other than 0 and 1: one that is to be added to scores.
+
+    Raises:
+      ValueError: naming a number; a traced mask is not looked at.
+    """
+    if mask is None or isinstance(mask, jax.core.Tracer):
+        return
+    if not jnp.issubdtype(mask.dtype, jnp.floating):
+        return
+    values = np.asarray(mask)
+    if (odd := (values != 0) & (values != 1)).any():
+        raise ValueError(
+            f"mask has the number {values[odd][0]}; give 1 or True for text and 0 for padding (of "
+            "a mask that is added to scores: mask == 0)."
+        )
 
 
 def _check_range(name: str, tokens: np.ndarray, text: Array | None, vocab_size: int) -> None:

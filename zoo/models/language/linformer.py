@@ -30,7 +30,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 import kernels_pallas
 from zoo.checkpoints.rules import Rule, Rules, dense_rules, linear, norm_rules
-from zoo.layers.decoder import check_tokens
+from zoo.layers.causal import check_tokens, check_zero_or_one
 from zoo.layers.dense import Dense
 from zoo.layers.model import Model
 from zoo.layers.partition import constrain
@@ -194,6 +194,7 @@ class Linformer(Model):
 
     def _check(self, tokens: Array, mask: Array | None) -> None:
         check_tokens(self, tokens)
+        check_zero_or_one(mask)
         if tokens.shape[1] > self.max_length:
             raise ValueError(
                 f"This Linformer reads at most {self.max_length} tokens, not {tokens.shape[1]}; "

@@ -33,7 +33,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 import kernels_pallas
 from zoo.checkpoints.rules import Rule, Rules, Transform, dense_rules, norm_rules, tied
-from zoo.layers.decoder import check_tokens
+from zoo.layers.causal import check_tokens, check_zero_or_one
 from zoo.layers.dense import Dense
 from zoo.layers.mlp import Mlp
 from zoo.layers.model import Model
@@ -356,6 +356,7 @@ class Longformer(Model):
 
     def _check(self, tokens: Array, optional: dict[str, Array | None]) -> None:
         check_tokens(self, tokens)
+        check_zero_or_one(optional.get("mask"))
         room = self.max_positions - self.pad_token - 1
         if tokens.shape[1] > room:
             raise ValueError(

@@ -38,7 +38,7 @@ from jaxtyping import Array, Bool, Float, Int
 import kernels_pallas
 from zoo.checkpoints.rules import Rule, Rules, dense_rules, norm_rules, squeeze
 from zoo.layers import decoder
-from zoo.layers.causal import Context, check_tokens
+from zoo.layers.causal import Context, check_tokens, check_zero_or_one
 from zoo.layers.decoder import WholeTexts
 from zoo.layers.dense import Dense
 from zoo.layers.local import local_attention
@@ -476,6 +476,7 @@ class Performer(WholeTexts):
 
     def _check(self, tokens: Array, mask: Array | None) -> None:
         check_tokens(self, tokens)
+        check_zero_or_one(mask)
         self._check_length(tokens.shape[1])
         if mask is not None and mask.shape != tokens.shape:
             raise ValueError(
