@@ -192,4 +192,5 @@ def use_compilation_cache(folder: str | None) -> None:
         return
     if os.access(path, os.W_OK):
         jax.config.update("jax_compilation_cache_dir", str(path))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        # first values are dozens of programs that compile quickly
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
