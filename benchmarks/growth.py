@@ -74,7 +74,8 @@ def measure(name: str, axes: Axes, rounds: int, **at: int) -> dict[str, float]:
     shapes = model.example_inputs(at["batch"], **({"length": at["length"]} if axes.length else {}))
     inputs = {name: jnp.zeros(x.shape, x.dtype) for name, x in shapes.items()}
     key = jax.random.key(0)
-    variables = dict(one_by_one(lambda key: model.init(key, **inputs))(key))
+    init = one_by_one(lambda seed: model.init(jax.random.wrap_key_data(seed), **inputs))
+    variables = dict(init(jax.random.key_data(key)))
     params = variables.pop("params")
     step, optimizer = training_step(model)
     state = (params, one_by_one(optimizer.init)(params), variables)
