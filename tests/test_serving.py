@@ -65,6 +65,56 @@ def test_texts_of_any_number_and_length_go_through_one_program():
     assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
 
 
+SLOW = pytest.mark.slow
+BLOCKS = [  # name, fields, tokens of a block, blocks
+    ("combiner_test", {"span": 4, "depth": 1}, 4, (2, 3)),
+    pytest.param("combiner_test", {"kind": "axial", "span": 4}, 4, (2, 5), marks=SLOW),
+    pytest.param("combiner_test", {"kind": "axial_rows", "span": 4}, 4, (2, 5), marks=SLOW),
+    pytest.param("reformer_test", {"num_buckets": 4}, 8, (2, 4), marks=SLOW),
+    pytest.param("routing_transformer_test", {"max_length": 256}, 64, (1, 3), marks=SLOW),
+    pytest.param("urpe_test", {}, 1, (5, 37), marks=SLOW),
+    pytest.param("nprf_test", {}, 1, (5, 37), marks=SLOW),
+    pytest.param("nprf_test", {"causal": False}, 1, (2, 64), marks=SLOW),
+    pytest.param("ebt_test", {}, 1, (3, 9), marks=SLOW),
+    pytest.param("longformer_test", {}, 1, (3, 40), marks=SLOW),
+    pytest.param("linformer_test", {}, 1, (3, 40), marks=SLOW),
+    pytest.param("performer_test", {}, 1, (3, 40), marks=SLOW),
+]
+
+
+@pytest.mark.parametrize(("name", "fields", "block", "counts"), BLOCKS)
+def test_texts_of_whole_blocks_go_through_one_program(name, fields, block, counts):
+    model, variables = init(name, **fields)
+    shape = str(symbolic_inputs(model)["tokens"].shape)
+    assert shape == ("(b, t)" if block == 1 else f"(b, {block}*t)")
+    program = export_program(model, variables)
+    flat = {"/".join(str(k.key) for k in p): x for p, x in jax.tree.leaves_with_path(variables)}
+    for batch, count in enumerate(counts, 1):
+        random = np.random.default_rng(count)
+        inputs = {}
+        for key, one in model.example_inputs(batch, length=block * count).items():
+            most = 90 if key == "tokens" else 2
+            inputs[key] = jnp.asarray(random.integers(1, most, one.shape), one.dtype)
+        inputs = {k: x if k == "tokens" else jnp.ones_like(x) for k, x in inputs.items()}
+        want = jax.jit(model.apply)(variables, **inputs)
+        got = jax.jit(program.call)(flat, inputs)
+        assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "said"),
+    [
+        ("combiner_test", {"span": None}, "create it with span=N"),
+        ("combiner_test", {"kind": "logsparse"}, "one program takes one length"),
+        ("reformer_test", {"num_buckets": None}, "create it with num_buckets=N"),
+    ],
+)
+def test_programs_that_depend_on_the_length_say_what_to_do(name, fields, said):
+    with pytest.raises(ValueError, match=said):
+        symbolic_inputs(zoo.create(name, **fields))
+    assert symbolic_inputs(zoo.create(name, **fields), length=16)["tokens"].shape[1] == 16
+
+
 def test_export_without_weights_is_refused(capsys, tmp_path):
     assert main(["export", "vit_test", str(tmp_path / "x")]) == 2
     assert "--weights" in capsys.readouterr().err

@@ -16,7 +16,7 @@ dividing by the deviation are part of the program. Running it needs JAX and safe
 
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,13 @@ def symbolic_inputs(
     Args:
       model: a module with `example_inputs`.
       batch: this size; None: any, the dimension `b`.
-      length: this length; None: any, the dimension `t`, where `example_inputs` takes one.
+      length: this length; None: any, the dimension `t`, where `example_inputs` takes one. Models
+        that read whole blocks have a method `any_length`, which gives the size of a block and the
+        fewest blocks: their length is then a multiple of `t`.
 
     Raises:
-      ValueError: if a length is given for a model whose inputs have one size.
+      ValueError: if a length is given for a model whose inputs have one size, or the model's
+        settings make its operations depend on the length.
     """
     for name, size in (("batch", batch), ("length", length)):
         if size is not None and size < 1:
@@ -53,14 +56,18 @@ def symbolic_inputs(
     one, other = makes(2), makes(3)
     # Lengths that stay different behind a limit of the model's positions.
     short, long = (makes(2, length=n) for n in (16, 8)) if free else (one, one)
-    most = getattr(model, "max_positions", None)
-    limits = ["t >= 2", f"t <= {most}"] if type(most) is int else ["t >= 2"]
-    scope = jax.export.SymbolicScope(limits if free and length is None else [])
+    limits: list[str] = []
+    text = str(length)
+    if free and length is None:
+        block, fewest = model.any_length() if hasattr(model, "any_length") else (1, 2)
+        text = "t" if block == 1 else f"{block}*t"
+        limits = [f"t >= {fewest}", *_most(makes, block)]
+    scope = jax.export.SymbolicScope(limits)
     shapes = {}
     for name, example in short.items():
         sizes = [
-            _size("b", batch) if one[name].shape[axis] != other[name].shape[axis]
-            else _size("t", length) if size != long[name].shape[axis]
+            str("b" if batch is None else batch) if one[name].shape[axis] != other[name].shape[axis]
+            else text if size != long[name].shape[axis]
             else str(size)
             for axis, size in enumerate(example.shape)
         ]  # fmt: skip
@@ -69,8 +76,12 @@ def symbolic_inputs(
     return shapes
 
 
-def _size(letter: str, size: int | None) -> str:
-    return letter if size is None else str(size)
+def _most(makes: Callable[..., Mapping[str, Any]], block: int) -> list[str]:
+    """The limit of the number of blocks: examples are not longer than a model's tables."""
+    endless = 1 << 30
+    sizes = [x.shape[1] for x in makes(1, length=endless).values() if len(x.shape) > 1]
+    most = min(sizes, default=endless)
+    return [f"t <= {most // block}"] if most < endless else []
 
 
 def export_program(

@@ -98,7 +98,8 @@ class TwoStreamAttention(nn.Module):
         other, own = (heads(name, candidates, more + 1) for name in ("query", "key"))
         value, own_value = (heads("value", x, None) for x in (tokens, candidates))
         scale = query.shape[-1] ** -0.5
-        seen = np.arange(tokens.shape[1]) <= np.arange(tokens.shape[1])[:, None]
+        at = jnp.arange(tokens.shape[1])
+        seen = at <= at[:, None]
         scores = jnp.einsum("bqnd,bknd->bnqk", query, key) * scale
         weights = _softmax(jnp.where(seen, scores, -1e30))
         tokens = jnp.einsum("bnqk,bknd->bqnd", weights, value)
@@ -350,9 +351,11 @@ class EBT(Model):
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
-    def example_inputs(self, batch_size: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of the arguments of `__call__`."""
-        return {"tokens": jax.ShapeDtypeStruct((batch_size, self.length), jnp.int32)}
+    def example_inputs(
+        self, batch_size: int = 1, length: int | None = None
+    ) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of the arguments of `__call__`, for texts of `length` tokens if it is given."""
+        return {"tokens": jax.ShapeDtypeStruct((batch_size, length or self.length), jnp.int32)}
 
     def __call__(
         self, tokens: Int[Array, "batch length"], train: bool = False

@@ -79,15 +79,20 @@ def prefix_summaries(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
         return jnp.concatenate([t[..., :1, :, :], largest[..., :-1, :, :]], axis=-3)
 
     scores = jnp.einsum("...qhd,...khd->...hqk", before(q), k)
-    inside = np.tri(length, k=-1, dtype=bool)
+    at = jnp.arange(length)
+    inside = at < at[:, None]
     weights = jax.nn.softmax(jnp.where(inside, scores, HIDDEN), -1)
     return before(k), jnp.einsum("...hqk,...khd->...qhd", weights, v)
 
 
 def together(*scores: Float[Array, "... some"]) -> list[Float[Array, "... some"]]:
     """One softmax over several groups of scores, cut into the groups again."""
-    ends = np.cumsum([s.shape[-1] for s in scores])[:-1]
-    return jnp.split(jax.nn.softmax(jnp.concatenate(scores, -1), -1), ends, axis=-1)
+    weights, start, parts = jax.nn.softmax(jnp.concatenate(scores, -1), -1), 0, []
+    for part in scores:
+        end = start + part.shape[-1]
+        parts.append(jax.lax.slice_in_dim(weights, start, end, axis=-1))
+        start = end
+    return parts
 
 
 def fixed_attention(
@@ -103,7 +108,7 @@ def fixed_attention(
     keys, values = summaries(q, k, v)
     direct = jnp.einsum("bnshd,bnthd->bhnst", q, k)
     region = jnp.einsum("bnshd,bmhd->bhnsm", q, keys) + (math.log(span) if size_bias else 0.0)
-    at = np.arange(q.shape[1])
+    at = jnp.arange(q.shape[1])
     if causal:
         direct = jnp.where(np.tri(span, dtype=bool), direct, HIDDEN)
         others = at[None] < at[:, None]
@@ -148,7 +153,7 @@ def axial_attention(q: Heads, k: Heads, v: Heads, span: int) -> Heads:
     """
     shape = q.shape
     q, k, v = (_rows(t, span) for t in (scaled(q), k, v))
-    rows, columns = np.arange(q.shape[1]), np.arange(span)
+    rows, columns = jnp.arange(q.shape[1]), np.arange(span)
     turn = lambda t: t.swapaxes(1, 2)  # noqa: E731
     flip = lambda t: jnp.flip(t, 2)  # noqa: E731
     column_key, column_value = map(turn, prefix_summaries(turn(q), turn(k), turn(v)))
@@ -186,7 +191,7 @@ def axial_rows_attention(
     """The own row, and each row above as the token of the same column sees it; causal."""
     shape = q.shape
     q, k, v, row_key, row_value = (_rows(t, span) for t in (scaled(q), k, v, row_key, row_value))
-    rows = np.arange(q.shape[1])
+    rows = jnp.arange(q.shape[1])
     direct = jnp.einsum("brchd,brthd->bhrct", q, k)
     direct = jnp.where(np.tri(span, dtype=bool), direct, HIDDEN)
     region = jnp.einsum("brchd,buchd->bhrcu", q, row_key)
@@ -301,6 +306,24 @@ class Combiner(WholeTexts):
     ) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of the arguments of `__call__` for sequences of `length` tokens."""
         return {"tokens": jax.ShapeDtypeStruct((batch_size, length), jnp.int32)}
+
+    def any_length(self) -> tuple[int, int]:
+        """The size of the blocks, and how few of them, that one exported program takes.
+
+        Raises:
+          ValueError: if the operations depend on the length.
+        """
+        if self.kind == "logsparse":
+            raise ValueError(
+                "A Combiner with kind='logsparse' has a step for each digit of the length, so that "
+                "one program takes one length: give it (--length N), or take another kind."
+            )
+        if self.span is None:
+            raise ValueError(
+                "This Combiner takes its spans from the length; create it with span=N to export "
+                "it for all multiples of N, or give the length (--length N)."
+            )
+        return self.span, 2
 
     def __call__(
         self, tokens: Int[Array, "batch length"], train: bool = False

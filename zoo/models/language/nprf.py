@@ -294,6 +294,17 @@ class NprfAttention(nn.Module):
         ).value
         table, state, visible = table.astype(jnp.float32), context.get("state"), context["visible"]
         out = dense(channels, name="out")
+        if state is None and not isinstance(length, int):
+            # Exported for any length, where the transforms have no size: all pairs.
+            at = jnp.arange(length)
+            seen = (at <= at[:, None]) if self.causal else jnp.ones((length, length), bool)
+            seen = seen[None] if visible is None else seen & visible[:, None]
+            offset = jnp.clip(at - at[:, None], -farthest, farthest) + farthest
+            y = continue_nprf(
+                query, key, value, jnp.moveaxis(table[offset], -1, 0), rows, seen,
+                normalised=self.normalised,
+            )  # fmt: skip
+            return out(y.astype(self.dtype).reshape(x.shape))
         if state is None:
             offset = np.clip(np.arange(1 - length, length), -farthest, farthest) + farthest
             y = nprf_attention(

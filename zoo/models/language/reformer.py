@@ -344,6 +344,19 @@ class Reformer(WholeTexts):
         shape = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
         return {"tokens": shape, "mask": shape}
 
+    def any_length(self) -> tuple[int, int]:
+        """The size of the blocks, and how few of them, that one exported program takes.
+
+        Raises:
+          ValueError: if the operations depend on the length.
+        """
+        if "lsh" in self.attention and self.num_buckets is None:
+            raise ValueError(
+                "This Reformer takes its number of buckets from the length; create it with "
+                "num_buckets=N, or give the length (--length N)."
+            )
+        return self._chunks()[1], 2
+
     def init_state(self, batch: int, length: int) -> dict[str, Array]:
         """The state before the first token, with room for `length` tokens.
 

@@ -30,6 +30,7 @@ it is mutable; `place_means` puts them into the tokens at first.
     logits              4096  256
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -437,6 +438,10 @@ class RoutingTransformer(WholeTexts):
         x = out["last_hidden_state"] = LayerNorm(epsilon=1e-5, name="norm", **types)(x)
         x = embed.attend(x) if self.tie_embeddings else dense(self.vocab_size, name="head")(x)
         return out | {"logits": constrain(x, "batch", "length", "vocab"), "aux_loss": loss}
+
+    def any_length(self) -> tuple[int, int]:
+        """The size of the blocks, and how few of them, that one exported program takes."""
+        return math.lcm(self.window, self.local_window or self.window), 1
 
     def local_heads_of(self, i: int) -> int:
         """How many heads of layer `i` are local."""

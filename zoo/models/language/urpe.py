@@ -93,7 +93,10 @@ def urpe_attention(
     batch, length, heads, head_dim = query.shape
     query = query * head_dim**-0.5
     texts = batch if isinstance(batch, int) else 16  # exported for any batch: a guess
-    size = max(1, min(length, BLOCK_SCORES // (texts * heads * key.shape[1])))
+    blocks: list[tuple[int, int | None]] = [(0, None)]  # exported for any length: one
+    if isinstance(length, int):
+        size = max(1, min(length, BLOCK_SCORES // (texts * heads * key.shape[1])))
+        blocks = [(s, min(s + size, length)) for s in range(0, length, size)]
     at = jnp.arange(key.shape[1])
 
     @partial(jax.checkpoint, static_argnums=(0, 1))
@@ -105,14 +108,14 @@ def urpe_attention(
         if visible is not None:
             scores = jnp.where(visible[:, None, None], scores, -1e30)
         if causal:
-            scores = jnp.where(at <= jnp.arange(start, stop)[:, None], scores, -1e30)
+            here = start + jnp.arange(scores.shape[2])
+            scores = jnp.where(at <= here[:, None], scores, -1e30)
         weights = jax.nn.softmax(scores, -1)
         if factor is not None:
             weights = weights * factor[:, rows]
         return jnp.einsum("bnqk,bknd->bqnd", drop(weights.astype(value.dtype)), value)
 
-    starts = range(0, length, size)
-    parts = [block(s, min(s + size, length), query, key, value, bias, factor) for s in starts]
+    parts = [block(*place, query, key, value, bias, factor) for place in blocks]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
@@ -335,7 +338,12 @@ class Urpe(Model):
                 found.append(None)
                 continue
             table = self.param(name, start, (rows, self.num_heads), self.param_dtype)
-            each = table.astype(jnp.float32)[at[:length, :length]]
+            if isinstance(length, int):
+                at = at[:length, :length]
+            else:  # a symbolic length is known when the program runs
+                here = jnp.arange(length)
+                at = jnp.asarray(at)[here[:, None], here]
+            each = table.astype(jnp.float32)[at]
             found.append(jnp.moveaxis(each, 2, 0))
         return tuple(found)
 
