@@ -33,13 +33,15 @@ class Preprocessing:
     """How the authors feed images at evaluation.
 
     Resize the shorter side to `image size / crop` (both sides if `crop` is 1), cut the centre,
-    scale to [0, 1], subtract `mean`, divide by `std` (both RGB).
+    scale to [0, 1], subtract `mean`, divide by `std` (both RGB). With `squash`, both sides are
+    resized for any `crop`.
     """
 
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     crop: float = 0.875
     interpolation: str = "bicubic"
+    squash: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

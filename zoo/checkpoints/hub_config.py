@@ -432,6 +432,9 @@ class Beside:
       shown: fields that they do.
       preprocessing: of images, if the folder says it.
       notes: sentences for the person who loads it.
+      architecture: the class of transformers that was saved, if the folder says it.
+      classes: their names, by number.
+      stops: tokens that end a text.
     """
 
     base: str | None = None
@@ -439,6 +442,9 @@ class Beside:
     shown: Mapping[str, Any] = field(default_factory=dict)
     preprocessing: Preprocessing | None = None
     notes: tuple[str, ...] = ()
+    architecture: str = ""
+    classes: tuple[str, ...] = ()
+    stops: tuple[int, ...] = ()
 
 
 def read(source: str | os.PathLike) -> Beside:
@@ -483,7 +489,30 @@ def read(source: str | os.PathLike) -> Beside:
         (said if name in _SHOWN else hidden)[name] = value
     if "qkv_bias" in hidden:
         said["qkv_bias"] = hidden.pop("qkv_bias")
-    return Beside(kind.base, hidden, said | shown, preprocessing, notes)
+    return Beside(
+        kind.base,
+        hidden,
+        said | shown,
+        preprocessing,
+        notes,
+        (config.get("architectures") or [""])[0],
+        _class_names(config.get("id2label")),
+        _stops(_json(folder / "generation_config.json") or {}) or _stops(config),
+    )
+
+
+def _class_names(labels: Any) -> tuple[str, ...]:
+    """Names by number, where all numbers have one."""
+    if not isinstance(labels, dict):
+        return ()
+    named = {str(number): str(name) for number, name in labels.items()}
+    return tuple(named[str(i)] for i in range(len(named)) if str(i) in named)
+
+
+def _stops(config: Config) -> tuple[int, ...]:
+    ends = config.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends]
+    return tuple(end for end in ends if isinstance(end, int))
 
 
 def _taken(config: Config, names: Mapping[str, str]) -> dict[str, Any]:
@@ -539,6 +568,7 @@ def _preprocessing(config: Config | None) -> Preprocessing | None:
         tuple(std),
         config.get("crop_pct") or ratio,
         names.get(config.get("resample"), "bicubic"),
+        squash=isinstance(size, Mapping) and "height" in size,
     )
 
 

@@ -11,7 +11,11 @@ def add(commands: Any) -> None:
     """Add the command to the program."""
     text = "What a run, or a published checkpoint, says of your own inputs."
     sub = add_command(commands, "predict", run, text)
-    sub.add_argument("what", help="a run directory, one step of it, or a model's name")
+    sub.add_argument(
+        "what",
+        help="a run directory, one step of it, a Hugging Face folder that says "
+        "what it is, or a model's name",
+    )
     sub.add_argument(
         "inputs",
         nargs="*",
@@ -69,19 +73,24 @@ def run(options: argparse.Namespace) -> int:
             found = text_tokenizer(Path(options.tokenizer), length, True)
             predictor = dataclasses.replace(predictor, tokenizer=found)
     else:
-        if Path(options.what).is_dir() or "/" in options.what:
-            raise RequestError(f"There is no checkpoint of a run in {options.what!r}.")
+        named: str | None = options.what
+        if (Path(options.what) / "config.json").is_file():
+            named, inputs = None, [options.what, *inputs]
+        elif Path(options.what).is_dir() or "/" in options.what:
+            raise RequestError(
+                f"There is no checkpoint of a run in {options.what!r}, and no config.json."
+            )
+        if len(inputs) < 2 and named is None:
+            raise RequestError(f"Give an input, too: zoo predict {options.what} INPUT...")
         if options.step is not None:
-            raise RequestError(f"--step is of a run, and {options.what!r} is a model's name.")
+            raise RequestError(f"--step is of a run, and {options.what!r} is none.")
         if len(inputs) < 2:
             raise RequestError(
                 f"{options.what!r} is no run directory; of a model's name give its weights and an "
                 "input: zoo predict NAME WEIGHTS INPUT..."
             )
         weights, *inputs = inputs
-        predictor = of_model(
-            options.what, weights, tokenizer=options.tokenizer, **overrides(options.set)
-        )
+        predictor = of_model(named, weights, tokenizer=options.tokenizer, **overrides(options.set))
     if options.tokenizer and "tokens" not in predictor.inputs:
         raise RequestError(f"--tokenizer is for texts, and {options.what!r} does not read any.")
     if options.classes:

@@ -7,10 +7,13 @@ rest is NumPy. Until `Normalize`, images are uint8 `[height, width, channels]`.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL import Image
+
+if TYPE_CHECKING:
+    from zoo.system import Preprocessing
 
 Example = dict[str, Any]
 RESAMPLING = {
@@ -301,9 +304,16 @@ def published_transforms(name: str, image_size: tuple[int, int] | None = None) -
     how = variant.preprocessing
     if how is None:
         raise ValueError(f"{name!r} is no image model: it has no image preprocessing.")
-    size = image_size or variant.create().image_size
+    return transforms_of(how, image_size or variant.create().image_size)
+
+
+def transforms_of(how: "Preprocessing", size: tuple[int, int]) -> tuple:
+    """The transforms that make images of `size` as a `Preprocessing` says."""
     if how.crop == 1.0:
         geometry: tuple = (Resize(size, how.interpolation),)
+    elif how.squash:
+        whole = (round(size[0] / how.crop), round(size[1] / how.crop))
+        geometry = (Resize(whole, how.interpolation), CenterCrop(size))
     else:
         geometry = (Resize(int(min(size) / how.crop), how.interpolation), CenterCrop(size))
     return (ToRGB(), *geometry, Normalize(how.mean, how.std))

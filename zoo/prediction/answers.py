@@ -1,6 +1,7 @@
 """From inputs to rows of answers, a batch at a time: rows are given as soon as they are known."""
 
 import dataclasses
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -94,7 +95,7 @@ def _by_kind(
     elif kind == "tokens" and isinstance(task, LanguageModelling):
         yield from _continued(predictor, inputs, options)
     elif kind == "tokens":
-        yield from _batched(predictor, _text_examples(predictor, inputs, options), options)
+        yield from _batched(predictor, _text_examples(predictor, inputs, options), options, _cut)
     elif (first := next(inputs, None)) is not None:
         names = ", ".join(predictor.inputs)
         raise ConfigError(
@@ -233,7 +234,7 @@ def _text_examples(
     if predictor.tokenizer is None:
         raise ConfigError("Texts need a tokenizer: give --tokenizer FILE (tokenizer.json).")
     own = any(hasattr(t, "tokenizer") for t in predictor.transforms)
-    length = predictor.inputs["tokens"].shape[1]
+    length = predictor.tokenizer.max_length
     for text in _texts(inputs, options.column):
         if own:
             yield text, {"text": text}
@@ -248,8 +249,23 @@ def _text_examples(
 # ---------------------------------------------------------------------------- answers
 
 
+def _cut(predictor: Predictor, batch: Example) -> Example:
+    """Texts without most of the padding that all have, where a model takes any length."""
+    network, own = predictor.network, any(hasattr(t, "tokenizer") for t in predictor.transforms)
+    if own or "mask" not in batch or hasattr(network, "any_length"):
+        return batch
+    if "length" not in inspect.signature(network.example_inputs).parameters:
+        return batch
+    longest = int(batch["mask"].any(0).nonzero()[0].max(initial=0)) + 1
+    length = max(16, 1 << (longest - 1).bit_length())
+    return {key: x[:, :length] if x.ndim > 1 else x for key, x in batch.items()}
+
+
 def _batched(
-    predictor: Predictor, examples: Iterator[tuple[str, Example]], options: Options
+    predictor: Predictor,
+    examples: Iterator[tuple[str, Example]],
+    options: Options,
+    change: Callable[[Predictor, Example], Example] | None = None,
 ) -> Iterator[Row]:
     """Rows of examples, a batch at a time; batches are filled up, so that one is compiled."""
     rng = np.random.default_rng(0)
@@ -275,7 +291,7 @@ def _batched(
             arrays += arrays[-1:] * (predictor.batch_size - len(arrays))
             batch[BATCH_NAMES.get(key, key)] = np.stack(arrays)
         batch["valid"] = np.arange(predictor.batch_size) < len(part)
-        said = predictor(batch)
+        said = predictor(change(predictor, batch) if change else batch)
         for i, (name, _) in enumerate(part):
             one = {key: np.asarray(x)[i] for key, x in said.items()}
             yield {"input": name, **_row(predictor, one, options)}
@@ -337,13 +353,14 @@ def _continued(predictor: Predictor, inputs: Iterable[str], options: Options) ->
     most = getattr(predictor.network, "max_positions", None)
     most = most or getattr(predictor.network, "max_length", None)
     sampler: dict[str, Callable] = {}
+    stop = {"stop": predictor.stops} if predictor.stops else {}
     if options.seed is not None:
         from zoo.inference.samplers import Draw
 
         sampler = {"sampler": Draw()}
     for text in _texts(inputs, options.column):
         if tokenizer is not None:
-            ids = tokenizer.library.encode(text, add_special_tokens=False).ids
+            ids = _prompt(tokenizer.library, text, bool(predictor.source))
         else:
             words = text.replace(",", " ").split()
             if not all(word.isdecimal() for word in words):
@@ -361,12 +378,21 @@ def _continued(predictor: Predictor, inputs: Iterable[str], options: Options) ->
         with reading(text[:40]):
             new = generate(
                 predictor.network, predictor.variables, np.array([ids], np.int32),
-                steps=options.steps, rng=jax.random.key(options.seed or 0), **sampler,
+                steps=options.steps, rng=jax.random.key(options.seed or 0), **stop, **sampler,
             )  # fmt: skip
         new = np.asarray(new)[0].tolist()
         new = new[len(ids) :] if len(new) > options.steps else new
+        ends = [i for i, token in enumerate(new) if token in predictor.stops]
+        new = new[: ends[0]] if ends else new
         said = tokenizer.library.decode(new) if tokenizer is not None else new
         yield {"input": text, "continuation": said}
+
+
+def _prompt(library: Any, text: str, of_run: bool) -> list[int]:
+    """A text's tokens; of a published file behind what its tokenizer puts in front of texts."""
+    plain = library.encode(text, add_special_tokens=False).ids
+    whole = library.encode(text).ids
+    return whole if not of_run and whole[len(whole) - len(plain) :] == plain else plain
 
 
 def _restored(predictor: Predictor, inputs: Iterable[str], options: Options) -> Iterator[Row]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,9 @@ import jax
 import numpy as np
 
 import zoo
+from zoo.checkpoints import hub_config
+from zoo.checkpoints.files import is_orbax, resolve
+from zoo.checkpoints.hub_config import Beside
 from zoo.checkpoints.runs import load_run, saved_extra
 from zoo.data import Data
 from zoo.errors import ConfigError
@@ -46,6 +50,7 @@ class Predictor:
       batch_size: examples at a time.
       predict: `(variables, batch) -> {name: array}`.
       context: makes what `predict` is called in.
+      stops: tokens that end a continuation.
     """
 
     network: Any
@@ -58,6 +63,7 @@ class Predictor:
     tokenizer: Any = None
     batch_size: int = 32
     context: Any = contextlib.nullcontext
+    stops: tuple[int, ...] = ()
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -128,7 +134,7 @@ def of_run(
 
 
 def of_model(
-    name: str,
+    name: str | None,
     weights: str | os.PathLike,
     *,
     classes: Sequence[str] = (),
@@ -138,31 +144,39 @@ def of_model(
     """The predictor of a published checkpoint.
 
     Args:
-      name: of a variant.
+      name: of a variant; None: what `config.json` in the folder of the weights says.
       weights: as `zoo.load` takes them; a run directory too.
-      classes: their names, by number.
+      classes: their names, by number; none: those in `config.json`.
       tokenizer: a tokenizer.json or vocab.txt; None: one beside the weights, if there is one.
       **overrides: fields of the module.
 
     Raises:
-      ValueError: if the weights do not fit the name.
+      ValueError: if the weights do not fit the name, or the folder is of a model with a head that
+        this one does not have.
       FileNotFoundError: if they are not there.
     """
     check_platform()
-    variant = zoo.info(name)
-    network, variables = zoo.load(name, weights, **overrides)
-    inputs = network.example_inputs(1)
+    variant = zoo.info(name) if name is not None else None
+    beside = Beside() if is_orbax(weights) else hub_config.read(resolve(weights))
+    if name is None:
+        network, variables, report = zoo.load(weights, return_report=True, **overrides)
+    else:
+        network, variables, report = zoo.load(name, weights, return_report=True, **overrides)
+    variant = variant or zoo.info(str(beside.base))
     task = _task_of(variant.task)
-    transforms: tuple = ()
-    if "images" in inputs and variant.preprocessing is not None:
-        from zoo.data.transforms import published_transforms
+    if name is None and beside.architecture:
+        task = _task_of_folder(network, beside, weights)
+    inputs, transforms, found = network.example_inputs(1), (), None
+    how = report.preprocessing or variant.preprocessing
+    if "images" in inputs and how is not None:
+        from zoo.data.transforms import transforms_of
 
-        transforms = published_transforms(name, getattr(network, "image_size", None))
-    found: Any = None
+        transforms = transforms_of(how, tuple(inputs["images"].shape[1:3]))
     if "tokens" in inputs:
         place = Path(tokenizer) if tokenizer else Path(weights)
         place = place if place.is_dir() or tokenizer else place.parent
-        found = text_tokenizer(place, inputs["tokens"].shape[1], bool(tokenizer))
+        found = text_tokenizer(place, _longest(network, task), bool(tokenizer))
+    of_words = getattr(network, "head", None) in (None, "sentence")
 
     @jax.jit
     def predict(variables: Any, batch: Any) -> Any:
@@ -170,12 +184,52 @@ def of_model(
             return task.predict(network, variables, batch)
         own = {name: batch[name] for name in inputs if name in batch}
         said = _named(network.apply(variables, **own))
-        embeds = variant.task == "text_encoding" and said.get("output") is not None
-        return {"embedding": said["output"]} if embeds and said["output"].ndim == 2 else said
+        embeds = variant.task == "text_encoding" or (name is None and of_words)
+        embeds = embeds and said.get("output") is not None and said["output"].ndim == 2
+        return {"embedding": said["output"]} if embeds else said
 
+    facts = {"classes": list(classes or beside.classes)}
     return Predictor(
-        network, variables, task, predict, transforms, {"classes": list(classes)}, {}, found
+        network, variables, task, predict, transforms, facts, {}, found, stops=beside.stops
     )
+
+
+def _longest(network: nn.Module, task: Task | None) -> int:
+    """Tokens at which texts are cut: what the model takes; 512 where all are read at once."""
+    if "length" not in inspect.signature(network.example_inputs).parameters:
+        return network.example_inputs(1)["tokens"].shape[1]
+    most = 1 << 16 if isinstance(task, LanguageModelling) else 512
+    return network.example_inputs(1, length=most)["tokens"].shape[1]
+
+
+def _task_of_folder(network: nn.Module, beside: Beside, folder: str | os.PathLike) -> Task | None:
+    """The task of the class of transformers that a folder was saved from; None: a trunk.
+
+    Raises:
+      ConfigError: if the class has a head that this model does not have.
+    """
+    saved = beside.architecture
+    for end, task in _FOLDERS.items():
+        if saved.endswith(end):
+            if end == "ForSequenceClassification" and hasattr(network, "init_state"):
+                raise ConfigError(
+                    f"{os.fspath(folder)} was saved from {saved}, whose classifier "
+                    f"{type(network).__name__} does not have; --feature gives what the trunk says: "
+                    "zoo predict NAME FOLDER TEXT --feature last_hidden_state."
+                )
+            return task
+    return None
+
+
+_FOLDERS: dict[str, Task] = {
+    "ForImageClassification": Classification(),
+    "ForImageClassificationWithTeacher": Classification(),
+    "ForVideoClassification": Classification(),
+    "ForSequenceClassification": Classification(),
+    "ForMaskedLM": MaskedLanguageModelling(),
+    "ForCausalLM": LanguageModelling(),
+    "LMHeadModel": LanguageModelling(),
+}
 
 
 def with_feature(predictor: Predictor, name: str) -> Predictor:
