@@ -6,7 +6,6 @@ of one that wraps another; `zoo.registry` finds it by a variant's name.
 
 import dataclasses
 import difflib
-import numbers
 import re
 import sys
 from collections.abc import Mapping
@@ -194,11 +193,11 @@ def _check_sizes(variant: Variant, fields: Mapping[str, Any], overrides: Mapping
         if any(fields[key] == one for one in before):
             continue
         for item in items:
-            if isinstance(item, bool) or not isinstance(item, numbers.Real):
+            if isinstance(item, bool) or not isinstance(item, int | float):
                 continue
             least = 1 if _POSITIVE.fullmatch(key) else 0
-            of_sign = isinstance(item, numbers.Integral) and not any(
-                isinstance(one, numbers.Real) and one < 0 for one in before
+            of_sign = isinstance(item, int) and not any(
+                isinstance(one, int | float) and one < 0 for one in before
             )
             if of_sign and item < least:
                 raise ValueError(f"{name} with {key}={fields[key]!r}: give {least} or more.")

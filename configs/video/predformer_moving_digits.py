@@ -4,8 +4,8 @@
 
 Digits of scikit-learn bounce about 32x32 pixels; held-out clips are of held-out digits. See `loss`
 beside `last_frame_loss`, the error of repeating the last frame, in the table, and `forecast.gif` in
-the run directory. Measured: 0.029 beside 0.078, that is 37 %. It takes about five minutes on two
-CPU cores: for the first third of the steps the error stays near that of the mean image, 0.045.
+the run directory. Measured: 0.029 beside 0.078, that is 37 %, in 18 minutes on a very busy machine.
+For the first third of the steps the error stays near that of the mean image, 0.045.
 """
 
 from zoo.data import Data

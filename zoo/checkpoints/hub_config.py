@@ -550,11 +550,13 @@ def _preprocessing(config: Config | None) -> Preprocessing | None:
     if not config or config.get("image_mean") is None or not config.get("do_normalize", True):
         return None
     mean, std = config["image_mean"], config.get("image_std")
-    numbers = all(
-        isinstance(x, list) and len(x) in (1, 3) and all(isinstance(n, int | float) for n in x)
-        for x in (mean, std)
-    )
-    if not numbers or not all(n > 0 for n in std):
+
+    def numbers(x: Any) -> bool:
+        return (
+            isinstance(x, list) and len(x) in (1, 3) and all(isinstance(n, int | float) for n in x)
+        )
+
+    if not numbers(mean) or not isinstance(std, list) or not numbers(std) or min(std) <= 0:
         raise ValueError(
             f"preprocessor_config.json has image_mean {mean!r} and image_std {std!r}; lists of "
             "numbers were expected, of std above 0."
