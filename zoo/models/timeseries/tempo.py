@@ -184,6 +184,8 @@ class TEMPO(Model):
 
     def lora(self) -> "LoRA":
         """The method beside GPT-2's `qkv`."""
+        from zoo.methods.lora import LoRA  # methods import all tasks: not for `zoo list`
+
         return LoRA(self.lora_rank, self.lora_alpha, r"(.*/)?attention/qkv", self.dropout)
 
     def example_inputs(self, batch_size: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
