@@ -191,13 +191,13 @@ def test_larger_neighbourhoods_take_resized_tables():
     [
         ({"kernel_size": 4}, "kernel_size=4 has no centre"),
         ({"num_heads": (5, 4)}, "num_heads=5 does not divide 24"),
-        ({"num_heads": (2,)}, "one number a stage"),
+        ({"num_heads": (2,)}, "give one for each stage"),
         ({"dilations": ((1, 2), (1,))}, "do not fit depths"),
     ],
 )
 def test_wrong_fields_are_refused_with_a_sentence(fields, sentence):
-    model = zoo.create("dinat_test", **fields)
     with pytest.raises(ValueError, match=sentence):
+        model = zoo.create("dinat_test", **fields)
         jax.eval_shape(model.init, jax.random.key(0), random_images(model, 1))
 
 
