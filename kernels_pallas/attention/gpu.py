@@ -35,26 +35,23 @@ from kernels_pallas.scores import EMPTY, MASKED
 
 # Query block, key block and warps of each pass, by bytes of a number and head size: the largest
 # that Triton compiles for an H100 without spilling registers, whatever a call asks for (bias,
-# slopes, dropout), within the 227 KB of shared memory. `plain` is dkv without such extras.
+# slopes, dropout), within the 227 KB of shared memory.
 BLOCKS = {
     (2, 64): dict(forward=(128, 64, 8), dq=(128, 64, 8), dkv=(64, 128, 8)),
-    (2, 128): dict(forward=(128, 64, 8), dq=(128, 64, 8), dkv=(32, 64, 8), plain=(64, 64, 8)),
+    (2, 128): dict(forward=(128, 64, 8), dq=(64, 32, 8), dkv=(32, 64, 8)),
     (2, 256): dict(forward=(64, 32, 8), dq=(64, 32, 8), dkv=(64, 32, 8)),
     (4, 32): dict(forward=(128, 64, 8), dq=(64, 32, 4), dkv=(32, 64, 4)),
     (4, 64): dict(forward=(128, 64, 8), dq=(64, 32, 4), dkv=(32, 32, 4)),
-    (4, 128): dict(forward=(64, 32, 8), dq=(64, 32, 8), dkv=(32, 32, 8)),
+    (4, 128): dict(forward=(64, 32, 8), dq=(32, 16, 8), dkv=(32, 32, 8)),
     (4, 256): dict(forward=(32, 32, 8), dq=(32, 32, 8), dkv=(32, 32, 8)),
 }
 
 
-def _blocks(problem: Problem, x: Operands, which: str) -> tuple[int, int, int]:
+def _blocks(x: Operands, which: str) -> tuple[int, int, int]:
     """Query block, key block and warps of a pass before they are cut to the lengths."""
     width, size = max(x.query.shape[3], x.value.shape[3]), x.value.dtype.itemsize
     row = BLOCKS[size, min(w for s, w in BLOCKS if s == size and w >= width)]
-    extras = (x.bias, x.slopes, x.query_segments, x.seeds, problem.score.modify, problem.score.cap)
-    if which == "dkv" and all(t is None for t in extras):
-        which = "plain"
-    fallback = {"plain": "dkv", "dbias": "forward", "delta": "dq"}
+    fallback = {"dbias": "forward", "delta": "dq"}
     return row[which] if which in row else row[fallback[which]]
 
 
@@ -75,7 +72,7 @@ class _Grid:
         self.batch, self.heads, queries, _ = x.query.shape
         self.kv_heads, keys = x.key.shape[1:3]
         self.group = self.heads // self.kv_heads
-        q_block, k_block, self.warps = _blocks(problem, x, which)
+        q_block, k_block, self.warps = _blocks(x, which)
         self.q, self.k = _cut(queries, q_block), _cut(keys, k_block)
         if max(self.q.block, self.k.block) <= 64 and x.query.shape[3] <= 64:
             self.warps = 4

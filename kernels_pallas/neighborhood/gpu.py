@@ -28,7 +28,7 @@ TILE = {1: (64,), 2: (8, 8), 3: (4, 4, 4)}  # positions of a program along each 
 POSITIONS = 64
 # Bytes of a number and head size: positions that a program meets at once, and its warps. The
 # largest that Triton compiles for an H100 without spilling registers; float32 of 128 always spills.
-BLOCK = {(2, 64): (64, 4), (2, 128): (64, 8), (4, 64): (32, 4)}
+BLOCK = {(2, 64): (32, 4), (2, 128): (32, 8), (4, 64): (32, 4)}
 
 
 def refusal(problem: Problem, x: Operands) -> str | None:
