@@ -116,7 +116,7 @@ def test_frozen_leaves_cost_no_gradient_in_the_compiled_step():
     "changes, sentence",
     [
         ({"freeze": (r"blocks/.*",)}, r"freeze: 'blocks/.\*' matches no leaf; a pattern is"),
-        ({"freeze": (r"(",)}, "is no regular expression"),
+        ({"freeze": (r"(",)}, "they are regular expressions"),
         ({"freeze": (r".*",)}, "Nothing is left to train"),
         (
             {"optimizer": Optimizer(rate_multipliers={"nothing": 0.1})},

@@ -12,15 +12,10 @@ from zoo.errors import NonFiniteError
 from zoo.tasks.task import Phase
 
 
-def first_bad(loss: Float[Array, ""], squares: Any) -> Int[Array, ""]:
-    """Index in `watched` of the first that is not finite, or -1 if all is.
-
-    Args:
-      loss: of the step.
-      squares: each gradient's sum of squares, which is finite where the gradient is, up to numbers
-        of 1e19, and is wanted for the norm anyway: so that each gradient is read once.
-    """
-    fine = jnp.isfinite(jnp.stack([loss, *jax.tree.leaves(squares)]))
+def first_bad(loss: Float[Array, ""], grads: Any) -> Int[Array, ""]:
+    """Index in `watched` of the first that is not finite, or -1 if all is."""
+    flags = [jnp.isfinite(x).all() for x in (loss, *jax.tree.leaves(grads))]
+    fine = jnp.stack(flags)
     return jnp.where(fine.all(), -1, jnp.argmin(fine)).astype(jnp.int32)
 
 

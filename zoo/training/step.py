@@ -222,9 +222,8 @@ def make_train_step(
                 phase, chosen, join(rest, state.frozen), collections, carry, batch, key
             )
             metrics |= {prefix + name: mean for name, mean in means.items()}
-            squares = jax.tree.map(_sum_of_squares, grads)
-            norms[prefix] = materialized(jnp.sqrt(sum(jax.tree.leaves(squares))))
-            bad = materialized(first_bad(value, squares))
+            norms[prefix] = materialized(optax.tree.norm(grads))
+            bad = materialized(first_bad(value, grads))
             bads.append(jnp.where(bad < 0, bad, bad + watched))
             watched += 1 + len(jax.tree.leaves(grads))
             for name in phase.groups:
@@ -275,10 +274,6 @@ def whole_update(optimizer: optax.GradientTransformation) -> Update:
 def scaled(update: Array, rate: Any) -> Array:
     """An update times a rate, in the type of the update."""
     return update * jnp.asarray(rate, update.dtype)
-
-
-def _sum_of_squares(x: Array) -> Float[Array, ""]:
-    return jnp.square(x.astype(jnp.float32)).sum()
 
 
 def _unless(bad: Array, new: Any, old: Any) -> Any:
