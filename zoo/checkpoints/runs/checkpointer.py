@@ -227,9 +227,8 @@ class Checkpoints:
 
         Raises:
           CheckpointMismatch: if a whole step is of another model or optimizer.
-          StorageError: if there were steps and none is whole.
         """
-        broken = False
+        aside = None
         wanted = flatten_dict(dict(abstract), sep="/")
         while (step := together.from_first(max(self.steps(), default=-1))) >= 0:
             folder = self.run / "checkpoints" / str(step)
@@ -241,9 +240,9 @@ class Checkpoints:
                 check_shapes(folder, saved, wanted, found)
                 parts = load_matching(folder, saved, wanted, found)
             except CheckpointBroken as error:
-                broken = True
                 if jax.process_index() == 0:
-                    self.say(f"{error} It was moved to {set_aside(folder)}.")
+                    aside = set_aside(folder)
+                    self.say(f"{error} It was moved to {aside}.")
                 together.from_first(0)  # the others go on when it is moved
                 if "_orbax" in vars(self):
                     self._orbax.reload()
@@ -251,11 +250,8 @@ class Checkpoints:
             if said := found.sentence():
                 self.say(f"Step {step}: {said}")
             return parts, extra
-        if broken:
-            raise StorageError(
-                f"No checkpoint of {self.run} is whole; they are in {self.run / 'set_aside'}. The "
-                "same command, given again, begins anew at step 0."
-            )
+        if aside is not None:  # a first save that was killed, say: nobody waits at a pod
+            self.say(f"No checkpoint of {self.run} is whole: it begins anew at step 0.")
         return None
 
 
