@@ -237,7 +237,7 @@ def test_random_kills_over_a_hundred_steps_lose_nothing(tmp_path, begin, complet
         wait_for_rows(run, draw.randint(1, 40), processes)
         number = draw.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM))
         draw.choice(processes).send_signal(number)
-        codes.append([p.wait(120) for p in processes])
+        codes.append([p.wait(240) for p in processes])
         assert all(code in (0, 75, *LOST, -signal.SIGKILL) for code in codes[-1]), said(processes)
         assert len(codes) < 40
     assert len(codes) > 3  # three kills or more
