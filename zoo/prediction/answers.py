@@ -240,7 +240,8 @@ def _text_examples(
             yield text, {"text": text}
             continue
         encoded = predictor.tokenizer([text], pad_to=length)
-        if predictor.tokenizer.library.encode(text).overflowing:
+        full = encoded["mask"].all()  # else nothing was cut, and need not be counted again
+        if full and predictor.tokenizer.library.encode(text).overflowing:
             print(f"{text[:40]!r} is longer than {length} tokens, which are read.", file=sys.stderr)
         names = predictor.inputs
         yield text, {name: x[0, :length] for name, x in encoded.items() if name in names}
