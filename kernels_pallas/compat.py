@@ -32,6 +32,30 @@ def triton():
     return triton
 
 
+def has_cudnn() -> bool:
+    """Whether this process has a CUDA device that runs cuDNN's attention (Ampere or newer)."""
+    from jax._src.lib import cuda_versions
+
+    if cuda_versions is None or jax.default_backend() != "gpu":
+        return False
+    capability = getattr(jax.local_devices()[0], "compute_capability", "0.0")
+    return float(capability) >= 8.0
+
+
+def cudnn_attention(query, key, value, scale: float, causal: bool):
+    """Output `[batch, queries, heads, head_dim]` and log-sum-exp `[batch, heads, queries]`.
+
+    What `jax.nn.dot_product_attention(implementation="cudnn")` calls, which rounds the log-sum-exp
+    to the type of the output.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    kind = cudnn.MaskType.CAUSAL if causal else cudnn.MaskType.NO_MASK
+    return cudnn.dot_product_attention(
+        query, key, value, scale=scale, mask_type=kind, return_residual=True
+    )
+
+
 @contextlib.contextmanager
 def as_if_alone(wide: bool):
     """A context for bodies: no manual mesh axes to vary over, and 64 bits only if `wide`."""

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from kernels_pallas import compat
 from kernels_pallas.lazy import Body, Choice
 
-IMPLEMENTATIONS = (None, "xla", "pallas_tpu", "pallas_gpu")
+IMPLEMENTATIONS = (None, "xla", "pallas_tpu", "pallas_gpu", "cudnn")
 ONE_PASS = (None, "default", "fastest", "bfloat16", "BF16_BF16_F32", jax.lax.Precision.DEFAULT)
 PLATFORM_OF = {"pallas_tpu": "tpu", "pallas_gpu": "cuda"}
 
@@ -28,7 +28,7 @@ def check_implementation(implementation: str | None) -> None:
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation={implementation!r} is unknown; choose None (by platform), "
-            "'xla', 'pallas_tpu' or 'pallas_gpu'."
+            "'xla', 'pallas_tpu', 'pallas_gpu' or 'cudnn'."
         )
 
 
@@ -95,6 +95,8 @@ def choose(
     plain_on_cpu: Body | None = None,
     pallas: dict[str, Body] | None = None,
     interpreted: dict[str, Body] | None = None,
+    cudnn: Body | None = None,
+    no_cudnn: str = "only attention has a body by cuDNN",
 ) -> Choice:
     """The bodies that a call may run, by platform, and tells `explain` why.
 
@@ -109,6 +111,8 @@ def choose(
       plain_on_cpu: the same for CPUs, if that is another.
       pallas: the kernels by platform; None where an operation has none.
       interpreted: the same kernels in Pallas's interpreter.
+      cudnn: the body by cuDNN, where an operation has one.
+      no_cudnn: why it cannot run the call, or None.
 
     Raises:
       ValueError: for an unknown implementation, or one that cannot run the call.
@@ -126,6 +130,11 @@ def choose(
             raise ValueError(f"implementation={implementation!r}: {reason}.")
         tell({platform: f"{implementation} (asked for)", "cpu": "its interpreter"})
         return Choice(pallas[platform], (("cpu", interpreted[platform]),), plain, cpu)
+    if implementation == "cudnn":
+        if no_cudnn:
+            raise ValueError(f"implementation='cudnn': {no_cudnn}.")
+        tell({"cuda": "cudnn (asked for)", "cpu": "xla", "tpu": "xla, because cudnn was asked for"})
+        return Choice(plain, (*cpu, ("cuda", cudnn)), plain, cpu)
     lines, platforms = {"cpu": "xla"}, list(cpu)
     for name, platform in PLATFORM_OF.items():
         reason = "xla was asked for" if implementation else None
@@ -133,6 +142,9 @@ def choose(
         lines[platform] = f"xla, because {reason}" if reason else name
         if not reason:
             platforms.append((platform, pallas[platform]))
+        elif platform == "cuda" and not no_cudnn and not implementation:
+            lines[platform] = "cudnn; xla where the process has no device for it"
+            platforms.append((platform, cudnn))
     tell(lines)
     return Choice(plain, tuple(platforms), plain, cpu)
 

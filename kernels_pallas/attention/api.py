@@ -76,8 +76,8 @@ def attention(
       rng: a key of `jax.random`.
       return_lse: also return `log(sum(exp(scores)))` over keys, and sinks, -1e30 where there is
         none; it is differentiable.
-      implementation: None (by the platform that is compiled for), "xla", "pallas_tpu" or
-        "pallas_gpu".
+      implementation: None (by the platform that is compiled for), "xla", "pallas_tpu",
+        "pallas_gpu" or "cudnn" (on CUDA; XLA's form elsewhere).
       precision: of the matrix products, as in `jax.lax.dot_general`.
 
     Returns:
@@ -136,7 +136,8 @@ def attention(
         offsets=None if static else _offsets(query_offset, lead, batch),
         captured=captured,
     )
-    out, lse = attend(choose(implementation, problem, x), problem, x)
+    wants_lse = return_lse or sinks is not None
+    out, lse = attend(choose(implementation, problem, x, wants_lse=wants_lse), problem, x)
     if sinks is not None:
         own, lse = lse, jnp.logaddexp(lse, sinks.astype(lse.dtype)[:, None])
         out = (out * jnp.exp(own - lse)[..., None]).astype(out.dtype)

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from kernels_pallas import dispatch
-from kernels_pallas.attention import xla
+from kernels_pallas.attention import cudnn, xla
 from kernels_pallas.attention.problem import Operands, Problem
 from kernels_pallas.lazy import Body, Choice
 
@@ -48,6 +48,19 @@ PALLAS = {platform: _kernel(name, False) for platform, name in MODULES.items()}
 INTERPRETED = {platform: _kernel(name, True) for platform, name in MODULES.items()}
 
 
+def _by_cudnn() -> Body:
+    def forward(problem, x, keep):
+        return cudnn.forward(problem, x), ()
+
+    def backward(problem, x, results, saved, cotangents):
+        return cudnn.backward(problem, x, *results, *cotangents)
+
+    return Body(forward, backward)
+
+
+CUDNN = _by_cudnn()
+
+
 def refusal(platform: str, problem: Problem, x: Operands) -> str | None:
     """Why the Pallas body of a platform cannot run a call, or None."""
     types = (jnp.bfloat16, jnp.float32) + ((jnp.float16,) if platform == "cuda" else ())
@@ -79,8 +92,9 @@ def choose(
     problem: Problem,
     x: Operands,
     operation: str = "attention",
+    wants_lse: bool = False,
 ) -> Choice:
-    """The bodies that a call may run, by platform.
+    """The bodies that a call may run, by platform; `wants_lse`: it uses the log-sum-exp.
 
     Raises:
       ValueError: for an unknown implementation, or one that cannot run the call.
@@ -89,4 +103,5 @@ def choose(
         implementation, operation, x.key.shape[2],
         lambda platform: refusal(platform, problem, x),
         plain=ON_ACCELERATOR, plain_on_cpu=ON_CPU, pallas=PALLAS, interpreted=INTERPRETED,
+        cudnn=CUDNN, no_cudnn=cudnn.refusal(problem, x, wants_lse),
     )  # fmt: skip

@@ -95,6 +95,11 @@ class _Blocks:
         self.wide = jnp.promote_types(x.value.dtype, jnp.float32)
         self.guarded = hides(problem, x)
         self.q = self.by_query(x.query)
+        # of queries, which are few, not of scores; 16-bit queries would be rounded once more
+        self.query_scale, self.score_scale = 1.0, problem.scale
+        if self.q.dtype == self.wide:
+            self.query_scale, self.score_scale = problem.scale, 1.0
+        self.q = self.q * self.query_scale
         self.k, self.v = (t.reshape(*self.batch, *t.shape[1:]) for t in (x.key, x.value))
         self.q_clean, self.k_clean = self.q, self.k
         if self.guarded:
@@ -176,7 +181,7 @@ class _Blocks:
     def raw(self, i, start, width):
         """Scaled products of a block."""
         q, k = self.rows(self.q, i), self.columns(self.k, start, width)
-        return self.product(self.by_key, q, k) * self.problem.scale
+        return self.product(self.by_key, q, k) * self.score_scale
 
     def modified(self, raw, i, start, width):
         """Raw scores after cap, modifier and slopes."""
@@ -349,8 +354,8 @@ def backward(
                 d_raw = jnp.where(hidden, 0.0, d_raw)
             if more:
                 d_captured = jax.tree.map(_sum_floats, d_captured, more[0])
-        d_raw = (d_raw * problem.scale).astype(dtype)
-        dq = blocks.product(blocks.by_value, d_raw, k).astype(dtype)
+        d_raw = (d_raw * blocks.score_scale).astype(dtype)
+        dq = (blocks.product(blocks.by_value, d_raw, k) * blocks.query_scale).astype(dtype)
         dk_i = blocks.product(blocks.by_rows, d_raw, q)
         dv_i = blocks.product(blocks.by_rows, w_kept.astype(dtype), do_i)
         dk, dv = (_add(t, t_i, start, looped) for t, t_i in ((dk, dk_i), (dv, dv_i)))
