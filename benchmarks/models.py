@@ -12,6 +12,7 @@ given back by `zoo.export` bit for bit, or the benchmark stops), in turn: torch,
 and the ratio zoo / torch of the medians (below 1 the zoo is faster). A step is forward, loss,
 backward and an AdamW update of float32 parameters, without dropout. `--compiled` measures
 `torch.compile`'s module in the same rounds (it needs a C++ compiler); its ratio is zoo / compiled.
+The first line has the ratio of matrix products alone, which differs from processor to processor.
 
 The other columns are seconds: XLA compiling that step; from `create` to the end of the first step
 of the trainer's own program, in a new process with an empty compilation cache; and the same in
@@ -118,11 +119,30 @@ def interleaved(runs: list[Callable], rounds: int) -> list[float]:
     times: list[list[float]] = [[] for _ in runs]
     for i in range(rounds + 2):
         for run, log in zip(runs, times, strict=True):
+            time.sleep(0.3)  # until the workers of the other library have gone to sleep
             begun = time.perf_counter()
             run()
             if i >= 2:
                 log.append(1e3 * (time.perf_counter() - begun))
     return [statistics.median(log) for log in times]
+
+
+def products() -> float:
+    """Time of matrix products alone, of the sizes of ViT-S with 8 images, zoo / torch."""
+    import jax
+    import numpy as np
+    import torch
+
+    runs: list[Callable] = []
+    for m, k, n in ((1576, 384, 1536), (1576, 1536, 384), (384, 1576, 1536)):
+        a, b = np.ones((m, k), np.float32), np.ones((k, n), np.float32)
+        there, here = (torch.tensor(a), torch.tensor(b)), (jax.device_put(a), jax.device_put(b))
+        product = jax.jit(lambda a, b: a @ b)
+        runs.append(lambda pair=there: torch.matmul(*pair))
+        runs.append(lambda pair=here, product=product: jax.block_until_ready(product(*pair)))
+    ten = [lambda run=run: [run() for _ in range(10)] for run in runs]
+    times = interleaved(ten, 7)
+    return sum(times[1::2]) / sum(times[::2])
 
 
 def start(name: str, rows: int, folder: str) -> dict[str, float]:
@@ -282,7 +302,8 @@ def main() -> None:
     print(
         f"{platform.processor() or platform.machine()}, {args.threads} threads, load "
         f"{os.getloadavg()[0]:.1f}, JAX {jax.__version__}, torch {torch.__version__}, float32; "
-        f"medians of {args.rounds} interleaved rounds\n"
+        f"medians of {args.rounds} interleaved rounds; products of matrices alone: "
+        f"{products():.2f}\n"
     )
     columns = header(args)
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
