@@ -91,17 +91,22 @@ SYSTEMS: dict[str, tuple[str, ...]] = {
 }
 
 
-def list_models(pattern: str = "*", task: str | None = None) -> list[str]:
-    """Names of all variants that match a shell wildcard (`swin*`) and, if given, a task, sorted."""
+def variants(pattern: str = "*", task: str | None = None) -> dict[str, Variant]:
+    """The variants whose names match a shell wildcard (`swin*`) and, if given, a task, by name."""
     literal = _literal(pattern)
-    names = []
+    found = {}
     for path, globs in SYSTEMS.items():
         stems = [_literal(g) for g in globs]
         if any(stem.startswith(literal) or literal.startswith(stem) for stem in stems):
             for name, variant in importlib.import_module(path).SYSTEM.variants.items():
                 if fnmatch.fnmatchcase(name, pattern) and task in (None, variant.task):
-                    names.append(name)
-    return sorted(names)
+                    found[name] = variant
+    return dict(sorted(found.items()))
+
+
+def list_models(pattern: str = "*", task: str | None = None) -> list[str]:
+    """Names of all variants that match a shell wildcard (`swin*`) and, if given, a task, sorted."""
+    return list(variants(pattern, task))
 
 
 def _literal(pattern: str) -> str:
@@ -160,7 +165,7 @@ def canonical(name: str) -> str:
     >>> canonical("facebook/opt-125m"), canonical("vit_b_16")
     ('opt_125m', 'vit_base_patch16_224')
     """
-    if _defined(name):
+    if _home(name):
         return name
     text = name.rpartition("/")[2].partition("@")[0].replace("-", "_")
     text = re.sub("_in22k$", "_22k", text)
@@ -173,18 +178,18 @@ def canonical(name: str) -> str:
             for form in (candidate, candidate.lower()):
                 form = form.removesuffix(end)
                 form = _ALIASES.get(form, form)
-                if _defined(form):
+                if _home(form):
                     return form
     return name
 
 
-def _defined(name: str) -> bool:
-    """Whether a variant has this name."""
-    return any(
-        fnmatch.fnmatchcase(name, g) and name in importlib.import_module(path).SYSTEM.variants
-        for path, globs in SYSTEMS.items()
-        for g in globs
-    )
+def _home(name: str) -> str | None:
+    """The dotted name of the file that defines a variant of this name, if one does."""
+    for path, globs in SYSTEMS.items():
+        if any(name.startswith(_literal(g)) and fnmatch.fnmatchcase(name, g) for g in globs):
+            if name in importlib.import_module(path).SYSTEM.variants:
+                return path
+    return None
 
 
 def file_of(name: str) -> str:
@@ -193,15 +198,13 @@ def file_of(name: str) -> str:
     Raises:
       ValueError: if there is no such variant; the sentence gives the closest names.
     """
-    name = canonical(name)
-    for path, globs in SYSTEMS.items():
-        if any(fnmatch.fnmatchcase(name, g) for g in globs):
-            if name in importlib.import_module(path).SYSTEM.variants:
-                return path
-    raise ValueError(
-        f"There is no model {name!r}{closest(name, list_models())} "
-        "zoo.list_models() gives all names; it takes wildcards such as 'swin*'."
-    )
+    path = _home(canonical(name))
+    if path is None:
+        raise ValueError(
+            f"There is no model {name!r}{closest(name, list_models())} "
+            "zoo.list_models() gives all names; it takes wildcards such as 'swin*'."
+        )
+    return path
 
 
 def create(name: str, **overrides: Any) -> "nn.Module":

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-import zoo
+from zoo import registry
 from zoo.cli import output
 from zoo.cli.arguments import RequestError, add_command
 from zoo.shapes import input_shapes
@@ -22,17 +22,16 @@ def list_variants(pattern: str, task: str | None) -> list[dict[str, Any]]:
     Raises:
       RequestError: if there is none.
     """
-    names = zoo.list_models(pattern, task)
-    if not names:
+    found = registry.variants(pattern, task)
+    if not found:
         of = f" of task {task!r}" if task else ""
-        tasks = sorted({zoo.info(name).task for name in zoo.list_models()})
+        tasks = sorted({variant.task for variant in registry.variants().values()})
         raise RequestError(
             f"No model matches {pattern!r}{of}; zoo list shows all, and tasks are "
             f"{', '.join(tasks)}."
         )
     rows = []
-    for name in names:
-        variant = zoo.info(name)
+    for name, variant in found.items():
         rows.append(
             {
                 "name": name,
