@@ -13,6 +13,7 @@ CASES = sorted(golden.FOLDER.glob("*/*.npz"))
 SMALL = golden.FOLDER / "vit" / "tiny_rect_dim48.npz"
 LONG = set(
     """
+    autoencoder_kl/sd_64 autoencoder_kl/tiny autoencoder_kl/tiny_no_attention
     bert/bert_base cswin/cswin_tiny_224 deltanet/delta_net_340m dinat/dinat_mini_224
     ebwm/nlp_s1_2steps ebwm/tiny_time_embed favit/favit_b0_224 favit/tiny_plain_norms
     gpt2/gpt2_124m hat/hat_s_x4_32 icl_boolean/retnet_d28 icl_linear/lsa_d3 inference_opt/numeric

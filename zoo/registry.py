@@ -41,6 +41,7 @@ SYSTEMS: dict[str, tuple[str, ...]] = {
     "zoo.models.imaging.styleswin": ("StyleSwin_*", "styleswin_*"),
     "zoo.models.imaging.topnet": ("topnet_*",),
     "zoo.models.imaging.hat": ("HAT*", "Real_HAT_*", "hat_*"),
+    "zoo.models.imaging.autoencoder_kl": ("sd*_vae*", "flux_vae", "autoencoder_kl_*"),
     "zoo.models.language.bert": ("bert_*", "minilm_*"),
     "zoo.models.language.albert": ("albert_*", "distilbert_*"),
     "zoo.models.language.gpt2": ("gpt2", "gpt2_*", "distilgpt2"),
