@@ -145,3 +145,16 @@ def test_a_memory_of_another_network_is_refused(small):
     model, variables, _ = small
     with pytest.raises(ValueError, match="Begin with init_state"):
         model.apply(variables, model.init_state(3), observations(), method="step")
+
+
+def test_the_older_order_ends_every_layer_in_a_norm():
+    """Transformer-XL: each LayerNorm stands behind a sum, and the layers' outputs are its own."""
+    model = zoo.create("gtrxl_test", gated=False, reordered=False)
+    x = observations(length=4)
+    out = jax.jit(lambda key: model.init_with_output(key, x, method="features")[0])(
+        jax.random.key(0)
+    )
+    for name in ("layer0", "layer1"):
+        np.testing.assert_allclose(out[name].mean(-1), 0, atol=1e-5)
+        np.testing.assert_allclose(out[name].std(-1), 1, atol=1e-2)
+    assert np.abs(out["embed"].std(-1) - 1).min() > 0.1

@@ -14,7 +14,9 @@ Parisotto et al., "Stabilizing Transformers for Reinforcement Learning", ICML 20
 With b = 2 at first a layer begins near the identity: the agent is Markovian until it learns to
 remember. The perceptron is as wide as the channels, with ReLU behind every map, the last one too.
 The paper makes queries of LN(x), too (`norm_query`); the code makes them of x. A memory of zeros is
-attended to like any other. No gradient goes into the memory.
+attended to like any other. No gradient goes into the memory. What the paper compares with is here,
+too: sums in place of gates (`gated`, TrXL-I), and with each LayerNorm behind its sum, and no ReLU
+before it, the Transformer-XL that it began with (`reordered`).
 
     features            gtrxl_di_engine
     embed               16 256              for 16 observations
@@ -156,6 +158,7 @@ class GTrXLBlock(nn.Module):
     gated: bool = True
     gate_bias: float = 2.0
     norm_query: bool = False
+    reordered: bool = True
     dropout: float = 0.0
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
@@ -178,18 +181,26 @@ class GTrXLBlock(nn.Module):
         def join(name: str, x: Array, y: Array) -> Array:
             return gate(name=name)(x, y) if self.gated else x + y
 
-        full = norm(name="norm1")(jnp.concatenate([memory.astype(x.dtype), x], axis=1))
+        norms = norm(name="norm1"), norm(name="norm2")
+        before, behind = (norms, (_same, _same)) if self.reordered else ((_same, _same), norms)
+        last = self.activation if self.reordered else _same
+        full = before[0](jnp.concatenate([memory.astype(x.dtype), x], axis=1))
         attention = RelativeAttention(
             self.num_heads, self.head_dim, self.dropout, name="attention", **types
         )
         queries = full[:, memory.shape[1] :] if self.norm_query else x
         a = drop(attention(queries, full, table, biases, train, same))
-        x = join("gate1", x, self.activation(a))
-        y = norm(name="norm2")(x)
+        x = behind[0](join("gate1", x, last(a)))
+        y = before[1](x)
         for i in range(self.mlp_depth):
             y = torch_linear(self, x.shape[-1], x.shape[-1], f"mlp_{i}")(y)
-            y = drop(self.activation(y))
-        return constrain(join("gate2", x, y), "batch", "length", "channels")
+            y = drop((self.activation if i + 1 < self.mlp_depth else last)(y))
+        y = behind[1](join("gate2", x, y))
+        return constrain(y, "batch", "length", "channels")
+
+
+def _same(x: Array) -> Array:
+    return x
 
 
 class GTrXL(Model):
@@ -211,6 +222,8 @@ class GTrXL(Model):
       gated: gates, or plain residual sums.
       gate_bias: where the gates' bias starts.
       norm_query: make queries of normalised tokens, as the paper does.
+      reordered: a LayerNorm before each branch and an activation behind it; else a LayerNorm behind
+        each sum.
       embedded: whether there is a map of the observations.
       outputs: width of a head; None: the channels are the output.
       dropout: rate on the embedding, distances, attention weights and all branches.
@@ -227,6 +240,7 @@ class GTrXL(Model):
     gated: bool = True
     gate_bias: float = 2.0
     norm_query: bool = False
+    reordered: bool = True
     embedded: bool = True
     outputs: int | None = None
     dropout: float = 0.0
@@ -316,6 +330,7 @@ class GTrXL(Model):
                 self.gated,
                 self.gate_bias,
                 self.norm_query,
+                self.reordered,
                 self.dropout,
                 name=f"layers_{i}",
                 **types,
