@@ -4,7 +4,8 @@
     python train.py configs/control/gtrxl_memory.py --model.overrides.gated False
 
 Same worlds, same updates, as wide as the transformer; the second command takes the gates out of the
-transformer. Each run directory has its learning curves in `curves.png`.
+transformer, and with `--model.overrides.reordered False` too it is the Transformer-XL before GTrXL.
+`benchmarks/memory.py` draws the learning curves of all of them in one picture.
 """
 
 import dataclasses

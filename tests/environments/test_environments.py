@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from zoo.environments import (
+    CartPole,
     HiddenCartPole,
     MemoryChain,
     SwitchCorridor,
@@ -14,7 +15,7 @@ from zoo.environments import (
     rollout,
 )
 
-ALL = (MemoryChain(5), TMaze(3, 8), SwitchCorridor(5, 12), HiddenCartPole(20))
+ALL = (MemoryChain(5), TMaze(3, 8), SwitchCorridor(5, 12), HiddenCartPole(20), CartPole(20))
 
 
 def play(environment, actions, key=0):

@@ -139,6 +139,16 @@ def test_scores_of_half_the_tokens_are_a_quarter():
     assert quadratic(0.5) / quadratic(1.0) == pytest.approx(0.25, abs=0.02)
 
 
+def test_attention_among_some_is_drawn_among_all():
+    from zoo.evaluators.molecules import _among_all
+
+    kept = np.array([[1, 0, 1, 0], [0, 1, 1, 0]], bool)
+    whole = _among_all(np.arange(8.0).reshape(2, 2, 2) + 1, kept)
+    np.testing.assert_array_equal(whole[0][[0, 0, 2, 2], [0, 2, 0, 2]], [1, 2, 3, 4])
+    np.testing.assert_array_equal(whole[1][1:3, 1:3], [[5, 6], [7, 8]])
+    assert np.count_nonzero(whole) == 8
+
+
 class _Only(gtsp.nn.Module):
     @gtsp.nn.compact
     def __call__(self, x):

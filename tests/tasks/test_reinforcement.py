@@ -12,6 +12,7 @@ import pytest
 import zoo
 from zoo.data import Data
 from zoo.environments import MemoryChain, Seeds, SwitchCorridor
+from zoo.evaluators import PlayedEpisodes
 from zoo.tasks import Reinforcement
 from zoo.tasks.reinforcement import advantages
 from zoo.training import Checkpointing, Model, Optimizer, TrainConfig, train
@@ -107,6 +108,16 @@ def test_worlds_memories_and_rollouts_continue_bit_for_bit(played):
     now, before = states[4].carry, states[2].carry
     assert np.any(now.state.time != before.state.time)
     assert np.any(np.asarray(now.memory) != np.asarray(before.memory))
+
+
+def test_episodes_are_drawn_beside_what_chance_gets(played, tmp_path):
+    program, _, states = played
+    with program.context():
+        found = PlayedEpisodes(count=2, worlds=8).run(
+            program, states[0].variables(), program.config.data, tmp_path
+        )
+    assert -0.1 < found["random_return"] < 1 and 0 <= found["random_success"] < 1
+    assert (tmp_path / "episodes.png").stat().st_size > 0
 
 
 @pytest.mark.slow

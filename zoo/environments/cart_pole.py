@@ -1,4 +1,4 @@
-"""The pole on a cart of Barto, Sutton and Anderson (1983), of whose motion only places are seen."""
+"""The pole on a cart of Barto, Sutton and Anderson (1983), with and without its speeds."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,8 +22,10 @@ class CartPoleState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class HiddenCartPole(Environment):
-    """Keep the pole up by pushing the cart left (0) or right (1); speeds are not seen.
+class CartPole(Environment):
+    """Keep the pole up by pushing the cart left (0) or right (1).
+
+    Seen are place and speed of the cart, angle and speed of the pole, all of about 1 at most.
 
     Each step gives 1 over `patience`, so that an episode's return is at most 1.
 
@@ -32,7 +34,7 @@ class HiddenCartPole(Environment):
     """
 
     patience: int = 200
-    observation_dim: int = 2
+    observation_dim: int = 4
     num_actions: int = 2
 
     @property
@@ -40,10 +42,10 @@ class HiddenCartPole(Environment):
         """The patience."""
         return self.patience
 
-    def _seen(self, state: CartPoleState) -> Float[Array, "2"]:
-        return state.physics[jnp.array([0, 2])] / jnp.array([WIDEST, STEEPEST])
+    def _seen(self, state: CartPoleState) -> Float[Array, "dims"]:
+        return state.physics / jnp.array([WIDEST, 1.0, STEEPEST, 1.0])
 
-    def reset(self, rng: PRNGKeyArray) -> tuple[CartPoleState, Float[Array, "2"]]:
+    def reset(self, rng: PRNGKeyArray) -> tuple[CartPoleState, Float[Array, "dims"]]:
         """Nearly at rest."""
         physics = jax.random.uniform(rng, (4,), minval=-0.05, maxval=0.05)
         state = CartPoleState(physics, jnp.zeros((), jnp.int32))
@@ -66,3 +68,13 @@ class HiddenCartPole(Environment):
         fallen = (jnp.abs(physics[0]) > WIDEST) | (jnp.abs(physics[2]) > STEEPEST)
         done = fallen | (state.time >= self.patience)
         return state, Transition(self._seen(state), jnp.float32(1 / self.patience), done)
+
+
+@dataclass(frozen=True)
+class HiddenCartPole(CartPole):
+    """The same, of which no speeds are seen: an agent must remember where things were."""
+
+    observation_dim: int = 2
+
+    def _seen(self, state: CartPoleState) -> Float[Array, "dims"]:
+        return super()._seen(state)[jnp.array([0, 2])]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Float
 
 from zoo.evaluators.evaluator import Evaluator, some_examples
 
@@ -13,6 +14,8 @@ from zoo.evaluators.evaluator import Evaluator, some_examples
 @dataclass(frozen=True)
 class AttentionOnMolecules(Evaluator):
     """`attention.png`: each atom as large as the attention that it gets in the last layer.
+
+    Atoms that `SparseTokens` leaves out of the attention get none.
 
     Attributes:
       every: steps between pictures; 0 is at the end only.
@@ -39,7 +42,10 @@ class AttentionOnMolecules(Evaluator):
             lambda v, x: network.apply(v, **x, mutable=["intermediates"])[1]["intermediates"]
         )(dict(variables), inputs)
         last = max((k for k in sown if k.startswith("layers_")), key=lambda k: int(k[7:]))
-        weights = np.asarray(sown[last]["attention"]["attention"][0]).mean(1)
+        of_layer = {name: np.asarray(x[0]) for name, x in sown[last]["attention"].items()}
+        weights = of_layer["attention"].mean(1)
+        if "kept" in of_layer:  # SparseTokens: among the tokens that attend, in their order
+            weights = _among_all(weights, of_layer["kept"] > 0)
         figure = Figure(figsize=(3 * self.count, 3), layout="constrained")
         for i, axis in enumerate(np.atleast_1d(figure.subplots(1, self.count))):
             count = int(batch["num_nodes"][i])
@@ -60,3 +66,13 @@ class AttentionOnMolecules(Evaluator):
         labels = [np.array([int(part[i]["labels"]) for i in range(len(part))])
                   for part in (data.train, data.eval)]  # fmt: skip
         return {"most_frequent_class": float((labels[1] == np.bincount(labels[0]).argmax()).mean())}
+
+
+def _among_all(
+    few: Float[np.ndarray, "batch kept kept"], kept: Bool[np.ndarray, "batch length"]
+) -> Float[np.ndarray, "batch length length"]:
+    """Attention among the kept tokens, and 0 for the others."""
+    whole = np.zeros((len(few), kept.shape[1], kept.shape[1]), few.dtype)
+    for row, weights, mask in zip(whole, few, kept, strict=True):
+        row[np.ix_(mask, mask)] = weights
+    return whole

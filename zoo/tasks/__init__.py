@@ -18,6 +18,7 @@ from zoo.tasks.object_placement import ObjectPlacement
 from zoo.tasks.refinement import Refinement
 from zoo.tasks.regression import Regression
 from zoo.tasks.reinforcement import Reinforcement
+from zoo.tasks.return_conditioning import ReturnConditioned
 from zoo.tasks.sparsification import Sparsified
 from zoo.tasks.step_distillation import GuidanceDistillation, StepDistillation
 from zoo.tasks.task import Aux, Networks, OneNetwork, Phase, Task
@@ -48,6 +49,7 @@ __all__ = [
     "Refinement",
     "Regression",
     "Reinforcement",
+    "ReturnConditioned",
     "Sparsified",
     "StepDistillation",
     "Task",

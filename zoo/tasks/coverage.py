@@ -125,8 +125,8 @@ OBJECTIVES: Mapping[str, Objective] = {
     ),
     "rl": Objective(
         "actions from returns, or policies with memory", "Decision Transformer, GTrXL",
-        "zoo.models.control.decision_transformer:DecisionTransformer", ("control",), True,
-        "tests/models/test_decision_transformer.py",
+        "zoo.tasks:ReturnConditioned", ("control",), True,
+        "configs/control/decision_transformer_cart_pole.py",
     ),
     "in_context": Objective(
         "a function from its examples", "in-context learners", "zoo.tasks:InContext",

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from zoo.environments.environment import Environment, rollout
+from zoo.environments.environment import Environment, Policy, rollout
 from zoo.tasks.metrics import Mean
 from zoo.tasks.task import Aux, Batch, Phase, Task, Variables
 
@@ -207,15 +207,30 @@ class Reinforcement(Task):
         }
 
     def predict(self, networks: nn.Module, variables: Variables, batch: Batch) -> dict[str, Array]:
-        """Returns of one episode of each world, whether it ended in a reward, and the actions."""
-        worlds, steps = batch["world"], self.environment.horizon + 1
+        """Returns of one episode of each world, whether it ended in a reward, and its steps."""
+        return self.play(networks, batch["world"], self._policy(networks, variables, greedy=True))
+
+    def play(
+        self, networks: nn.Module, worlds: Int[Array, "batch"], policy: Policy
+    ) -> dict[str, Array]:
+        """An episode of each world by a policy that has the network's memory.
+
+        Gives `return`, `won`, and of every step `observations`, `actions` and `mine`, which is
+        False behind the episode's end.
+        """
+        steps = self.environment.horizon + 1
         keys = jax.vmap(lambda world: jax.random.fold_in(jax.random.key(0), world))(worlds)
         state, observation = jax.vmap(self.environment.reset)(keys)
         begin = (state, observation, jnp.ones(len(worlds), bool),
                  networks.init_state(len(worlds), 1))  # fmt: skip
-        policy = self._policy(networks, variables, greedy=True)
         _, rows = rollout(self.environment, policy, begin, jax.random.key(1), steps)
         before = jnp.cumsum(rows["dones"], axis=1) - rows["dones"]
         mine = before == 0
         won = (rows["dones"] & (rows["rewards"] > 0) & mine).any(1)
-        return {"return": (rows["rewards"] * mine).sum(1), "won": won, "actions": rows["actions"]}
+        shown = {name: rows[name] for name in ("observations", "actions")}
+        return {"return": (rows["rewards"] * mine).sum(1), "won": won, "mine": mine, **shown}
+
+    def at_random(self, memory: Any, seen: Array, first: Array, rng: Array) -> tuple[Any, Array]:
+        """The policy that does anything: what an agent is measured beside."""
+        actions = jax.random.randint(rng, first.shape, 0, self.environment.num_actions)
+        return memory, actions
