@@ -5,21 +5,23 @@
 The motions are procedural: no set of motion capture with captions may be passed on. In the table
 `joint_error` (metres) and `foot_sliding` (metres a second) of held-out gaps of 10 frames stand
 beside `line_joint_error` and `line_foot_sliding`, those of interpolating rotations along arcs and
-places along lines. `story.gif` in the run directory is a story from text to motion.
+places along lines. In the run directory `gaps.gif` shows such gaps, and `story.gif` a story from
+text to motion.
 
-What a transformer of transitions should reach is 70 % of the interpolation's error and half of
-its sliding. The only run that was measured, of 1,500 steps on gaits that changed more abruptly, did
-not: 0.10 m against 0.09 m, 1.26 m/s against 0.72 m/s. The steps below are more; their figure is not
-known.
+Measured, in two and a half minutes on a busy machine: joints are 0.0116 m off, with interpolation
+0.0535 m; feet slide by 0.103 m/s, with interpolation 0.579 m/s. What a transformer of transitions
+should reach is 70 % of the one and half of the other. Between the clips of the story, which do not
+go on as a gait does, feet slide more than with interpolation: 0.192 m/s against 0.064 m/s. The
+story ends each way within 0.16 m of its place, with interpolation within 0.19 m.
 """
 
 from zoo.data import Data
 from zoo.data.gaits import GaitWindows
-from zoo.evaluators import PlayedStory
+from zoo.evaluators import FilledGaps, PlayedStory
 from zoo.tasks import MotionCompletion
 from zoo.training import Checkpointing, Model, Optimizer, TrainConfig
 
-STEPS = 8000
+STEPS = 2000
 
 
 def get_config() -> TrainConfig:
@@ -34,7 +36,7 @@ def get_config() -> TrainConfig:
             eval_batch_size=128,
         ),
         optimizer=Optimizer(learning_rate=2e-3, schedule="cosine", warmup_steps=100, clip=1.0),
-        evaluators=(PlayedStory(),),
+        evaluators=(FilledGaps(), PlayedStory()),
         checkpoint=Checkpointing(metric="joint_error", mode="min"),
         num_steps=STEPS,
         log_every=400,

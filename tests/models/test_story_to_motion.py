@@ -8,7 +8,7 @@ from model_helpers import documented_shapes, feature_shapes, filled
 
 import zoo
 from zoo.models.motion import story_to_motion
-from zoo.models.motion.story_to_motion import line, progressive_masks, shrunk
+from zoo.models.motion.story_to_motion import from_gap, line, progressive_masks, shrunk
 
 
 def test_shapes_are_those_of_the_docstring():
@@ -66,6 +66,18 @@ def test_the_line_goes_between_neighbours_and_is_flat_beyond_the_ends():
     x = jnp.arange(6.0)[None, :, None] ** 2
     known = jnp.array([[0, 1, 0, 0, 1, 0]]) != 0
     np.testing.assert_allclose(line(x, known)[0, :, 0], [1, 1, 6, 11, 16, 16])
+
+
+def test_places_are_counted_from_the_gap_and_it_begins_as_the_line(small):
+    known = jnp.array([[1, 1, 0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0, 1]]) != 0
+    places = from_gap(known, 12)
+    np.testing.assert_array_equal(places[0, :6], places[1, 2:])
+    assert len(np.unique(places[0].round(4), axis=0)) == 8
+    model, _, motion, (start, stop) = small
+    frame = np.arange(12)
+    known = ((frame < start[:, None]) | (frame >= stop[:, None])).astype(np.int32)
+    said = jax.jit(lambda key: model.init_with_output(key, motion, known)[0])(jax.random.key(0))
+    np.testing.assert_array_equal(said, line(motion, known != 0))
 
 
 def test_frames_of_another_skeleton_are_refused(small):

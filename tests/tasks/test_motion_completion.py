@@ -66,8 +66,10 @@ def test_a_story_is_played_with_what_was_learned(tmp_path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config()
-    assert config.evaluators == (PlayedStory(),)
-    found = train(dataclasses.replace(config, num_steps=200, log_every=200), tmp_path).metrics
-    assert found["joint_error"] < 4 * found["line_joint_error"]
+    assert PlayedStory() in config.evaluators
+    found = train(dataclasses.replace(config, num_steps=500), tmp_path).metrics
+    assert found["joint_error"] < 0.7 * found["line_joint_error"]
+    assert found["foot_sliding"] < found["line_foot_sliding"]
+    assert (tmp_path / "gaps.gif").stat().st_size > 0
     assert found["place_error"] < 0.3
     assert (tmp_path / "story.gif").stat().st_size > 0

@@ -11,18 +11,19 @@ concrete choices are our own. The stages are
     playing            one after the other, without an end                    zoo.motion.stream
 
 The gap is filled progressively, in R passes. In pass r (1 to R) the network sees the known frames
-and a learned token in place of each unknown one. Behind it, the outer unknown frames are kept from
-what it said and count as known:
+and, in place of each unknown one, a line between those beside the gap, marked by a learned token.
+Behind it, the outer unknown frames are kept from what it said and count as known:
 
     n = e - s unknown frames [s, e);   c = ceil(n r / 2R);   m = (s + e) // 2
     the next pass has [min(s + c, m), max(e - c, m)); the last pass keeps the rest
 
-    x = W_in f (or the token) + sinusoidal positions
+    x = W_in line (+ the token, where a frame is unknown) + P(frames from the gap's two ends)
     x = x + attention(LN(x));   x = x + W2 gelu(W1 LN(x))                              depth times
-    f = the line between the known frames beside the gap + W_out LN(x)   where a frame is unknown
+    f = line + W_out LN(x)   where a frame is unknown;   W_out is 0 at first
 
-A known frame comes back as it is. Frames are rows of `zoo.motion.skeleton`. That the network adds
-to a line, rather than says the frame itself, is our choice, too.
+A known frame comes back as it is. Frames are rows of `zoo.motion.skeleton`. That the network sees a
+line and adds to it, and that places are counted from the gap (half of the channels from its first
+frame, half from its last; P are sinusoids), is our choice, too.
 
     features            story_to_motion_base
     embed               64  512
@@ -89,6 +90,21 @@ def line(
     filled = a + part[..., None].astype(motion.dtype) * (b - a)
     filled = jnp.where(known.any(1)[:, None, None], filled, 0)
     return jnp.where(known[..., None], motion, filled)
+
+
+def from_gap(
+    known: Bool[Array, "batch frames"], channels: int
+) -> Float[Array, "batch frames channels"]:
+    """Sinusoids of how far each frame is from the first and from the last unknown one."""
+    length = known.shape[1]
+    frame, half = jnp.arange(length), channels // 2
+    first = jnp.argmin(known, axis=1)[:, None]
+    last = length - 1 - jnp.argmin(known[:, ::-1], axis=1)[:, None]
+    table = sinusoids(2 * length, half), sinusoids(2 * length, channels - half)
+    ends = [
+        jnp.asarray(t)[frame - end + length] for t, end in zip(table, (first, last), strict=True)
+    ]
+    return jnp.concatenate(ends, axis=-1)
 
 
 class ProgressiveTransformer(Model):
@@ -164,9 +180,10 @@ class ProgressiveTransformer(Model):
         motion = motion.astype(self.dtype)
         start = nn.initializers.normal(0.02)
         token = self.param("mask_token", start, (1, 1, self.embed_dim), self.param_dtype)
-        x = Dense(self.embed_dim, name="embed", **types)(motion)
-        x = jnp.where(known[..., None], x, token.astype(self.dtype))
-        x = x + jnp.asarray(sinusoids(x.shape[1], self.embed_dim), self.dtype)
+        straight = line(motion, known)
+        x = Dense(self.embed_dim, name="embed", **types)(straight)
+        x = jnp.where(known[..., None], x, x + token.astype(self.dtype))
+        x = x + from_gap(known, self.embed_dim).astype(self.dtype)
         x = constrain(x, "batch", "length", "channels")
         out = {"embed": x}
         for i in range(self.depth):
@@ -176,7 +193,8 @@ class ProgressiveTransformer(Model):
             )  # fmt: skip
             x = out[f"layer{i}"] = block(x, train=train)
         x = out["norm"] = LayerNorm(epsilon=1e-5, name="norm", **types)(x)
-        said = line(motion, known) + Dense(self.width, name="head", **types)(x)
+        zeros = nn.initializers.zeros
+        said = straight + Dense(self.width, kernel_init=zeros, name="head", **types)(x)
         return out | {"prediction": jnp.where(known[..., None], motion, said)}
 
     def complete(
