@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from zoo.data.gaits import GaitWindows, changing_gait, gait
-from zoo.data.motion_capture import HUMANOID, packaged_clips, read_clip
+from zoo.data.motion_capture import HUMANOID, mirrored, packaged_clips, read_clip
 from zoo.motion import skeleton
 from zoo.motion.skeleton import WALKER, Skeleton, Track
 
@@ -105,3 +105,21 @@ def test_packaged_clips_are_bodies_that_stand_on_the_ground():
         assert skeleton.parts(clip.rows)[1][:, 1].mean() > 0.5  # forward
     with pytest.raises(ValueError, match="There is no clip 'swim'"):
         packaged_clips(("swim",))
+
+
+def test_in_a_mirror_left_is_right():
+    """Of any rotations: joints in the mirror are those of the other side, x turned around."""
+    rng = np.random.default_rng(0)
+    six = rng.normal(size=(5, len(HUMANOID.names), 6))
+    six = skeleton.to_six(skeleton.to_matrix(six)).reshape(5, -1)
+    rest = np.concatenate([rng.normal(size=(5, 4)), rng.integers(0, 2, (5, 2))], 1)
+    rows = np.concatenate([six, rest], 1).astype(np.float32)
+    other = mirrored(rows)
+    places, mirror = (skeleton.joints(HUMANOID, x, skeleton.track(x)) for x in (rows, other))
+    swap = [HUMANOID.names.index(n) for n in (
+        "root", "chest", "neck", "left_hip", "left_knee", "left_ankle", "left_shoulder",
+        "left_elbow", "right_hip", "right_knee", "right_ankle", "right_shoulder", "right_elbow",
+    )]  # fmt: skip
+    np.testing.assert_allclose(mirror, places[:, swap] * np.array([-1, 1, 1]), atol=1e-5)
+    np.testing.assert_array_equal(other[:, -2:], rows[:, :-3:-1])
+    np.testing.assert_array_equal(mirrored(other), rows)

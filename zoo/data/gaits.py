@@ -186,15 +186,29 @@ class GaitWindows:
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = np.random.default_rng((self.seed, index))
         motion = _motion(self.seed, int(rng.integers(self.motions)), max(240, self.length))
-        first = int(rng.integers(len(motion) - self.length + 1))
-        rows = motion[first : first + self.length]
-        low, high = self.gap
-        gap = int(rng.integers(low, min(high, self.length - 4) + 1))
-        start = int(rng.integers(2, self.length - gap - 1))
-        frame = np.arange(self.length)
-        known = ((frame < start) | (frame >= start + gap)).astype(np.int32)
-        return {"motion": rows, "known": known, "start": np.int32(start),
-                "stop": np.int32(start + gap)}  # fmt: skip
+        return window_with_a_gap(motion, self.length, self.gap, rng)
+
+
+def window_with_a_gap(
+    motion: Float[np.ndarray, "frames numbers"], length: int, gap: tuple[int, int], rng: Any
+) -> dict[str, Any]:
+    """A random window of a motion, and a random gap in it with two known frames on both sides.
+
+    Args:
+      motion: of at least `length` frames.
+      length: of the window.
+      gap: smallest and largest number of unknown frames.
+      rng: chooses.
+    """
+    first = int(rng.integers(len(motion) - length + 1))
+    rows = motion[first : first + length]
+    low, high = gap
+    count = int(rng.integers(low, min(high, length - 4) + 1))
+    start = int(rng.integers(2, length - count - 1))
+    frame = np.arange(length)
+    known = ((frame < start) | (frame >= start + count)).astype(np.int32)
+    return {"motion": rows, "known": known, "start": np.int32(start),
+            "stop": np.int32(start + count)}  # fmt: skip
 
 
 @functools.lru_cache(maxsize=2048)

@@ -10,17 +10,21 @@ said of what is done in it:
 There x is forward and z to the right. Elbows and knees turn about z.
 """
 
+import functools
 import importlib.util
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
+from zoo.data.gaits import RATE, window_with_a_gap
 from zoo.motion.matching import Clip
-from zoo.motion.skeleton import Skeleton, from_quaternion, rows_from_rotations
+from zoo.motion.skeleton import CONTACTS, MOVES, Skeleton, from_quaternion, rows_from_rotations
 
 HUMANOID = Skeleton(
     ("root", "chest", "neck", "right_hip", "right_knee", "right_ankle", "right_shoulder",
@@ -84,8 +88,10 @@ def _resampled(
     return q / np.linalg.norm(q, axis=1, keepdims=True)
 
 
-def packaged_clips(names: Sequence[str] = ("walk", "run", "jump", "kick", "punch")) -> list[Clip]:
-    """Clips of the installed package, by the words in the names of their files.
+def packaged_clips(
+    names: Sequence[str] = ("walk", "run", "jump", "kick", "punch"), rate: float = 30.0
+) -> list[Clip]:
+    """Clips of the installed package, by the words in the names of their files, at a rate.
 
     Raises:
       FileNotFoundError: if the package is not installed.
@@ -102,4 +108,70 @@ def packaged_clips(names: Sequence[str] = ("walk", "run", "jump", "kick", "punch
     for name in names:
         if name not in found:
             raise ValueError(f"There is no clip {name!r}; there are {', '.join(sorted(found))}.")
-    return [read_clip(found[name]) for name in names]
+    return [read_clip(found[name], rate) for name in names]
+
+
+def mirrored(
+    rows: Float[np.ndarray, "frames numbers"], body: Skeleton = HUMANOID
+) -> Float[np.ndarray, "frames numbers"]:
+    """The motion that a mirror at the character's side shows: left is right.
+
+    Args:
+      rows: of a motion.
+      body: whose joints `left_...` and `right_...` are mirror images.
+    """
+    other = {"left": "right", "right": "left"}
+    names = [re.sub("^(left|right)", lambda side: other[side[0]], name) for name in body.names]
+    order = [body.names.index(name) for name in names]
+    six, moves, contacts = np.split(rows, [-MOVES - CONTACTS, -CONTACTS], axis=1)
+    six = six.reshape(len(rows), -1, 6)[:, order] * np.array([1, -1, -1, -1, 1, 1])
+    moves = moves * np.array([-1, 1, -1, 1])
+    parts = six.reshape(len(rows), -1), moves, contacts[:, ::-1]
+    return np.concatenate(parts, 1).astype(np.float32)
+
+
+CLIPS = ("backflip", "cartwheel", "crawl", "dance_a", "dance_b", "getup_facedown", "getup_faceup",
+         "jump", "kick", "punch", "roll", "spin", "spinkick", "walk")  # fmt: skip
+"""Packaged clips of more than a second."""
+
+
+@dataclass(frozen=True)
+class CaptureWindows:
+    """Windows of the packaged clips, with a gap in each; see `zoo.data.gaits.GaitWindows`.
+
+    Attributes:
+      count: examples.
+      names: of the clips.
+      length: frames.
+      gap: smallest and largest number of unknown frames.
+      speeds: at which clips are played, each as often.
+      mirror: whether half of the windows show the clip's mirror image.
+      seed: other seeds give other windows.
+    """
+
+    count: int
+    names: tuple[str, ...] = CLIPS
+    length: int = 24
+    gap: tuple[int, int] = (4, 12)
+    speeds: tuple[float, ...] = (1.0,)
+    mirror: bool = False
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    @functools.cached_property
+    def clips(self) -> list[Float[np.ndarray, "frames numbers"]]:
+        """At all speeds, and their mirror images; those that are too short are left out."""
+        clips = []
+        for speed in self.speeds:
+            for clip in packaged_clips(self.names, RATE / speed):
+                rows = clip.rows.copy()
+                rows[:, -MOVES - CONTACTS : -MOVES - CONTACTS + 3] *= speed
+                clips += [rows, mirrored(rows)] if self.mirror else [rows]
+        return [rows for rows in clips if len(rows) >= self.length]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rng = np.random.default_rng((self.seed, index))
+        clip = self.clips[int(rng.integers(len(self.clips)))]
+        return window_with_a_gap(clip, self.length, self.gap, rng)
