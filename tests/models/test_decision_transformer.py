@@ -96,6 +96,7 @@ def test_cloning_needs_no_returns():
     inputs = {k: v for k, v in frames().items() if k != "returns"}
     variables = filled(model)
     assert jax.eval_shape(model.apply, variables, **inputs).shape == (2, 3, 4)
+    assert "embed_return" in variables["params"]  # as in published files, which never use it
     with pytest.raises(ValueError, match="conditioned=False wants no returns"):
         jax.eval_shape(model.apply, variables, **frames())
 

@@ -359,10 +359,11 @@ class AtariDecisionTransformer(Model):
         embed = partial(nn.Embed, embedding_init=init, **types)
         encoder = StateEncoder(self.embed_dim, name="state_encoder", **types)
         parts = [encoder(states.reshape(-1, *states.shape[2:])).reshape(batch, steps, -1)]
+        embed_return = torch_linear(self, self.embed_dim, 1, "embed_return")
         if returns is not None:
-            parts.insert(
-                0, jnp.tanh(torch_linear(self, self.embed_dim, 1, "embed_return")(returns))
-            )
+            parts.insert(0, jnp.tanh(embed_return(returns)))
+        elif self.is_initializing():
+            embed_return(jnp.zeros((1, 1)))  # files have it nevertheless
         if actions is not None:
             token = jnp.tanh(embed(self.num_actions, self.embed_dim, name="embed_action")(actions))
             parts.append(jnp.pad(token, ((0, 0), (0, steps - token.shape[1]), (0, 0))))
