@@ -49,19 +49,7 @@ def build(case: golden.Case, base: str) -> tuple[Any, Callable[[dict], golden.Ou
     ratio = config.take("hidden_ratio")
     if ratio and own.get("mlp_dim") is None:
         own["mlp_dim"] = multiple_of_256(own.get("embed_dim", 2048), ratio)
-    softmax = config.take("attn") or {}
-    if isinstance(softmax, list):  # one description for several sets of layers
-        alike = [{**spec, "layers": None} for spec in softmax]
-        if any(spec != alike[0] for spec in alike):
-            raise golden.Unsupported("its softmax layers differ, and the zoo's are all alike")
-        softmax = {**alike[0], "layers": [i for spec in softmax for i in spec["layers"]]}
-    names = dict(
-        layers="attention_layers", num_heads="attention_heads", num_kv_heads="attention_kv_heads",
-        window_size="window", rope_theta="rope_theta", qkv_bias="attention_bias",
-    )  # fmt: skip
-    if unknown := set(softmax) - set(names):
-        raise golden.Unsupported(f"its attn has {', '.join(sorted(unknown))}")
-    own |= {names[key]: value for key, value in softmax.items() if value is not None}
+    own |= softmax_layers(config.take("attn") or [])
     config.expect(
         hidden_act=("swish", "silu"), attn_mode=("chunk", "fused_chunk", "fused_recurrent"),
         attnres_block_size=None, conv_bias=False,
@@ -72,3 +60,21 @@ def build(case: golden.Case, base: str) -> tuple[Any, Callable[[dict], golden.Ou
                   "use_output_norm", "transformers_version", *_text.IGNORED)  # fmt: skip
     model = _text.as_filed(case, zoo.info(f"{base}_340m").create(**own))
     return model, _text.run(case, model)
+
+
+def softmax_layers(attn: Any) -> dict[str, tuple]:
+    """Fields of the layers that are softmax attention, from a description, or one for each set."""
+    kinds = dict(
+        num_heads=("attention_heads", 16), num_kv_heads=("attention_kv_heads", None),
+        window_size=("window", None), rope_theta=("rope_theta", 10000.0),
+        qkv_bias=("attention_bias", False),
+    )  # fmt: skip
+    specs = [attn] if isinstance(attn, dict) else attn
+    if unknown := {name for spec in specs for name in spec} - set(kinds) - {"layers"}:
+        raise golden.Unsupported(f"its attn has {', '.join(sorted(unknown))}")
+    layers = [(i, spec) for spec in specs for i in spec["layers"]]
+    fields = {
+        ours: tuple(spec.get(name, default) for _, spec in layers)
+        for name, (ours, default) in kinds.items()
+    }
+    return {"attention_layers": tuple(i for i, _ in layers), **fields} if layers else {}

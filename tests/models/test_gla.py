@@ -77,8 +77,9 @@ def test_logits_do_not_depend_on_later_tokens(system):
 
 def test_a_window_forgets_what_the_state_remembers():
     """Softmax layers alone see 2 layers x 4 tokens back; the recurrent ones everything."""
-    for layers, sees in (((0, 1), False), ((1,), True)):
-        model = zoo.create("gla_test", attention_layers=layers)
+    each = dict(window=(4, 6), attention_heads=(4, 2), attention_kv_heads=(2, 1))  # 3 + 5 back
+    for layers, more, sees in (((0, 1), {}, False), ((0, 1), each, False), ((1,), {}, True)):
+        model = zoo.create("gla_test", attention_layers=layers, **more)
         x = tokens(1, 20)
         changed = x.copy()
         changed[0, 5] += 1
@@ -163,6 +164,7 @@ BAD = {
     "floats": (dict(), jnp.zeros((1, 4)), "integers"),
     "heads": (dict(num_heads=5), None, "does not divide"),
     "hybrid": (dict(attention_layers=(7,)), None, "layers are 0 to 1"),
+    "each": (dict(attention_layers=(1,), window=(3, 4)), None, "2 values for 1 attention_layers"),
     "scan": (dict(scan_layers=True, attention_layers=(1,)), None, "needs equal layers"),
 }
 

@@ -549,6 +549,8 @@ class CausalLM(Model):
 class Decoder(CausalLM):
     """Base of language models of one mixer, `mixer()`, some of whose layers may be attention.
 
+    The fields of the attention are one value for all its layers, or a tuple of one for each.
+
     Attributes:
       attention_layers: numbers of the layers that are softmax attention instead (hybrids).
       attention_heads: query heads of those.
@@ -559,11 +561,11 @@ class Decoder(CausalLM):
     """
 
     attention_layers: tuple[int, ...] = ()
-    attention_heads: int = 16
-    attention_kv_heads: int | None = None
-    window: int | None = None
-    rope_theta: float = 10000.0
-    attention_bias: bool = False
+    attention_heads: int | tuple[int, ...] = 16
+    attention_kv_heads: int | tuple[int | None, ...] | None = None
+    window: int | tuple[int | None, ...] | None = None
+    rope_theta: float | tuple[float, ...] = 10000.0
+    attention_bias: bool | tuple[bool, ...] = False
 
     def mixer(self) -> nn.Module:
         """An unbound mixer; it has `init_state(batch, channels, length)`."""
@@ -571,23 +573,28 @@ class Decoder(CausalLM):
 
     def mixers(self) -> list[nn.Module]:
         """An unbound mixer for each layer."""
-        softmax = RotaryAttention(
-            self.attention_heads,
-            self.attention_kv_heads,
-            self.window,
-            self.rope_theta,
-            self.attention_bias,
-            self.dtype,
-            self.param_dtype,
-            parent=None,
-        )
+        count = len(self.attention_layers)
+        names = "attention_heads", "attention_kv_heads", "window", "rope_theta", "attention_bias"
+        columns = []
+        for name in names:
+            value = getattr(self, name)
+            columns.append(value if isinstance(value, tuple) else (value,) * count)
+            if len(columns[-1]) != count:
+                raise ValueError(
+                    f"{name}={value} has {len(value)} values for {count} attention_layers; give "
+                    "one for each, or one number for all."
+                )
+        softmax = {
+            i: RotaryAttention(*values, self.dtype, self.param_dtype, parent=None)
+            for i, *values in zip(self.attention_layers, *columns, strict=True)
+        }
         outside = [i for i in self.attention_layers if not 0 <= i < self.depth]
         if outside:
             raise ValueError(
                 f"attention_layers has {outside}, but layers are 0 to {self.depth - 1}."
             )
         own = self.mixer()
-        return [softmax if i in self.attention_layers else own for i in range(self.depth)]
+        return [softmax.get(i, own) for i in range(self.depth)]
 
 
 # ------------------------------------------------------------------------ step and branch
