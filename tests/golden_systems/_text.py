@@ -1,5 +1,6 @@
 """What cases of causal language models share: their inputs, and outputs under other names."""
 
+import inspect
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,6 +24,9 @@ IGNORED = (
 def run(case: golden.Case, model: Any) -> Callable[[dict], Mapping[str, Any]]:
     """All features, and what references call by other names, of `input_ids` and their padding."""
     arguments = inputs(case)
+    taken = inspect.signature(model.features).parameters
+    if "token_types" in arguments and "token_types" not in taken:
+        raise golden.Unsupported("it has token_type_ids, which the zoo's model does not take")
     depth = model.depth
 
     def outputs(variables: dict) -> Mapping[str, Any]:
@@ -51,7 +55,8 @@ def as_filed(case: golden.Case, model: Any) -> Any:
 
 def inputs(case: golden.Case) -> dict[str, np.ndarray]:
     """Arguments of the model, by name; others in the file are refused."""
-    names = {"input_ids": "tokens", "attention_mask": "mask", "position_ids": "positions"}
+    names = {"input_ids": "tokens", "attention_mask": "mask", "position_ids": "positions",
+             "token_type_ids": "token_types"}  # fmt: skip
     if unknown := set(case.names) - set(names):
         raise golden.Unsupported(f"it has the inputs {', '.join(sorted(unknown))}")
     arguments = {}

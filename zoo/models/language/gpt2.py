@@ -229,17 +229,27 @@ class GPT2(decoder.PositionDecoder):
         positions: Int[Array, "batch length"] | None = None,
         train: bool = False,
         segments: Int[Array, "batch length"] | None = None,
+        token_types: Int[Array, "batch length"] | None = None,
     ) -> dict[str, Array]:
-        """Every named intermediate (see the table above); arguments as those of `__call__`."""
+        """Every named intermediate (see the table above); arguments as those of `__call__`.
+
+        Beside them: `token_types`, tokens whose embeddings mark the parts of a text, such as its
+        speakers (as in transformers); None: nothing is added.
+        """
         tokens, mask = check_tokens(self, tokens, mask, positions)
         if positions is None and segments is not None:
             positions = positions_in(segments)
         context = Context(mask, positions, segments=segments)
-        return self._run(tokens, None, train, context)[0]
+        return self._run(tokens, None, train, context, token_types)[0]
 
     @nn.compact
     def _run(
-        self, tokens: Array, state: tuple | None, train: bool, context: Context
+        self,
+        tokens: Array,
+        state: tuple | None,
+        train: bool,
+        context: Context,
+        token_types: Array | None = None,
     ) -> tuple[dict[str, Array], tuple | None]:
         if self.scan_layers and self.scale_by_layer:
             raise ValueError("scale_by_layer=True makes layers differ; use scan_layers=False.")
@@ -257,6 +267,7 @@ class GPT2(decoder.PositionDecoder):
         else:
             at = jnp.take(table, context.positions, axis=0, mode="fill", fill_value=jnp.nan)
         x = embed(tokens) + at.astype(self.dtype)
+        x = x if token_types is None else x + embed(token_types)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         x = constrain(x, "batch", "length", "channels")
         out = {"embed": x}
