@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zoo.layers.attention import Attention
+from zoo.layers.causal import Context
 from zoo.methods.quiet_attention import (
     QuietAttention,
     clipped_softmax,
@@ -113,11 +114,11 @@ def _attention(case: golden.Case) -> Callable[[dict], golden.Outputs]:
     for name in ("mask", "attention_mask"):
         if name in case.names:
             mask = case.input(name)
-            mask = mask.reshape(mask.shape[0], mask.shape[-1])
+            mask = mask.reshape(mask.shape[0], -1, mask.shape[-1])[:, -1]  # of the last query
             visible = mask == 0 if mask.min() < 0 else mask != 0  # added to scores, or of tokens
+    args: tuple = (x,) if visible is None else (x, visible)
     if causal and visible is not None:
-        raise golden.Unsupported("its causal attention has a mask of padding")
-    args = (x,) if causal or visible is None else (x, visible)
+        args = (x, None, False, Context(mask=jnp.asarray(visible)))
     module, variables = method.wrap(layer), {"params": {**params, **leaves}}
 
     def run(_: dict) -> golden.Outputs:

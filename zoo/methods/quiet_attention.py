@@ -48,7 +48,7 @@ class QuietAttention(Method):
       gate: what the gate is computed from, see above; None: no gate.
       per_head: average the gate's logit over the tokens.
       initial: the gate's value at first (of `linear`); None: the bias is 0.
-      factor: on the gate; the authors multiply by `1 / initial` in fine-tuning.
+      factor: on the gate of the input; the authors multiply by `1 / initial` in fine-tuning.
       targets: attention modules (path, regex of the whole) that have it.
     """
 
@@ -107,7 +107,7 @@ class QuietAttention(Method):
 
         bias = leaf("gate_bias", (count,))
         if self.gate == "constant":
-            return self.factor * jax.nn.sigmoid(bias)[:, None]
+            return jax.nn.sigmoid(bias)[:, None]
         if self.gate == "all":
             logits = x @ leaf("gate_kernel", (x.shape[-1], count), x.shape[-1]) + bias
         else:
