@@ -91,7 +91,7 @@ def _linear(case: golden.Case) -> Callable[[dict], golden.Outputs]:
 
 def _embedding(case: golden.Case) -> Callable[[dict], golden.Outputs]:
     config, method = case.config, _method(case)
-    config.ignore("padding_idx")
+    padding = config.take("padding_idx")  # a token whose rows get no gradient
     layer = nn.Embed(config.take("num_embeddings"), config.take("embedding_dim"))
     ids = case.input("ids")
     g = case.input("g") if "g" in case.names else None
@@ -110,7 +110,8 @@ def _embedding(case: golden.Case) -> Callable[[dict], golden.Outputs]:
             out["y_merged"] = whole[ids]
         if g is not None:
             (grads,) = back(g)
-            out |= {"grad_A": grads["lora_a"].T, "grad_B": grads["lora_b"].T}
+            of_a = grads["lora_a"] if padding is None else grads["lora_a"].at[padding].set(0)
+            out |= {"grad_A": of_a.T, "grad_B": grads["lora_b"].T}
         return out
 
     return run
@@ -123,6 +124,8 @@ def _conv(case: golden.Case) -> Callable[[dict], golden.Outputs]:
     stride, dilation = config.take("stride", 1), config.take("dilation", 1)
     padding = golden.pair(config.take("padding", 0))
     state = case.state_dict()
+    # One tensor with two names, of which the second is filled last.
+    state |= {n.removeprefix("conv."): x for n, x in state.items() if n.startswith("conv.")}
     layer = nn.Conv(
         config.take("out_channels"),
         golden.pair(size),
