@@ -82,7 +82,7 @@ def _language(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]
     fields["max_steps"] = steps
     config.expect(
         langevin_dynamics_noise=0.0, num_modality_processing_mlp_layers=1,
-        execution_mode=("pretrain", "inference"), discrete_contrastive_loss_true_logit_val=(0.0,),
+        execution_mode=("pretrain", "inference"),
     )  # fmt: skip
     config.ignore(
         "tokenizer", "mcmc_step_size_learnable", "langevin_dynamics_noise_learnable", "class",
@@ -95,9 +95,12 @@ def _language(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]
     factor = config.take("reconstruction_coeff", 1.0)
     share = config.take("contrastive_loss_coeff", 0.0005)
     contrasts = config.take("contrastive_loss", False)
+    certain = config.take("discrete_contrastive_loss_true_logit_val", 0.0)
     ids = case.input("input_ids").astype(np.int32)
     model = EBT(**fields, length=ids.shape[1] - 1)
-    start = jnp.asarray(2 * case.uniform("init_logits"))
+    start = jnp.zeros((len(ids), model.length, model.vocab_size))
+    if "init_logits" in case.names or config.take("denoising_initial_condition") != "zeros":
+        start = jnp.asarray(2 * case.uniform("init_logits"))
 
     def run(variables: dict) -> golden.Outputs:
         params = {**variables["params"], "alpha": jnp.float32(model.alpha)}
@@ -107,7 +110,9 @@ def _language(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]
             total, each = refinement_loss(
                 out["refined"], ids[:, 1:], truncate=model.truncate, soften=soften
             )
-            contrast = contrasted(model, params, ids, out["energy"][:, -1]) if contrasts else 0.0
+            contrast = 0.0
+            if contrasts:
+                contrast = contrasted(model, params, ids, out["energy"][:, -1], certain)
             return factor * total + share * contrast, (out, each, contrast)
 
         grads, (out, each, contrast) = jax.jit(jax.grad(loss, has_aux=True))(params)
@@ -130,14 +135,26 @@ def _language(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]
     return model, run
 
 
-def contrasted(model: EBT, params: dict, ids: np.ndarray, refined: Any) -> Any:
-    """The contrastive loss, with the energies of the true next tokens at the last step."""
+def contrasted(model: EBT, params: dict, ids: np.ndarray, refined: Any, certain: float) -> Any:
+    """The contrastive loss, with the energies of the true next tokens at the last step.
+
+    Args:
+      model: the language model.
+      params: its parameters.
+      ids: tokens, with the next ones.
+      refined: energies of the candidates at the last step.
+      certain: logit of the true token, its negative that of others; 0: it alone has a share.
+    """
     body = EnergyTransformer(
         model.embed_dim, model.depth, model.num_heads, model.mlp_ratio, model.conditioning,
         model.max_steps or model.steps, model.norm, model.activation,
     )  # fmt: skip
     table = params["embedding" if model.embeds_by_table else "candidate_kernel"]
-    words, answers = params["embedding"][ids[:, :-1]], table[ids[:, 1:]]
+    truth = jax.nn.one_hot(ids[:, 1:], len(table))
+    if certain:
+        truth = certain * (2 * truth - 1)
+        truth = truth if model.normalise == "never" else jax.nn.softmax(truth)
+    words, answers = params["embedding"][ids[:, :-1]], truth @ table
     true = body.apply({"params": params["transformer"]}, words, answers, model.steps - 1)
     return contrastive_loss(true, refined, ids[:, 1:])
 

@@ -23,8 +23,11 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
         gated="gru_gating",
         embedded="use_embedding_layer",
     )
+    if isinstance(fields.get("observation_dim"), list):  # of an observation that is laid out flat
+        fields["observation_dim"] = int(np.prod(fields["observation_dim"]))
     activation = case.config.take("activation", "relu")
-    fields["activation"] = str(activation).split(".")[-1].rstrip("()").lower()
+    activation = str(activation).split(".")[-1].rstrip("()").lower()
+    fields["activation"] = {"leakyrelu": "leaky_relu"}.get(activation, activation)
     case.config.ignore("class", "segments", "gru_bias", "dropout_ratio", "return_mem")
     batch_first = bool(case.config.take("batch_first", False))
     model = zoo.create("gtrxl_di_engine", **fields)

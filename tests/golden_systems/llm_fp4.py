@@ -54,7 +54,8 @@ def _settings(case: golden.Case) -> tuple[int, int, int, int]:
     config = case.config
     # rows have a bias each, whatever n_V is
     config.ignore("in_features", "out_features", "bias", "B", "n_V", "mode", "metric")
-    config.expect(n_a=(1, None), bias_correction=(False, None), bias_bit=(None,))
+    config.expect(n_a=(1, None), bias_bit=(None,))
+    config.ignore("bias_correction")  # only the class of the largest numbers reads it
     bits, exponent = config.take("bits", 8), config.take("exponent_bits", 4)
     return (
         config.take("w_bit", bits),
@@ -82,7 +83,8 @@ def _minmax(case: golden.Case) -> Callable[[dict], golden.Outputs]:
     wb, we, ab, ae = _settings(case)
     case.config.expect(n_H=(1, None))
     x, state = _x(case), case.state_dict()
-    weight, shift = state["weight"], state.get("bias", 0)
+    weight, added = state["weight"], state.get("bias", 0)
+    corrects = case.config.take("bias_correction", False) and "bias" in state
 
     def run(_: dict) -> golden.Outputs:
         out = {}
@@ -91,7 +93,9 @@ def _minmax(case: golden.Case) -> Callable[[dict], golden.Outputs]:
             of_x = Format.of(ab, ae, whole_powers=whole)
             w_bias, a_bias = of_w.bias(jnp.abs(weight).max()), of_x.bias(jnp.abs(x).max())
             w_q, x_q = of_w.quantise(weight, w_bias), of_x.quantise(x, a_bias)
-            out |= {f"w_q{suffix}": w_q, f"x_q{suffix}": x_q, f"y{suffix}": x_q @ w_q.T + shift}
+            moved = (x_q @ (w_q - weight).T).mean(0) if corrects else 0  # of the outputs
+            out |= {f"w_q{suffix}": w_q, f"x_q{suffix}": x_q}
+            out[f"y{suffix}"] = x_q @ w_q.T + added - moved
             out |= {f"w_bias{suffix}": w_bias.reshape(1), f"a_bias{suffix}": a_bias.reshape(1)}
         return out
 

@@ -43,8 +43,8 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     ratio = config.take("mlp_ratio")
     if ratio is not None:
         fields["mlp_dim"] = int(ratio * fields["embed_dim"])
-    bias, temperature = config.take("bias"), config.take("attn_bias")
-    bias = temperature if bias is None else bias
+    biases = (config.take(name) for name in ("bias", "attn_bias", "sigmoid_bias"))
+    bias = next((b for b in list(biases) if b is not None), None)
     temperature = next((t for t in map(config.take, ("temp", "attn_temp")) if t is not None), 0.0)
     bias = 0.0 if bias is None else bias
     scales = config.take("ls", "blocks.0.ls1.gamma" in case.shapes)
