@@ -17,7 +17,7 @@ from zoo.tasks import ReturnConditioned
 from zoo.training import train
 from zoo.training.config import load_file
 
-CONFIG = Path(__file__).parents[2] / "configs" / "control" / "decision_transformer_corridor.py"
+CONFIG = Path(__file__).parents[2] / "configs" / "control" / "decision_transformer_cart_pole.py"
 WORLD = SwitchCorridor(4, 10)
 
 
@@ -69,10 +69,11 @@ def test_what_is_asked_becomes_less_by_what_was_got():
 
 
 @pytest.mark.slow
-def test_a_decision_transformer_does_what_it_is_asked(tmp_path):
+def test_a_decision_transformer_gets_what_it_is_asked_for(tmp_path):
     config = load_file(CONFIG)
-    assert isinstance(config.evaluators[0], AskedReturns)
-    found = train(dataclasses.replace(config, compilation_cache=None), tmp_path).metrics
-    assert found["told_won_0.9"] >= 0.95 and found["told_won_-0.3"] <= 0.2
-    assert found["cloning_won_0.9"] < 0.6
+    few = AskedReturns((0.2, 0.5, 0.8), worlds=16)
+    config = dataclasses.replace(config, num_steps=800, evaluators=(few,))
+    found = train(config, tmp_path).metrics
+    assert found["told_asked_error"] < 0.5 * found["cloning_asked_error"]
+    assert found["told_got_0.2"] < found["told_got_0.5"] < found["told_got_0.8"]
     assert (tmp_path / "returns.png").stat().st_size > 0

@@ -19,7 +19,7 @@ class AttentionOnMolecules(Evaluator):
 
     Attributes:
       every: steps between pictures; 0 is at the end only.
-      count: held-out molecules.
+      count: held-out molecules, from the first to the last at equal distances.
     """
 
     every: int = 0
@@ -35,7 +35,8 @@ class AttentionOnMolecules(Evaluator):
         from zoo.data.molecules import ELEMENTS
         from zoo.tasks.apply import model_inputs
 
-        batch = some_examples(data, list(range(self.count)))
+        places = np.linspace(0, len(data.eval) - 1, self.count).astype(int)  # files are sorted
+        batch = some_examples(data, places.tolist())
         network = program.networks
         inputs = model_inputs(network, batch)
         sown = jax.jit(
@@ -61,6 +62,7 @@ class AttentionOnMolecules(Evaluator):
                     name = ELEMENTS[element] if element < len(ELEMENTS) else "?"
                     axis.text(x[atom], y[atom], name, ha="center", va="center", fontsize=8)
             axis.set_aspect("equal")
+            axis.margins(0.15)
             axis.axis("off")
         figure.savefig(folder / "attention.png", dpi=100)
         labels = [np.array([int(part[i]["labels"]) for i in range(len(part))])
