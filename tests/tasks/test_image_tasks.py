@@ -7,7 +7,7 @@ import pytest
 
 import zoo
 from zoo.data.moving_digits import MaskedClips, MovingDigits
-from zoo.data.photos import PhotoPatches
+from zoo.data.photos import PhotoPatches, Photos, photo
 from zoo.inference.diffusion import Diffusion, add_noise, target
 from zoo.tasks import Denoising, ImageRestoration, VideoPrediction
 from zoo.tasks.image_restoration import luma, psnr, ssim
@@ -68,6 +68,20 @@ def test_photos_come_small_and_large():
     assert np.abs(first["images"] - means).mean() < 0.05
     with pytest.raises(ValueError, match="There is no photo 'cat'"):
         PhotoPatches(1, "cat")[0]
+
+
+def test_photos_are_held_out_as_a_whole():
+    photos = Photos(("flower", "hopper"), size=(140, 160), scale=3)
+    assert len(photos) == 2
+    for i, name in enumerate(photos.names):
+        target = photos[i]["target"]
+        assert photos[i]["images"].shape == (140, 160, 3) and target.shape == (420, 480, 3)
+        pixels = photo(name)
+        top, left = (pixels.shape[0] - 420) // 2, (pixels.shape[1] - 480) // 2
+        middle = pixels[top : top + 420, left : left + 480]
+        np.testing.assert_array_equal(np.round(target * 255), middle)
+    with pytest.raises(ValueError, match=r"'flower' is 427x640; size=.* needs 600x300"):
+        Photos(("flower",), size=(200, 100), scale=3)[0]
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Photographs that come with scikit-learn, cut and shrunk for super-resolution."""
+"""Photographs that come with scikit-learn and Matplotlib, cut and shrunk for super-resolution."""
 
 import functools
 from dataclasses import dataclass
@@ -8,16 +8,69 @@ import numpy as np
 
 @functools.cache
 def photo(name: str) -> np.ndarray:
-    """`china` or `flower`: uint8 `[427, 640, 3]`.
+    """`china` or `flower`, uint8 `[427, 640, 3]`, or `hopper`, a portrait, `[600, 512, 3]`.
 
     Raises:
       ValueError: for another name.
     """
+    from PIL import Image
+
+    if name == "hopper":
+        from matplotlib.cbook import get_sample_data
+
+        with get_sample_data("grace_hopper.jpg") as file:
+            return np.asarray(Image.open(file).convert("RGB"))
+    if name not in ("china", "flower"):
+        raise ValueError(f"There is no photo {name!r}; there are 'china', 'flower' and 'hopper'.")
     from sklearn.datasets import load_sample_image
 
-    if name not in ("china", "flower"):
-        raise ValueError(f"There is no photo {name!r}; there are 'china' and 'flower'.")
     return load_sample_image(f"{name}.jpg")
+
+
+def shrunk(pixels: np.ndarray, scale: int) -> np.ndarray:
+    """An image, uint8, of sides that are multiples of `scale`, by bicubic averaging."""
+    from PIL import Image
+
+    height, width = pixels.shape[0] // scale, pixels.shape[1] // scale
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def _example(pixels: np.ndarray, scale: int) -> dict[str, np.ndarray]:
+    small = shrunk(pixels, scale)
+    return {"images": small.astype("f") / 255, "target": pixels.astype("f") / 255}
+
+
+@dataclass(frozen=True)
+class Photos:
+    """The middle of photos, and the same shrunk: what figures of super-resolution are of.
+
+    PSNR is a figure of images, not of patches: the mean over patches counts empty sky, in which
+    there is nothing to restore, as much as all else together.
+
+    Attributes:
+      names: of the photos, see `photo`.
+      size: height and width of the small image, in pixels.
+      scale: how much larger the target is.
+    """
+
+    names: tuple[str, ...]
+    size: tuple[int, int] = (208, 256)
+    scale: int = 2
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        pixels = photo(self.names[index])
+        sides = [self.scale * side for side in self.size]
+        top, left = ((n - side) // 2 for n, side in zip(pixels.shape[:2], sides, strict=True))
+        if min(top, left) < 0:
+            raise ValueError(
+                f"The photo {self.names[index]!r} is {pixels.shape[0]}x{pixels.shape[1]}; "
+                f"size={self.size} at scale={self.scale} needs {sides[0]}x{sides[1]}."
+            )
+        return _example(pixels[top : top + sides[0], left : left + sides[1]], self.scale)
 
 
 @dataclass(frozen=True)
@@ -47,8 +100,6 @@ class PhotoPatches:
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        from PIL import Image
-
         rng = np.random.default_rng((self.seed, index))
         pixels, side = photo(self.name), self.size * self.scale
         top, left = (int(rng.integers(n - side + 1)) for n in pixels.shape[:2])
@@ -56,6 +107,4 @@ class PhotoPatches:
         if self.turn:
             patch = np.rot90(patch, int(rng.integers(4)))
             patch = patch[:, ::-1] if rng.integers(2) else patch
-        small = Image.fromarray(np.ascontiguousarray(patch))
-        small = np.asarray(small.resize((self.size, self.size), Image.Resampling.BICUBIC))
-        return {"images": small.astype("f") / 255, "target": patch.astype("f") / 255}
+        return _example(patch, self.scale)

@@ -43,7 +43,7 @@ class RestoredImages(Evaluator):
 
     Attributes:
       every: steps between pictures; 0 is at the end only.
-      count: held-out examples.
+      count: held-out examples, if there are so many.
     """
 
     every: int = 0
@@ -55,10 +55,11 @@ class RestoredImages(Evaluator):
         """Draws; gives no number."""
         import jax
 
-        batch = some_examples(data, list(range(self.count)))
+        batch = some_examples(data, list(range(min(self.count, len(data.eval)))))
         said = jax.device_get(program.predict(variables, batch))["image"]
         plain = jax.image.resize(batch["images"], said.shape, "bicubic")
-        enlarged(grid([plain, said, batch["target"]]), 3).save(folder / "restored.png")
+        times = max(1, 96 // said.shape[1])
+        enlarged(grid([plain, said, batch["target"]]), times).save(folder / "restored.png")
         return {}
 
 
@@ -95,7 +96,7 @@ class SampledClips(Evaluator):
 
     Attributes:
       every: steps between samples; 0 is at the end only.
-      count: held-out examples.
+      count: clips in the picture; the errors are of all held-out ones.
     """
 
     every: int = 0
@@ -105,15 +106,16 @@ class SampledClips(Evaluator):
         self, program: Any, variables: Mapping[str, Any], data: Any, folder: Path
     ) -> dict[str, float]:
         """The squared error of the masked part, and that of repeating the last frame before it."""
-        import jax
-
-        batch = some_examples(data, list(range(self.count)))
-        said = jax.device_get(program.predict(variables, batch))["samples"]
-        truth = batch["latents"]
-        pair = [(x + 1) / 2 for x in (truth, said)]
+        said, truth, masks = [], [], []
+        for batch, given in predictions(program, variables, data):
+            said.append(given["samples"])
+            truth.append(batch["latents"])
+            masks.append(batch["mask"])
+        said, truth, mask = (np.concatenate(x) for x in (said, truth, masks))
+        pair = [(x[: self.count] + 1) / 2 for x in (truth, said)]
         save_gif(folder / "samples.gif", [grid([x[:, t] for x in pair])
                                           for t in range(truth.shape[1])])  # fmt: skip
-        mask = batch["mask"][..., None]
+        mask = mask[..., None]
         last = (1 - mask).reshape(*mask.shape[:2], -1).all(-1).argmin(1) - 1
         repeated = truth[np.arange(len(truth)), last][:, None]
         return {
