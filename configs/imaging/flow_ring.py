@@ -4,7 +4,8 @@
 
 The teacher of `few_steps_ring.py`. A tenth of the examples do not see their corner, so that
 guidance is possible. 3,000 steps, three minutes on two busy CPU cores; measured `distance` from
-held-out points: 0.012 (sliced Wasserstein). See `samples.png` in the run directory.
+held-out points: 0.0115 (sliced Wasserstein); fresh points of the ring are 0.007 away. See
+`samples.png` in the run directory.
 """
 
 from dataclasses import dataclass

@@ -40,9 +40,9 @@ def variables(**points):
     return {"params": params}
 
 
-def gradient(task, networks, given, phase):
+def gradient(task, networks, given, phase, batch=BATCH):
     def value(params):
-        return task.loss(networks, {"params": params}, {}, BATCH, jax.random.key(1), phase)[0]
+        return task.loss(networks, {"params": params}, {}, batch, jax.random.key(1), phase)[0]
 
     return jax.jit(jax.grad(value))(given["params"])
 
@@ -80,6 +80,28 @@ def test_the_student_is_pushed_from_the_fakes_samples_to_the_teachers():
     assert measured(task, NETWORKS, there)["score_distance"].compute() == 0
 
 
+class Stepwise(Point):
+    """A velocity of its own at each of three levels."""
+
+    @nn.compact
+    def __call__(self, latents, times, corner, train=False):
+        at = self.param("at", nn.initializers.normal(1.0), (3, 2))
+        return at[jnp.round(3 - 3 * times / 1000).astype(int)]
+
+
+@pytest.mark.parametrize("judged, learns", [("last", [2]), ("every", [0, 1, 2])])
+def test_the_step_that_is_judged_learns(judged, learns):
+    """The last alone, whose outputs are the samples, or all of them."""
+    task = StepDistillation(Denoising("flow"), steps=3, judged=judged)
+    networks = {name: Stepwise() for name in NETWORKS}
+    tables = {
+        name: {"at": jnp.full((3, 2), x)} for name, x in zip(NETWORKS, (1.0, 3.0, 2.0), strict=True)
+    }
+    batch = {name: jnp.repeat(x, 4, 0) for name, x in BATCH.items()}
+    slope = gradient(task, networks, {"params": tables}, "student", batch)["student"]["at"]
+    assert np.nonzero(np.asarray(slope).any(-1))[0].tolist() == learns
+
+
 def test_the_fake_learns_what_the_student_makes_and_nothing_else_does():
     task = StepDistillation(Denoising("clean"), steps=3)
     given = variables(student=[1.0, -1.0], teacher=[3.0, 1.0], fake=[2.0, -1.0])
@@ -110,6 +132,12 @@ def test_samples_noised_anew_keep_the_distribution_of_the_data():
 
     x = sample(posterior, shape, schedule=Flow(3), solver=Renoise("clean"), rng=jax.random.key(0))
     assert abs(x.mean() - 2) < 0.08 and abs(x.std() - 1) < 0.06
+
+
+def test_levels_of_a_flow_are_about_their_mean():
+    level, _ = Denoising("flow", level_mean=-2.0).levels(jax.random.key(0), 4000)
+    logit = np.log(np.asarray(level.sigma, np.float64) / np.asarray(level.alpha, np.float64))
+    assert abs(logit.mean() + 2) < 5 / np.sqrt(4000) and abs(logit.std() - 1) < 0.06
 
 
 def test_guidance_needs_conditions_that_the_batch_has():

@@ -56,6 +56,8 @@ class Denoising(Task):
       betas: of a schedule that is no flow: "linear" or "cosine".
       sampling_steps: of `predict`, by DDIM or, for a flow, Euler's method.
       shift: of a flow's schedule in sampling.
+      level_mean: of a flow's levels in training: sigma is the sigmoid of a normal number of this
+        mean; below zero, there is less noise.
       conditions: inputs of the network that guidance leaves out; their zeros must mean "none".
       dropped: part of the examples that see none of them in training.
       guidance: scale of classifier-free guidance in `predict`; 1 is none.
@@ -66,6 +68,7 @@ class Denoising(Task):
     betas: Literal["linear", "cosine"] = "linear"
     sampling_steps: int = 50
     shift: float = 1.0
+    level_mean: float = 0.0
     conditions: tuple[str, ...] = ()
     dropped: float = 0.0
     guidance: float = 1.0
@@ -139,7 +142,7 @@ class Denoising(Task):
     def levels(self, rng: PRNGKeyArray, count: int) -> tuple[Level, Level | None]:
         """A level for each example, and for a discrete schedule the next cleaner one."""
         if self.prediction == "flow":  # logit-normal, as rectified flows are trained
-            sigma = jax.nn.sigmoid(jax.random.normal(rng, (count,)))
+            sigma = jax.nn.sigmoid(self.level_mean + jax.random.normal(rng, (count,)))
             zero = jnp.zeros_like(sigma)
             return Level(1000 * sigma, 1 - sigma, sigma, zero, zero), None
         schedule = self.schedule(self.steps)
