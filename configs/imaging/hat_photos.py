@@ -4,7 +4,8 @@
 
 It learns from patches of scikit-learn's photo `china`; its `flower` and Matplotlib's portrait are
 held out, each as a whole, as the field counts. See `psnr` beside `bicubic_psnr` in the table, and
-`restored.png` in the run directory: bicubic, HAT, truth.
+`restored.png` in the run directory: bicubic, HAT, truth. 4,000 steps of four patches, 20 to 25 a
+second on a busy CPU core (16 patches at once: two a second); the figure is not yet measured.
 """
 
 from zoo.data import Data
@@ -13,7 +14,7 @@ from zoo.evaluators import RestoredImages
 from zoo.tasks import ImageRestoration
 from zoo.training import Checkpointing, Model, Optimizer, TrainConfig
 
-STEPS = 1000
+STEPS = 4000
 
 
 def get_config() -> TrainConfig:
@@ -26,15 +27,13 @@ def get_config() -> TrainConfig:
         data=Data(
             train=PhotoPatches(20_000),
             eval=Photos(("flower", "hopper")),
-            batch_size=16,
+            batch_size=4,
             eval_batch_size=2,
         ),
-        optimizer=Optimizer(
-            name="adam", learning_rate=2e-3, schedule="one_cycle", initial_fraction=0.05, clip=1.0
-        ),
+        optimizer=Optimizer(name="adam", learning_rate=2e-3, warmup_steps=50, b2=0.99, clip=1.0),
         evaluators=(RestoredImages(),),
         checkpoint=Checkpointing(metric="psnr"),
         num_steps=STEPS,
-        eval_every=STEPS // 3,
+        eval_every=STEPS,
         log_every=20,
     )

@@ -13,7 +13,7 @@ from zoo.evaluators import SampledClips
 from zoo.tasks import Denoising
 from zoo.training import Checkpointing, Model, Optimizer, TrainConfig
 
-STEPS = 600
+STEPS = 1500
 
 
 def get_config() -> TrainConfig:
@@ -27,7 +27,7 @@ def get_config() -> TrainConfig:
         data=Data(
             train=MaskedClips(MovingDigits(50_000, **clips)),
             eval=MaskedClips(MovingDigits(64, split="test", seed=1, **clips), task="predict"),
-            batch_size=32,
+            batch_size=8,
             eval_batch_size=64,
         ),
         optimizer=Optimizer(
@@ -37,6 +37,6 @@ def get_config() -> TrainConfig:
         checkpoint=Checkpointing(metric="error", mode="min"),
         num_steps=STEPS,
         eval_every=STEPS,
-        log_every=20,
+        log_every=50,
         ema_decay=0.99,
     )
