@@ -1,5 +1,6 @@
 """iTransformer, from the arguments of its official scripts or of Time-Series-Library."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +34,7 @@ def inverted_inputs(case: golden.Case) -> dict[str, Any]:
     )
 
 
-ATTENTIONS = {"iFlowformer": "flow", "iInformer": "prob_sparse"}
+ATTENTIONS = {"iFlowformer": "flow", "iInformer": "prob_sparse", "iReformer": "hashed"}
 """Models of the repository that differ in their attention; iFlashformer's is the softmax."""
 
 
@@ -41,8 +42,7 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     """The forecaster and its attention maps."""
     named = f"{case.config.take('model', '')} {case.source}"
     case.config.ignore("n_prob_calls", "index_sample")
-    if "Reformer" in named:
-        raise golden.Unsupported("it is an iReformer, which the zoo does not have")
+    case.config.ignore("rotations")
     attention = next((ours for name, ours in ATTENTIONS.items() if name in named), "softmax")
     fields = _series.take(case.config, "num_heads", "factor") | inverted_fields(case)
     if attention != "softmax" or "iFlash" in named:
@@ -51,6 +51,14 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     inputs = inverted_inputs(case)
     if attention == "prob_sparse":
         inputs["samples"] = [case.input(f"index_sample.{i}") for i in range(model.depth)]
+    if attention == "hashed":
+        prefix = next(n for n in case.names if re.fullmatch(r".*rot.*0", n))[:-1]
+        inputs["samples"] = [
+            case.input(f"{prefix}{i}").reshape(
+                model.embed_dim // model.num_heads, -1, case.input(f"{prefix}{i}").shape[-1]
+            )
+            for i in range(model.depth)
+        ]
 
     def outputs(variables: dict) -> golden.Outputs:
         run = jax.jit(

@@ -116,3 +116,45 @@ def test_variants_share_weights_and_differ_in_attention():
         found[attention] = apply(small(attention=attention), variables, x)
     assert np.abs(found["flow"] - found["softmax"]).max() > 1e-3
     assert np.abs(found["prob_sparse"] - found["softmax"]).max() > 1e-3
+
+
+def test_hashed_attention_is_softmax_inside_sorted_chunks():
+    layer = itransformer.HashedAttention(num_heads=2)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1, 11, 6)).astype(np.float32)
+    shape = layer.rotation_shape(11, 6)
+    assert shape == (3, 4, 2)  # 11 tokens and 5 zeros are 4 chunks of 4
+    rotations = rng.normal(size=shape).astype(np.float32)
+    variables = layer.init(jax.random.key(0), x, rotations)
+    found = layer.apply(variables, x, rotations)
+    params = jax.tree.map(np.asarray, variables["params"])
+    whole = np.pad(x[0], ((0, 5), (0, 0)))
+    heads = []
+    for head in range(2):
+        part = slice(3 * head, 3 * head + 3)
+        q = (whole @ params["query_key"]["kernel"])[:, part]
+        v = (whole @ params["value"]["kernel"])[:, part]
+        k = q / np.maximum(np.linalg.norm(q, axis=1, keepdims=True), 1e-12)
+        order = []
+        for r in range(4):
+            near = np.concatenate([q @ rotations[:, r], -q @ rotations[:, r]], 1).argmax(1)
+            order += [(r, token) for token in np.argsort(near, kind="stable")]
+        sums, weights = np.zeros((4, 16, 3)), np.zeros((4, 16))
+        for place, (r, token) in enumerate(order):
+            first = place // 4 * 4
+            seen = [order[(first - 4 + i) % 64][1] for i in range(8)]
+            score = np.array([-5e4 if s == token else q[token] @ k[s] / 3**0.5 for s in seen])
+            weights[r, token] = np.exp(score).sum()
+            sums[r, token] = np.exp(score) @ v[seen]
+        heads.append(sums.sum(0) / weights.sum(0)[:, None])
+    wanted = np.concatenate(heads, 1)[:11] @ params["out"]["kernel"] + params["out"]["bias"]
+    np.testing.assert_allclose(found[0], wanted, atol=1e-5)
+
+
+def test_every_attention_of_the_repository_has_gradients():
+    x = series(2, 24, 5)
+    for name in ("flow", "hashed"):
+        model = small(attention=name, depth=1)
+        variables = filled(model)
+        grads = jax.jit(jax.grad(lambda v, m=model: m.apply(v, x).sum()))(variables)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))

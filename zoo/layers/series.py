@@ -210,6 +210,7 @@ class PostNormBlock(nn.Module):
 
     Attributes:
       attend: another attention than softmax, `(query, key, value) -> output`; None: softmax.
+      mixer: a module in place of attention and its projections, `mixer(name)(x)`.
     """
 
     num_heads: int
@@ -217,6 +218,7 @@ class PostNormBlock(nn.Module):
     activation: Callable = gelu
     dropout: float = 0.0
     attend: Callable[[Array, Array, Array], Array] | None = None
+    mixer: Callable[..., nn.Module] | None = None
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -225,7 +227,10 @@ class PostNormBlock(nn.Module):
         self, x: Float[Array, "batch length channels"], train: bool = False
     ) -> Float[Array, "batch length channels"]:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        if self.attend is None:
+        if self.mixer is not None:
+            y = self.mixer(name="attention", **types)(x)
+            y = nn.Dropout(self.dropout)(y, deterministic=not train)
+        elif self.attend is None:
             y = Attention(
                 self.num_heads,
                 fused=False,

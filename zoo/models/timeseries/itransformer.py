@@ -21,7 +21,8 @@ iFlowformer and "prob_sparse" iInformer, which always standardise. With sigmoid(
     C_j = n softmax_j(k_j . sum_i q_i / I_i)                 competition
     y_i = R_i / I_i * q_i sum_j k_j^T C_j v_j
 
-iFlashformer is the softmax, computed in blocks. iReformer is not here.
+iFlashformer is the softmax, computed in blocks. "hashed" is iReformer, whose tokens see those that
+hash to the same buckets or next to them (`HashedAttention`).
 
 With `num_classes` it classifies: no standardising, W flatten(GELU(h)). With `horizon` equal to the
 context it reconstructs (imputation, anomaly detection).
@@ -36,14 +37,15 @@ context it reconstructs (imputation, anomaly detection).
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from zoo.checkpoints.rules import Rules, dense_rules, norm_rules
+from zoo.layers.dense import Dense
 from zoo.layers.mlp import gelu
 from zoo.layers.model import Model
 from zoo.layers.norm import LayerNorm
@@ -58,6 +60,7 @@ from zoo.layers.series import (
     read_forecast,
     standardise,
 )
+from zoo.models.language.reformer import buckets_of, look_adjacent
 from zoo.models.timeseries.informer import kept, prob_sparse_attention
 from zoo.system import System, Variant
 
@@ -81,6 +84,77 @@ def flow_attention(
     mixed = jnp.einsum("bknd,bkne->bnde", k, value * competition[..., None])
     y = jnp.einsum("bqnd,bnde->bqne", q, mixed)
     return (y * (inward * allocation)[..., None]).astype(out)
+
+
+class HashedAttention(nn.Module):
+    """Attention to tokens that are sorted next to one, by hashes of what is query and key at once.
+
+    Numbers are those of github.com/lucidrains/reformer-pytorch (MIT), which the repository uses: in
+    each round the bucket of a token is the nearest of random directions and their opposites, tokens
+    are sorted by round and bucket, and see their own chunk and the one before it, in a ring. Keys
+    have length 1. A token sees itself only where nothing else is near. Rounds are weighed by the
+    sums of their exponentials. Zeros complete the tokens to whole pairs of chunks, and are seen.
+
+    Attributes:
+      num_heads: must divide the channels.
+      chunk: tokens of a chunk, and of a bucket on average.
+      rounds: of hashing.
+    """
+
+    num_heads: int
+    chunk: int = 4
+    rounds: int = 4
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    def rotation_shape(self, length: int, channels: int) -> tuple[int, int, int]:
+        """Of the random directions for so many tokens: head width, rounds, half the buckets."""
+        return channels // self.num_heads, self.rounds, -(-length // (2 * self.chunk))
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch length channels"],
+        rotations: Float[Array, "head_dim rounds half"],
+    ) -> Float[Array, "batch length channels"]:
+        """The tokens after attention."""
+        batch, length, channels = x.shape
+        dense = partial(Dense, channels, dtype=self.dtype, param_dtype=self.param_dtype)
+        x = jnp.pad(x, ((0, 0), (0, -length % (2 * self.chunk)), (0, 0)))
+        total = x.shape[1]
+        heads = (batch, total, self.num_heads, -1)
+        query = dense(use_bias=False, name="query_key")(x).reshape(heads).swapaxes(1, 2)
+        value = dense(use_bias=False, name="value")(x).reshape(heads).swapaxes(1, 2)
+        query, value = query.astype(jnp.float32), value.astype(jnp.float32)
+        bucket = buckets_of(
+            jax.lax.stop_gradient(query),
+            jnp.broadcast_to(rotations, (self.num_heads, *rotations.shape)),
+            (2 * rotations.shape[-1],),
+        )
+        bucket = bucket + 2 * rotations.shape[-1] * jnp.arange(self.rounds)[:, None]
+        order = jnp.argsort(bucket.reshape(*bucket.shape[:2], -1), axis=-1, stable=True)
+        undo, at = jnp.argsort(order, axis=-1), order % total
+
+        def chunked(x: Array) -> Array:
+            x = jnp.take_along_axis(x, at.reshape(*at.shape, *(1,) * (x.ndim - 3)), 2)
+            return x.reshape(*x.shape[:2], -1, self.chunk, *x.shape[3:])
+
+        square = jnp.square(query).sum(-1, keepdims=True)
+        key = query * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+        key, value = (look_adjacent(chunked(t), 1, 0) for t in (key, value))
+        place = at.reshape(*at.shape[:2], -1, self.chunk)
+        itself = place[..., :, None] == look_adjacent(place, 1, 0)[..., None, :]
+        scores = jnp.einsum("bncqd,bnckd->bncqk", chunked(query), key) * query.shape[-1] ** -0.5
+        scores = jnp.where(itself, -5e4, scores)
+        weight = jax.nn.logsumexp(scores, axis=-1)
+        y = jnp.einsum("bncqk,bnckd->bncqd", jnp.exp(scores - weight[..., None]), value)
+        y = y.reshape(*order.shape, y.shape[-1])
+        y = jnp.take_along_axis(y, undo[..., None], 2)
+        weight = jnp.take_along_axis(weight.reshape(order.shape), undo, 2)
+        rounds = (*order.shape[:2], self.rounds, total)
+        share = jax.nn.softmax(weight.reshape(rounds), axis=2)
+        y = (y.reshape(*rounds, -1) * share[..., None]).sum(2).swapaxes(1, 2)[:, :length]
+        return dense(name="out")(y.reshape(batch, length, channels).astype(self.dtype))
 
 
 class ITransformer(Model):
@@ -109,7 +183,7 @@ class ITransformer(Model):
     num_heads: int = 8
     mlp_dim: int = 512
     activation: Callable = gelu
-    attention: Literal["softmax", "flow", "prob_sparse"] = "softmax"
+    attention: Literal["softmax", "flow", "prob_sparse", "hashed"] = "softmax"
     factor: int = 1
     standardise: bool = True
     num_classes: int = 0
@@ -137,12 +211,13 @@ class ITransformer(Model):
         series: Float[Array, "batch context variates"],
         time_features: Float[Array, "batch context features"] | None = None,
         train: bool = False,
-        samples: Sequence[Int[Array, "queries sampled"]] | None = None,
+        samples: Sequence[Array] | None = None,
     ) -> dict[str, Array]:
         """Every named intermediate (see the table above).
 
-        `samples` are the sampled keys of each layer of `prob_sparse`; without them they are drawn
-        with the rng stream `sample`, and without one always the same.
+        `samples` are, of each layer, the sampled keys of `prob_sparse` `[queries, sampled]`, or the
+        directions of `hashed` (`HashedAttention.rotation_shape`); without them they are drawn with
+        the rng stream `sample`, and without one always the same.
         """
         variates = self.variates if self.num_classes else None
         check_series(self, series, self.context_length, variates)
@@ -156,7 +231,9 @@ class ITransformer(Model):
         out = {"embed": x}
         sizes = (self.num_heads, self.mlp_dim, self.activation, self.dropout)
         for i in range(self.depth):
-            block = PostNormBlock(*sizes, self._attend(samples, i), name=f"layers_{i}", **types)
+            how = self._attend(samples, i)
+            how = {"mixer": how} if self.attention == "hashed" else {"attend": how}
+            block = PostNormBlock(*sizes, **how, name=f"layers_{i}", **types)
             x = out[f"layer{i}"] = block(x, train)
         x = out["norm"] = LayerNorm(epsilon=1e-5, name="norm", **types)(x)
         if self.num_classes:
@@ -165,16 +242,30 @@ class ITransformer(Model):
         return out
 
     def _attend(self, samples: Sequence[Array] | None, i: int) -> Callable | None:
-        """The attention of layer `i`; None: softmax."""
+        """The attention of layer `i`; None: softmax; of "hashed" its module, which draws."""
         if self.attention == "softmax":
             return None
         if self.attention == "flow":
             return flow_attention
+        rng = self.make_rng("sample") if self.has_rng("sample") else jax.random.key(0)
+        rng = jax.random.fold_in(rng, i)
+        if self.attention == "hashed":
+
+            def mixer(**types: Any) -> Callable[[Array], Array]:
+                module = HashedAttention(self.num_heads, **types)
+
+                def mix(x: Array) -> Array:
+                    if samples is not None:
+                        return module(x, samples[i])
+                    return module(x, jax.random.normal(rng, module.rotation_shape(*x.shape[1:])))
+
+                return mix
+
+            return mixer
 
         def attend(query: Array, key: Array, value: Array) -> Array:
             count = kept(key.shape[1], self.factor)
-            rng = self.make_rng("sample") if self.has_rng("sample") else jax.random.key(0)
-            draw = partial(jax.random.randint, jax.random.fold_in(rng, i))
+            draw = partial(jax.random.randint, rng)
             shape, end = (query.shape[1], count), key.shape[1]
             chosen = draw(shape, 0, end) if samples is None else samples[i]
             # the code reads its output as if heads came before tokens, which mixes them
@@ -192,6 +283,14 @@ def _naming(head: str) -> Rules:
         [
             *dense_rules("enc_embedding.value_embedding", "embed"),
             *post_norm_rules("encoder.attn_layers.{i}", "layers_{i}"),
+            *(
+                rule
+                for theirs, ours in (("toqk", "query_key"), ("tov", "value"), ("to_out", "out"))
+                for rule in dense_rules(
+                    f"encoder.attn_layers.{{i}}.attention.attn.{theirs}",
+                    f"layers_{{i}}/attention/{ours}",
+                )
+            ),
             *norm_rules("encoder.norm", "norm"),
             *dense_rules(head, "head"),
         ],
