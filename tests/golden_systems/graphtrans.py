@@ -35,15 +35,26 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     fields["num_heads_out"] = config.take("max_seq_len") or 0
     config.expect(
         pretrained_gnn=None, freeze_gnn=None, num_encoder_layers_masked=0,
-        transformer_prenorm=(False, True), node_encoder=("mol", "tud"),
+        transformer_prenorm=(False, True), node_encoder=("mol", "tud", "ast", "code", "code2"),
     )  # fmt: skip
     config.ignore("gnn_dropout", "transformer_dropout", "class", "sizes")
     inputs, real = padded(case)
-    longest = config.take("max_input_len", 1000)
-    if longest < inputs["nodes"].shape[1]:
-        raise golden.Unsupported(f"its graphs are cut to {longest} nodes")
-    tables = config.take("node_encoder", "mol") == "mol"
-    if tables:
+    fields["max_tokens"] = int(config.take("max_input_len", 1000))
+    encoder = config.take("node_encoder", "mol")
+    if encoder not in ("mol", "tud"):  # a type, an attribute and a depth; real numbers of edges
+        tables = ("type", "attribute", "depth")
+        fields["node_numbers"] = tuple(
+            case.shapes[f"gnn_node.node_encoder.{name}_encoder.weight"][0] for name in tables
+        )
+        if inputs["nodes"].shape[-1] == 2:
+            depth = np.zeros((*inputs["nodes"].shape[:2], 1), np.int32)
+            depth[real] = case.input("node_depth").reshape(-1, 1)
+            inputs["nodes"] = np.concatenate([inputs["nodes"], depth], -1)
+        deepest = fields["node_numbers"][2] - 1
+        inputs["nodes"][..., 2] = np.minimum(inputs["nodes"][..., 2], deepest)
+        fields["edge_dim"] = inputs["edge_features"].shape[-1]
+        inputs["edge_features"] = inputs["edge_features"].astype(np.float32)
+    elif encoder == "mol":
         bond = "gnn_node.convs.0.edge_encoder.bond_embedding_list.{}.weight"
         atom = "gnn_node.node_encoder.atom_embedding_list.{}.weight"
         fields["node_numbers"] = tuple(

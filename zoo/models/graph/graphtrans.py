@@ -27,7 +27,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from zoo.checkpoints.rules import (
     Rule,
@@ -65,10 +65,12 @@ class Messages(nn.Module):
     Attributes:
       kind: `gin` or `gcn`.
       edge_numbers: values of each feature of an edge; none: edges are alike.
+      edge_dim: real numbers of an edge, in place of them.
     """
 
     kind: str
     edge_numbers: tuple[int, ...] = ()
+    edge_dim: int = 0
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -77,7 +79,7 @@ class Messages(nn.Module):
         self,
         x: Float[Array, "batch nodes channels"],
         edges: Int[Array, "batch edges 2"],
-        edge_features: Int[Array, "batch edges features"],
+        edge_features: Shaped[Array, "batch edges features"],
         real: Bool[Array, "batch nodes"],
         train: bool = False,
     ) -> Float[Array, "batch nodes channels"]:
@@ -89,6 +91,8 @@ class Messages(nn.Module):
         if self.edge_numbers:
             embed = SumOfEmbeddings(self.edge_numbers, channels, name="embed_edge", **types)
             edge = embed(edge_features)
+        elif self.edge_dim:
+            edge = Dense(channels, name="embed_edge", **types)(edge_features)
         if self.kind == "gcn":
             x = Dense(channels, name="linear", **types)(x)
             there = (target < size).astype(self.dtype)[..., None]
@@ -166,6 +170,7 @@ class GraphTrans(Model):
       node_numbers: values of each feature of a node; none: `node_features` real numbers.
       node_features: real numbers of a node.
       edge_numbers: values of each feature of an edge; none: edges are alike.
+      edge_dim: real numbers of an edge, in place of them.
       gnn: kind of messages.
       gnn_depth: layers of messages.
       gnn_dim: channels of them.
@@ -179,6 +184,7 @@ class GraphTrans(Model):
       activation: of its MLPs.
       norm_input: whether its input is normalised.
       positions: whether nodes have positions.
+      max_tokens: the transformer sees so many nodes of a graph, its last ones; 0: all.
       pool: what a graph is read from.
       num_classes: outputs.
       num_heads_out: heads of `num_classes` outputs each (code2 reads five words); 0: one.
@@ -189,6 +195,7 @@ class GraphTrans(Model):
     node_numbers: tuple[int, ...] = ()
     node_features: int = 37
     edge_numbers: tuple[int, ...] = ()
+    edge_dim: int = 0
     gnn: Literal["gin", "gcn"] = "gcn"
     gnn_depth: int = 5
     gnn_dim: int = 128
@@ -202,6 +209,7 @@ class GraphTrans(Model):
     activation: str = "relu"
     norm_input: bool = True
     positions: bool = False
+    max_tokens: int = 0
     pool: Literal["cls", "last"] = "cls"
     num_classes: int = 2
     num_heads_out: int = 0
@@ -217,10 +225,12 @@ class GraphTrans(Model):
         whole = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
         nodes = (batch_size, self.max_nodes, len(self.node_numbers) or self.node_features)
         kind = jnp.int32 if self.node_numbers else jnp.float32
+        width = self.edge_dim or len(self.edge_numbers) or 1
+        edge_kind = jnp.float32 if self.edge_dim else jnp.int32
         return {
             "nodes": jax.ShapeDtypeStruct(nodes, kind),
             "edges": whole((batch_size, self.max_edges, 2)),
-            "edge_features": whole((batch_size, self.max_edges, len(self.edge_numbers) or 1)),
+            "edge_features": jax.ShapeDtypeStruct((batch_size, self.max_edges, width), edge_kind),
             "num_nodes": whole((batch_size,)),
         }
 
@@ -228,7 +238,7 @@ class GraphTrans(Model):
         self,
         nodes: Array,
         edges: Int[Array, "batch edges 2"],
-        edge_features: Int[Array, "batch edges features"],
+        edge_features: Array,
         num_nodes: Int[Array, "batch"],
         train: bool = False,
     ) -> Float[Array, "batch ... classes"]:
@@ -240,7 +250,7 @@ class GraphTrans(Model):
         self,
         nodes: Array,
         edges: Int[Array, "batch edges 2"],
-        edge_features: Int[Array, "batch edges features"],
+        edge_features: Array,
         num_nodes: Int[Array, "batch"],
         train: bool = False,
     ) -> dict[str, Array]:
@@ -249,7 +259,7 @@ class GraphTrans(Model):
         Args:
           nodes: features of each node, numbers of tables or real numbers.
           edges: source and target of each edge; of padding, a target past the last node.
-          edge_features: numbers of the features of each edge.
+          edge_features: of each edge, numbers of tables or real numbers.
           num_nodes: how many nodes of each graph are real.
           train: whether to drop out and to normalise by the batch.
         """
@@ -258,17 +268,18 @@ class GraphTrans(Model):
         h = self._messages(nodes, edges, edge_features, real, train)
         out = {"nodes": h}
         x = Dense(self.embed_dim, name="embed", **types)(h)
+        longest = min(x.shape[1], self.max_tokens or x.shape[1])
+        place = longest - num_nodes[:, None] + jnp.arange(x.shape[1])
         if self.positions:
-            table = jnp.asarray(sinusoids(x.shape[1], self.embed_dim), self.dtype)
-            place = x.shape[1] - num_nodes[:, None] + jnp.arange(x.shape[1])
-            x = x + table[jnp.minimum(place, x.shape[1] - 1)]
-        visible = real
+            table = jnp.asarray(sinusoids(longest, self.embed_dim), self.dtype)
+            x = x + table[jnp.clip(place, 0, longest - 1)]
+        visible = real & (place >= 0)
         if self.pool == "cls":
             normal = nn.initializers.normal(1.0)
             token = self.param("class_token", normal, (1, 1, self.embed_dim), self.param_dtype)
             token = jnp.broadcast_to(token.astype(self.dtype), (x.shape[0], 1, self.embed_dim))
             x = jnp.concatenate([token, x], 1)
-            visible = jnp.pad(real, ((0, 0), (1, 0)), constant_values=True)
+            visible = jnp.pad(visible, ((0, 0), (1, 0)), constant_values=True)
         if self.norm_input:
             x = LayerNorm(epsilon=1e-5, name="norm_input", **types)(x)
         for i in range(self.depth):
@@ -312,7 +323,8 @@ class GraphTrans(Model):
             if graph is not None:
                 h = jnp.where(real[..., None], h + graph[:, None], 0)
             layers.append(h)
-            messages = Messages(self.gnn, self.edge_numbers, name=f"messages_{i}", **types)
+            sizes = (self.gnn, self.edge_numbers, self.edge_dim)
+            messages = Messages(*sizes, name=f"messages_{i}", **types)
             y = messages(h, edges, edge_features, real, train)
             y = NodeBatchNorm(name=f"message_norm_{i}", **types)(y, real, train)
             last = i == self.gnn_depth - 1
@@ -330,20 +342,28 @@ class GraphTrans(Model):
 # ---------------------------------------------------------------------------- checkpoints
 
 
-def _rules() -> Rules:
+def _rules(code: bool = False) -> Rules:
+    """`code`: nodes are those of syntax trees, with a type, an attribute and a depth."""
     gnn, encoder = "gnn_node.", "transformer_encoder."
     conv, norm = f"{gnn}convs.{{i}}", f"{gnn}batch_norms.{{i}}"
     virtual = f"{gnn}mlp_virtualnode_list.{{i}}"
     theirs, ours = f"{encoder}transformer.layers.{{i}}", "layers_{i}"
+    tables = [
+        Rule(f"{gnn}node_encoder.atom_embedding_list.{{k}}.weight", "embed_node/table{k}_embedding")
+    ]
+    if code:
+        tables = [
+            Rule(f"{gnn}node_encoder.{name}_encoder.weight", f"embed_node/table{k}_embedding")
+            for k, name in enumerate(("type", "attribute", "depth"))
+        ]
     rules = [
-        Rule(
-            f"{gnn}node_encoder.atom_embedding_list.{{k}}.weight", "embed_node/table{k}_embedding"
-        ),
+        *tables,
         *dense_rules(f"{gnn}node_encoder", "embed_node"),
         Rule(
             f"{conv}.edge_encoder.bond_embedding_list.{{k}}.weight",
             "messages_{i}/embed_edge/table{k}_embedding",
         ),
+        *dense_rules(f"{conv}.edge_encoder", "messages_{i}/embed_edge"),
         Rule(f"{conv}.eps", "messages_{i}/epsilon"),
         *dense_rules(f"{conv}.mlp.0", "messages_{i}/expand"),
         *batch_norm_rules(f"{conv}.mlp.1", "messages_{i}/norm"),
@@ -397,7 +417,7 @@ def _positions(model: GraphTrans) -> np.ndarray | None:
     return table if model.positions else None
 
 
-LAYOUTS = {"official": _rules()}
+LAYOUTS = {"official": _rules(), "official_code2": _rules(code=True)}
 
 _COMMON = dict(
     module=GraphTrans,
