@@ -149,7 +149,8 @@ def _weights(case: golden.Case) -> Callable[[dict], golden.Outputs]:
     method = SparseWeights(*densities, begin, end, every)
     at, shapes = config.take("mask_at_index"), config.take("shapes", [])
     config.ignore("model", "epochs")
-    names = [name for name in case.names if name.startswith("w")]
+    names = [name for name in case.names if name[:1] == "w" and name[1:].isdigit()]
+    names.sort(key=lambda name: int(name[1:]))
     weights = []
     for i, name in enumerate(names):
         how = config.entries["inputs"].get(name, {}).get("how", "")

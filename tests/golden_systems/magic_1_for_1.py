@@ -54,7 +54,7 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
         given[name] = np.repeat(given[name], batch // len(given[name]), 0)
     for name in ("latents", "given"):
         given[name] = np.moveaxis(given[name], 1, -1)
-    for name in ("text_guidance", "guidance"):
+    for name in ("text_guidance", "guidance", "face_mask"):
         if name in case.names:
             case.unread(name)  # the official network takes it and does not use it
     model = Magic1For1(
