@@ -10,10 +10,11 @@ from golden_systems._graphs import padded
 
 import zoo
 from zoo.layers.graph import ATOM_NUMBERS, BOND_NUMBERS
-from zoo.models.graph.graphgps import return_chances
+from zoo.layers.graph_positions import return_chances
 
 LOCAL = {
-    "GINE": "gine", "GIN": "gin", "GCN": "gcn", "CustomGatedGCN": "gated", "None": "none",
+    "GINE": "gine", "GIN": "gin", "GCN": "gcn", "CustomGatedGCN": "gated", "GAT": "gat",
+    "GENConv": "gen", "PNA": "pna", "None": "none",
 }  # fmt: skip
 
 
@@ -27,12 +28,20 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
         num_classes="dim_out",
         pool="pool",
         activation="act",
-        head_layers="layers_post_mp",
     )
+    config.ignore("layers_post_mp", "layers_pre_mp")  # which `san_graph` does not look at
+    head = [n for n in case.shapes if ".FC_layers." in n and n.endswith("weight")]
+    fields["head_layers"] = len(head) - 1
     local, _, attention = config.take("layer_type", "GINE+Transformer").partition("+")
-    if local not in LOCAL or attention not in ("Transformer", "None"):
+    if local not in LOCAL or attention not in ("Transformer", "Performer", "None"):
         raise golden.Unsupported(f"its layers are of {local} and {attention}")
-    fields |= {"local": LOCAL[local], "attend": attention == "Transformer"}
+    fields |= {"local": LOCAL[local], "attend": attention != "None"}
+    fields |= {"performer": attention == "Performer"}
+    fields |= {"degrees": tuple(config.take("pna_degrees") or ())}
+    fields["position_norm"] = str(config.take("raw_norm_type", "BatchNorm")).lower() != "none"
+    if str(config.take("pe_model", "Linear")).lower() == "mlp":
+        fields["position_layers"] = config.take("pe_layers", 3)
+    config.expect(pe_model=("Linear", "linear", "mlp", "MLP"))
     kinds = config.take("enc", "dict")
     config.expect(enc=("dict", "mol"))
     graph, batch = config.take("layer_norm", False), config.take("batch_norm", True)
@@ -47,8 +56,16 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
         )  # fmt: skip
     fields |= {"node_numbers": numbers[0], "edge_numbers": numbers[1]}
     fields |= {"walk_steps": config.take("rw", 20), "position_dim": config.take("dim_pe", 28)}
-    config.ignore("class", "sizes", "damp", "dropout", "attn_dropout")
+    config.ignore("class", "sizes", "damp", "dropout", "attn_dropout", "max_freqs")
     inputs, real = padded(case)
+    if "EigVecs" in case.names:
+        eigen = np.stack([case.input("EigVecs"), case.input("EigVals").reshape(real.sum(), -1)], -1)
+        inputs["eigen"] = np.full((*real.shape, *eigen.shape[1:]), np.nan, np.float32)
+        inputs["eigen"][real] = eigen
+        fields |= {"eigenvectors": eigen.shape[1], "eigen_layers": config.take("lap_layers", 2)}
+        fields["eigen_dim"] = config.take("dim_lap", fields["position_dim"])
+        if "pe" not in case.names:
+            fields["walk_steps"] = 0
     steps, largest = fields["walk_steps"], inputs["nodes"].shape[1]
     inputs["walks"] = np.zeros((*inputs["nodes"].shape[:2], steps), np.float32)
     for graph, edges in enumerate(inputs["edges"]):

@@ -8,8 +8,14 @@ from model_helpers import documented_shapes, feature_shapes, filled
 
 import zoo
 from zoo.layers.graph import sum_at_nodes
+from zoo.layers.graph_positions import laplacian_eigenvectors, return_chances
+from zoo.layers.messages import (
+    AttentiveMessages,
+    ConvolvedMessages,
+    PrincipalMessages,
+    SoftmaxMessages,
+)
 from zoo.models.graph import graphgps, graphtrans
-from zoo.models.graph.graphgps import return_chances
 
 NAMES = ("graphgps_test", "graphtrans_test")
 
@@ -107,11 +113,132 @@ def test_either_half_alone_is_a_network(local, attend):
 def test_convolved_messages_are_the_normalised_adjacency():
     source, target = np.array([[0, 1, 1, 2]]), np.array([[1, 0, 2, 1]])
     x = np.random.default_rng(0).normal(size=(1, 3, 4)).astype(np.float32)
-    layer = graphgps.ConvolvedMessages()
-    variables = layer.init(jax.random.key(0), x, source, target)
+    layer = ConvolvedMessages()
+    variables = layer.init(jax.random.key(0), x, None, source, target)
     kernel = np.asarray(variables["params"]["map"]["kernel"])
     links = np.eye(3)
     links[target[0], source[0]] = 1
     root = links.sum(1) ** -0.5
     wanted = root[:, None] * links * root @ (x[0] @ kernel)
-    np.testing.assert_allclose(layer.apply(variables, x, source, target)[0], wanted, atol=1e-5)
+    found = layer.apply(variables, x, None, source, target)[0]
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+# 1 -> 0, 2 -> 0, 0 -> 1, an edge of 0 to itself, one that is padding; nothing comes to 2
+SOURCE, TARGET = np.array([[1, 2, 0, 0, 0]]), np.array([[0, 0, 1, 0, 3]])
+
+
+def message_layer(layer):
+    """What a layer makes of three nodes and the edges above, its inputs and its parameters."""
+    rng = np.random.default_rng(0)
+    x, edge = (rng.normal(size=(1, n, 4)).astype(np.float32) for n in (3, 5))
+    inputs = (x, edge, SOURCE, TARGET, np.ones((1, 3), bool))
+    variables = layer.init(jax.random.key(0), *inputs)
+    params = jax.tree.map(lambda p: p + 0.1 * rng.normal(size=p.shape), variables["params"])
+    found = layer.apply({**variables, "params": params}, *inputs)
+    return np.asarray(found[0]), x[0], edge[0], jax.tree.map(np.asarray, params)
+
+
+def affine(params, x):
+    return x @ params["kernel"] + params.get("bias", 0)
+
+
+def test_attentive_messages_are_a_softmax_over_neighbours_and_oneself():
+    found, x, edge, params = message_layer(AttentiveMessages(2))
+    mapped = affine(params["map"], x).reshape(3, 2, 2)
+    edges = {(1, 0): edge[0], (2, 0): edge[1], (0, 1): edge[2]}  # the edge to itself is replaced
+    edges |= {(0, 0): (edge[0] + edge[1]) / 2, (1, 1): edge[2], (2, 2): np.zeros(4)}
+    for node in range(3):
+        near = [pair for pair in edges if pair[1] == node]
+        scores = []
+        for a, b in near:
+            e = affine(params["map_edge"], edges[a, b]).reshape(2, 2)
+            each = ((mapped[a], "source"), (mapped[b], "target"), (e, "edge"))
+            score = sum((value * params[f"{name}_score"]).sum(-1) for value, name in each)
+            scores.append(np.where(score > 0, score, 0.2 * score))
+        weights = np.exp(scores) / np.exp(scores).sum(0)
+        wanted = sum(w[:, None] * mapped[a] for w, (a, _) in zip(weights, near, strict=True))
+        np.testing.assert_allclose(found[node], wanted.ravel() + params["bias"], rtol=1e-4)
+
+
+def test_softmax_messages_weigh_each_channel_by_itself():
+    found, x, edge, params = message_layer(SoftmaxMessages())
+    m = np.maximum(x[SOURCE[0]] + edge, 0) + 1e-7
+    summed = x.copy()
+    for node in range(3):
+        mine = m[TARGET[0] == node]
+        if len(mine):
+            summed[node] += (mine * np.exp(mine)).sum(0) / np.exp(mine).sum(0)
+    y = affine(params["expand"], summed) / np.sqrt(1 + 1e-5)
+    y = np.maximum(y * params["norm"]["scale"] + params["norm"]["bias"], 0)
+    np.testing.assert_allclose(found, affine(params["reduce"], y), rtol=1e-4, atol=1e-5)
+
+
+def test_principal_messages_are_the_mean_maximum_and_sum():
+    found, x, edge, params = message_layer(PrincipalMessages())
+    e = affine(params["map_edge"], edge)
+    real = TARGET[0] < 3
+    pairs = [x[np.minimum(TARGET[0], 2)], x[SOURCE[0]], e]
+    m = affine(params["message"], np.concatenate(pairs, 1))
+    rows = []
+    for node in range(3):
+        mine = m[real & (TARGET[0] == node)]
+        none = np.zeros(4)
+        parts = [mine.mean(0), mine.max(0), mine.sum(0)] if len(mine) else [none] * 3
+        rows.append(np.concatenate([x[node], *parts]))
+    wanted = affine(params["out"], affine(params["update"], np.array(rows)))
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_of_performer_does_not_look_at_the_order_of_nodes():
+    model = zoo.create("graphgps_test", local="none", performer=True, depth=1)
+    variables = filled(model)
+    one, order = graph(6, 0, model), np.random.default_rng(1).permutation(6)
+    moved = {**one, "nodes": one["nodes"][order], "walks": one["walks"][order]}
+    run = jax.jit(lambda inputs: model.apply(variables, **inputs))
+    found, other = run(batch([one])), run(batch([moved]))
+    np.testing.assert_allclose(found, other, atol=2e-5 * np.abs(found).max())
+    assert "unused_norm_local" in variables["params"]["layers_0"]  # as official files have it
+
+
+def test_the_transformer_may_see_the_last_nodes_of_a_graph_only():
+    model = zoo.create("graphtrans_test", virtual_node=False, max_tokens=4)
+    variables = filled(model)
+    run = jax.jit(lambda inputs: model.apply(variables, **inputs))
+    one = graph(6, 0, model)
+    one["edges"] = np.full_like(one["edges"], 6)  # no message carries anything
+    first, third = ({**one, "nodes": one["nodes"].copy()} for _ in range(2))
+    first["nodes"][1] = (first["nodes"][1] + 1) % 3
+    third["nodes"][2] = (third["nodes"][2] + 1) % 3
+    found, same, other = (run(batch([g])) for g in (one, first, third))
+    np.testing.assert_array_equal(found, same)
+    assert np.abs(found - other).max() > 1e-4 * np.abs(found).max()
+
+
+def test_eigenvectors_of_the_laplacian_of_a_ring_are_waves():
+    ring = np.array([(i, (i + d) % 5) for i in range(5) for d in (1, -1)]).T
+    found = laplacian_eigenvectors(ring, 5, 7)
+    values = 2 - 2 * np.cos(2 * np.pi * np.array([0, 1, 1, 2, 2]) / 5)
+    np.testing.assert_allclose(found[:, :5, 1], np.tile(values, (5, 1)), atol=1e-6)
+    assert np.isnan(found[:, 5:]).all()
+    halved = laplacian_eigenvectors(ring, 5, 5, normalised=True)
+    np.testing.assert_allclose(halved[0, :, 1], values / 2, atol=1e-6)
+
+
+def test_positions_in_eigenvectors_do_not_look_at_what_is_not_there():
+    model = zoo.create("graphgps_test", eigenvectors=7, walk_steps=0)
+    variables = filled(model)
+    run = jax.jit(lambda inputs: model.apply(variables, **inputs))
+
+    def with_eigen(nodes):
+        one = graph(nodes, nodes, model)
+        edges = one["edges"][one["edges"][:, 1] < 6].T
+        eigen = laplacian_eigenvectors(edges, nodes, 7)
+        return one | {"eigen": np.pad(eigen, ((0, 6 - nodes), (0, 0), (0, 0)))}
+
+    together = run(batch([with_eigen(n) for n in (6, 3)]))
+    assert np.isfinite(together).all()
+    alone = run(batch([with_eigen(3)]))[0]
+    np.testing.assert_allclose(alone, together[1], atol=2e-5 * np.abs(together).max())
+    with pytest.raises(ValueError, match="make it with laplacian_eigenvectors"):
+        model.apply(variables, **batch([graph(3, 3, model)]))

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from zoo.data.graphs import Graph
-from zoo.models.graph.graphgps import return_chances
+from zoo.layers.graph_positions import return_chances
 
 ELEMENTS = ("C", "N", "O", "F", "P", "S", "Cl", "Br", "I")
 """Elements that have a number of their own; all others share the next."""

@@ -89,3 +89,39 @@ class NodeBatchNorm(nn.Module):
         if real is None:
             return norm(x)
         return jnp.where(real[..., None], norm(x, mask=real[..., None]), 0)
+
+
+class GraphLayerNorm(nn.Module):
+    """Layer norm over all real nodes and channels of a graph, with a scale for each channel."""
+
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch nodes channels"],
+        real: Bool[Array, "batch nodes"],
+        train: bool = False,
+    ) -> Float[Array, "batch nodes channels"]:
+        """The normalised nodes, and zeros at padding."""
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], self.param_dtype)
+        real, wide = real[..., None], x.astype(jnp.float32)
+        count = jnp.maximum(real.sum((1, 2), keepdims=True) * x.shape[-1], 1)
+        wide = wide - jnp.where(real, wide, 0).sum((1, 2), keepdims=True) / count
+        squares = jnp.where(real, wide * wide, 0).sum((1, 2), keepdims=True) / count
+        y = wide * jax.lax.rsqrt(squares + 1e-5) * scale + bias
+        return jnp.where(real, y, 0).astype(self.dtype)
+
+
+class NoNorm(nn.Module):
+    """In place of a norm, which gives zeros at padding, too."""
+
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, real: Array, train: bool = False) -> Array:
+        """The nodes as they are."""
+        return jnp.where(real[..., None], x, 0)

@@ -97,7 +97,7 @@ class GPS(Model):
           nodes: features of each node.
           edges: source and target of each edge; of padding, a target past the last node.
           num_nodes: how many nodes of each graph are real.
-          walks: of each node (`zoo.models.graph.graphgps.return_chances`).
+          walks: of each node (`zoo.layers.graph_positions.return_chances`).
           train: whether to drop out and to normalise by the batch.
         """
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}

@@ -4,13 +4,17 @@ Rampasek et al., "Recipe for a General, Powerful, Scalable Graph Transformer", N
 2205.12454; official code github.com/rampasek/GraphGPS (MIT), whose names we follow.
 
     x_i = [E(type_i) | W BN(p_i)]                      p: chances that a random walk is back after k
+          or [E(type_i) | sum_k MLP(v_ki, lambda_k)]   eigenvectors of the Laplacian, or all three
     local   = BN(x + messages(x, e));   global = BN(x + attention(x))
     s = local + global;   x = BN(s + W2 relu(W1 s))    W1 twice as wide; `depth` times
     messages of GINE       MLP(x_i + sum_j relu(x_j + e_ij))
     messages of gated GCN  see `GatedMessages`, which also changes e
     logits = MLP(sum or mean of x_i)                   widths halve twice
 
-Isotropic messages of GIN leave the edges out. Norms are over the real nodes of a batch.
+Isotropic messages of GIN leave the edges out; the other kinds are in `zoo.layers.messages`. Norms
+are over the real nodes of a batch. Attention is that of softmax or of Performer's random features,
+where, as in the official code, padding has a part in what is divided by: there a graph's outputs
+depend on the size to which it is padded.
 
     features            graphgps_zinc
     embed               12  64    for 12 nodes
@@ -19,6 +23,8 @@ Isotropic messages of GIN leave the edges out. Norms are over the real nodes of 
     logits              1
 """
 
+import math
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -28,170 +34,48 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from zoo.checkpoints.rules import Rule, Rules, batch_norm_rules, dense_rules, linear
+from zoo.checkpoints.rules import Rule, Rules, batch_norm_rules, dense_rules, linear, squeeze
 from zoo.layers.attention import Attention
 from zoo.layers.dense import Dense
 from zoo.layers.graph import (
     ATOM_NUMBERS,
     BOND_NUMBERS,
+    GraphLayerNorm,
     NodeBatchNorm,
+    NoNorm,
     SumOfEmbeddings,
-    at_nodes,
     real_nodes,
-    sum_at_nodes,
+)
+from zoo.layers.graph_positions import EigenPositions
+from zoo.layers.messages import (
+    AttentiveMessages,
+    ConvolvedMessages,
+    GatedMessages,
+    IsotropicMessages,
+    PrincipalMessages,
+    SoftmaxMessages,
 )
 from zoo.layers.mlp import ACTIVATIONS, Mlp
 from zoo.layers.model import Model
 from zoo.layers.partition import constrain
+from zoo.models.language.performer import PerformerAttention
 from zoo.system import System, Variant
 
-
-def return_chances(
-    edges: Int[np.ndarray, "2 edges"], count: int, steps: int
-) -> Float[np.ndarray, "nodes steps"]:
-    """The chance that a random walk is back at its start after 1, 2, ... steps."""
-    adjacency = np.zeros((count, count))
-    np.add.at(adjacency, (edges[0], edges[1]), 1.0)
-    degree = adjacency.sum(1, keepdims=True)
-    walk = np.divide(adjacency, degree, out=np.zeros_like(adjacency), where=degree > 0)
-    power, chances = np.eye(count), []
-    for _ in range(steps):
-        power = power @ walk
-        chances.append(np.diag(power))
-    return np.stack(chances, 1).astype(np.float32)
-
-
-class IsotropicMessages(nn.Module):
-    """GINE, or GIN without edges: an MLP of a node and the sum of its neighbours."""
-
-    use_edges: bool = True
-    activation: str = "relu"
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "batch nodes channels"],
-        edge: Float[Array, "batch edges channels"],
-        source: Int[Array, "batch edges"],
-        target: Int[Array, "batch edges"],
-    ) -> Float[Array, "batch nodes channels"]:
-        """What each node makes of its messages."""
-        messages = at_nodes(x, source)
-        messages = nn.relu(messages + edge) if self.use_edges else messages
-        y = x + sum_at_nodes(messages, target, x.shape[1])
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        return Mlp(x.shape[-1], ACTIVATIONS[self.activation], name="mlp", **types)(y)
-
-
-class ConvolvedMessages(nn.Module):
-    """GCN: the sum of a node and its neighbours, each over the roots of both degrees.
-
-    A node counts as a neighbour of its own, in its degree, too.
-    """
-
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "batch nodes channels"],
-        source: Int[Array, "batch edges"],
-        target: Int[Array, "batch edges"],
-    ) -> Float[Array, "batch nodes channels"]:
-        """What each node makes of its messages."""
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], self.param_dtype)
-        x = Dense(x.shape[-1], use_bias=False, name="map", **types)(x)
-        ones = jnp.ones((*source.shape, 1), x.dtype)
-        root = jax.lax.rsqrt(1 + sum_at_nodes(ones, target, x.shape[1]))
-        y = root * x + sum_at_nodes(at_nodes(root * x, source), target, x.shape[1])
-        return root * y + bias.astype(y.dtype)
-
-
-class GatedMessages(nn.Module):
-    """Gated GCN: edges are features that gate what a node gets, and are renewed.
-
-        e' = D x_i + E x_j + C e_ij;   s = sigmoid(e')
-        x' = A x_i + sum_j s B x_j / (sum_j s + 1e-6)
-        x = x + relu(BN(x'));   e = e + relu(BN(e'))
-
-    Attributes:
-      dropout: rate behind both.
-      residual: whether x and e are added.
-      activation: in place of the ReLU.
-    """
-
-    dropout: float = 0.0
-    residual: bool = True
-    activation: str = "relu"
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "batch nodes channels"],
-        edge: Float[Array, "batch edges channels"],
-        source: Int[Array, "batch edges"],
-        target: Int[Array, "batch edges"],
-        real: Bool[Array, "batch nodes"],
-        train: bool = False,
-    ) -> tuple[Float[Array, "batch nodes channels"], Float[Array, "batch edges channels"]]:
-        """The nodes and the edges, renewed."""
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        a, b, c, d, e = (Dense(x.shape[-1], name=name, **types) for name in "ABCDE")
-        gate = at_nodes(d(x), target) + at_nodes(e(x), source) + c(edge)
-        share = nn.sigmoid(gate)
-        total = partial(sum_at_nodes, target=target, size=x.shape[1])
-        y = a(x) + total(share * at_nodes(b(x), source)) / (total(share) + 1e-6)
-        drop = nn.Dropout(self.dropout, deterministic=not train)
-        act = ACTIVATIONS[self.activation]
-        y = drop(act(NodeBatchNorm(name="norm_node", **types)(y, real, train)))
-        there = target < x.shape[1]
-        gate = drop(act(NodeBatchNorm(name="norm_edge", **types)(gate, there, train)))
-        return (x + y, edge + gate) if self.residual else (y, gate)
-
-
-class GraphLayerNorm(nn.Module):
-    """Layer norm over all real nodes and channels of a graph, with a scale for each channel."""
-
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "batch nodes channels"],
-        real: Bool[Array, "batch nodes"],
-        train: bool = False,
-    ) -> Float[Array, "batch nodes channels"]:
-        """The normalised nodes, and zeros at padding."""
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], self.param_dtype)
-        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], self.param_dtype)
-        real, wide = real[..., None], x.astype(jnp.float32)
-        count = jnp.maximum(real.sum((1, 2), keepdims=True) * x.shape[-1], 1)
-        wide = wide - jnp.where(real, wide, 0).sum((1, 2), keepdims=True) / count
-        squares = jnp.where(real, wide * wide, 0).sum((1, 2), keepdims=True) / count
-        y = wide * jax.lax.rsqrt(squares + 1e-5) * scale + bias
-        return jnp.where(real, y, 0).astype(self.dtype)
-
-
-class NoNorm(nn.Module):
-    """In place of a norm, which gives zeros at padding, too."""
-
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array, real: Array, train: bool = False) -> Array:
-        """The nodes as they are."""
-        return jnp.where(real[..., None], x, 0)
-
-
 NORMS = {"batch": NodeBatchNorm, "graph": GraphLayerNorm, "none": NoNorm}
+
+
+MESSAGES = {
+    "gine": lambda layer: partial(IsotropicMessages, True, layer.activation),
+    "gin": lambda layer: partial(IsotropicMessages, False, layer.activation),
+    "gcn": lambda layer: ConvolvedMessages,
+    "gat": lambda layer: partial(AttentiveMessages, layer.num_heads),
+    "gen": lambda layer: SoftmaxMessages,
+    "pna": lambda layer: PrincipalMessages,
+    "gated": lambda layer: partial(GatedMessages, layer.dropout, True, layer.activation),
+}
+"""The kinds of messages, each a function of the layer that they are in."""
+MAX_POSITION_LAYERS = 8  # that official files are read with
+PERFORMER_DIM = 64  # of a head of Performer's attention, whatever the channels
 
 
 class GPSLayer(nn.Module):
@@ -205,6 +89,7 @@ class GPSLayer(nn.Module):
       dropout: rate behind each branch.
       attention_dropout: rate on attention weights.
       norm: kind of the norms behind the branches and the MLP (`NORMS`).
+      performer: whether attention is that of Performer.
     """
 
     local: str
@@ -214,6 +99,7 @@ class GPSLayer(nn.Module):
     dropout: float = 0.0
     attention_dropout: float = 0.0
     norm: str = "batch"
+    performer: bool = False
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -232,33 +118,50 @@ class GPSLayer(nn.Module):
         drop = nn.Dropout(self.dropout, deterministic=not train)
         norm = partial(NORMS[self.norm], **types)
         ways = []
-        if self.local == "gated":
-            gated = GatedMessages(self.dropout, True, self.activation, name="local", **types)
-            y, edge = gated(x, edge, source, target, real, train)
+        if self.local != "none":
+            messages = MESSAGES[self.local](self)(name="local", **types)
+            y = messages(x, edge, source, target, real, train)
+            if self.local == "gated":  # it has added what it got, and dropped out, by itself
+                y, edge = y
+            else:
+                y = x + drop(y)
             ways.append(norm(name="norm_local")(y, real, train))
-        elif self.local == "gcn":
-            y = x + drop(ConvolvedMessages(name="local", **types)(x, source, target))
-            ways.append(norm(name="norm_local")(y, real, train))
-        elif self.local != "none":
-            sizes = (self.local == "gine", self.activation)
-            messages = IsotropicMessages(*sizes, name="local", **types)
-            y = x + drop(messages(x, edge, source, target))
-            ways.append(norm(name="norm_local")(y, real, train))
+        elif not self.attend:
+            raise ValueError("A layer needs messages, attention or both; set local or attend.")
         if self.attend:
-            attention = Attention(
-                self.num_heads,
-                attention_dropout=self.attention_dropout,
-                kernel_init=nn.initializers.xavier_uniform(),
-                name="attention",
-                **types,
-            )
-            y = x + drop(attention(x, real, train))
+            y = x + drop(self._attention(types)(x, real, train))
             ways.append(norm(name="norm_attention")(y, real, train))
+        for way, there in (("local", self.local != "none"), ("attention", self.attend)):
+            if not there:  # official files have this norm, which nothing uses
+                norm(name=f"unused_norm_{way}")(x, real)
         x = sum(ways)
         activation = ACTIVATIONS[self.activation]
         mlp = Mlp(2 * x.shape[-1], activation, self.dropout, name="mlp", **types)
         x = norm(name="norm2")(x + mlp(x, train), real, train)
         return constrain(x, "batch", "length", "channels"), edge
+
+    def _attention(self, types: dict) -> Callable[[Array, Array, bool], Array]:
+        """Between the real nodes of a graph."""
+        if not self.performer:
+            init = nn.initializers.xavier_uniform()
+            return Attention(
+                self.num_heads,
+                attention_dropout=self.attention_dropout,
+                kernel_init=init,
+                name="attention",
+                **types,
+            )
+        attention = PerformerAttention(
+            self.num_heads,
+            PERFORMER_DIM,
+            int(PERFORMER_DIM * math.log(PERFORMER_DIM)),
+            rotary=False,
+            out_bias=True,
+            attention_dropout=self.attention_dropout,
+            name="attention",
+            **types,
+        )
+        return lambda x, real, train: attention(x, {"visible": real}, train)
 
 
 class GraphGPS(Model):
@@ -269,11 +172,20 @@ class GraphGPS(Model):
       edge_numbers: values of each feature of an edge.
       walk_steps: steps of the random walks; 0: no positions.
       position_dim: channels of the positions.
+      position_norm: whether they are normalised over the batch.
+      position_layers: layers of the MLP that embeds them; 0: a linear map.
+      eigenvectors: of the Laplacian that nodes have positions in; 0: none.
+      eigen_dim: channels of these.
+      eigen_layers: layers of their MLP.
+      degrees: how many nodes of the training set have 0, 1, 2, ... edges into them; official files
+        of `pna` hold its mean, and nothing else depends on it.
       embed_dim: channels.
       depth: layers.
       num_heads: heads.
-      local: kind of messages: `gine`, `gin` and `gcn` (without edges), `gated`, or `none`.
+      local: kind of messages: `gine`, `gin` and `gcn` (without edges), `gated`, `gat`, `gen`
+        (GENConv), `pna`, or `none`.
       attend: whether there is attention beside the messages.
+      performer: whether it is that of Performer.
       norm: of the layers: over the batch, over each graph, or none.
       pool: how nodes become a graph: `add`, `mean` or `max`.
       head_layers: times that the width halves in the head.
@@ -288,11 +200,18 @@ class GraphGPS(Model):
     edge_numbers: tuple[int, ...] = (4,)
     walk_steps: int = 20
     position_dim: int = 28
+    position_norm: bool = True
+    position_layers: int = 0
+    eigenvectors: int = 0
+    eigen_dim: int = 8
+    eigen_layers: int = 2
+    degrees: tuple[int, ...] = ()
     embed_dim: int = 64
     depth: int = 10
     num_heads: int = 4
-    local: Literal["gine", "gin", "gcn", "gated", "none"] = "gine"
+    local: Literal["gine", "gin", "gcn", "gated", "gat", "gen", "pna", "none"] = "gine"
     attend: bool = True
+    performer: bool = False
     norm: Literal["batch", "graph", "none"] = "batch"
     pool: Literal["add", "mean", "max"] = "add"
     head_layers: int = 2
@@ -308,14 +227,17 @@ class GraphGPS(Model):
     def example_inputs(self, batch_size: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of the arguments of `__call__`."""
         whole = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-        walks = (batch_size, self.max_nodes, self.walk_steps)
-        return {
+        real = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+        inputs = {
             "nodes": whole((batch_size, self.max_nodes, len(self.node_numbers))),
             "edges": whole((batch_size, self.max_edges, 2)),
             "edge_features": whole((batch_size, self.max_edges, len(self.edge_numbers))),
             "num_nodes": whole((batch_size,)),
-            "walks": jax.ShapeDtypeStruct(walks, jnp.float32),
+            "walks": real((batch_size, self.max_nodes, self.walk_steps)),
         }
+        if self.eigenvectors:
+            inputs["eigen"] = real((batch_size, self.max_nodes, self.eigenvectors, 2))
+        return inputs
 
     def __call__(
         self,
@@ -324,10 +246,11 @@ class GraphGPS(Model):
         edge_features: Int[Array, "batch edges edge_features"],
         num_nodes: Int[Array, "batch"],
         walks: Float[Array, "batch nodes steps"],
+        eigen: Float[Array, "batch nodes wanted 2"] | None = None,
         train: bool = False,
     ) -> Float[Array, "batch classes"]:
         """The outputs of each graph."""
-        return self.features(nodes, edges, edge_features, num_nodes, walks, train)["logits"]
+        return self.features(nodes, edges, edge_features, num_nodes, walks, eigen, train)["logits"]
 
     @nn.compact
     def features(
@@ -337,6 +260,7 @@ class GraphGPS(Model):
         edge_features: Int[Array, "batch edges edge_features"],
         num_nodes: Int[Array, "batch"],
         walks: Float[Array, "batch nodes steps"],
+        eigen: Float[Array, "batch nodes wanted 2"] | None = None,
         train: bool = False,
     ) -> dict[str, Array]:
         """Every named intermediate (see the table above).
@@ -346,20 +270,31 @@ class GraphGPS(Model):
           edges: source and target of each edge; of padding, a target past the last node.
           edge_features: numbers of the features of each edge.
           num_nodes: how many nodes of each graph are real.
-          walks: of each node (`return_chances`).
+          walks: of each node (`zoo.layers.graph_positions.return_chances`).
+          eigen: of each node (`laplacian_eigenvectors` there), where the model has `eigenvectors`.
           train: whether to drop out and to normalise by the batch.
         """
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         real = real_nodes(num_nodes, nodes.shape[1])
         source, target = edges[..., 0], edges[..., 1]
         width = self.embed_dim - (self.position_dim if self.walk_steps else 0)
+        width = width - (self.eigen_dim if self.eigenvectors else 0)
         x = SumOfEmbeddings(self.node_numbers, width, name="embed_node", **types)(nodes)
+        if self.eigenvectors:
+            if eigen is None or eigen.shape[2] != self.eigenvectors:
+                shape = None if eigen is None else eigen.shape
+                raise ValueError(
+                    f"This GraphGPS takes eigen of shape (batch, nodes, {self.eigenvectors}, 2), "
+                    f"not {shape}; make it with laplacian_eigenvectors."
+                )
+            sizes = (self.eigen_dim, self.eigen_layers)
+            position = EigenPositions(*sizes, name="embed_eigen", **types)(eigen, train)
+            x = jnp.concatenate([x, position], -1)
         if self.walk_steps:
-            p = NodeBatchNorm(name="norm_position", **types)(walks, real, train)
-            p = Dense(self.position_dim, name="embed_position", **types)(p)
-            x = jnp.concatenate([x, p], -1)
+            x = jnp.concatenate([x, self._positions(walks, real, train)], -1)
         x = jnp.where(real[..., None], x, 0)
-        embed = SumOfEmbeddings(self.edge_numbers, self.embed_dim, name="embed_edge", **types)
+        width = min(128, self.embed_dim) if self.local == "pna" else self.embed_dim
+        embed = SumOfEmbeddings(self.edge_numbers, width, name="embed_edge", **types)
         edge = embed(edge_features)
         out = {"embed": x}
         for i in range(self.depth):
@@ -371,6 +306,7 @@ class GraphGPS(Model):
                 self.dropout,
                 self.attention_dropout,
                 self.norm,
+                self.performer,
                 name=f"layers_{i}",
                 **types,
             )
@@ -382,6 +318,25 @@ class GraphGPS(Model):
             y = ACTIVATIONS[self.activation](y)
         last = Dense(self.num_classes, name=f"head_{self.head_layers}", **types)
         return out | {"logits": last(y)}
+
+    def _positions(
+        self,
+        walks: Float[Array, "batch nodes steps"],
+        real: Bool[Array, "batch nodes"],
+        train: bool,
+    ) -> Float[Array, "batch nodes channels"]:
+        """What is made of the chances of return."""
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        x = walks
+        if self.position_norm:
+            x = NodeBatchNorm(name="norm_position", **types)(x, real, train)
+        if not self.position_layers:
+            return Dense(self.position_dim, name="embed_position", **types)(x)
+        for i in range(self.position_layers):
+            last = i == self.position_layers - 1
+            width = self.position_dim * (1 if last else 2)
+            x = nn.relu(Dense(width, name=f"embed_position_{i}", **types)(x))
+        return x
 
 
 def pooled(
@@ -400,18 +355,27 @@ def pooled(
 # ---------------------------------------------------------------------------- checkpoints
 
 
-def _rules(prefix: str = "", atoms: bool = False) -> Rules:
-    """`atoms`: with the tables of OGB's encoders of atoms and bonds, else with one of types."""
+def _rules(prefix: str = "", atoms: bool = False, eigen: bool = False) -> Rules:
+    """Of one naming.
+
+    Args:
+      prefix: of all names.
+      atoms: with the tables of OGB's encoders of atoms and bonds, else with one of types.
+      eigen: with positions in eigenvectors, which come before those of walks.
+    """
     theirs, ours = f"{prefix}layers.{{i}}", "layers_{i}"
     node, edge = f"{prefix}encoder.node_encoder.encoder", f"{prefix}encoder.edge_encoder."
+    walks = f"{node}3" if eigen else f"{node}2"
     norms = (
         ("norm1_local", "norm_local"),
         ("norm1_attn", "norm_attention"),
+        ("norm1_local", "unused_norm_local"),
+        ("norm1_attn", "unused_norm_attention"),
         ("norm2", "norm2"),
         ("local_model.bn_node_x", "local/norm_node"),
         ("local_model.bn_edge_e", "local/norm_edge"),
+        ("local_model.mlp.1", "local/norm"),
     )
-
     tables = [
         Rule(f"{node}1.encoder.weight", "embed_node/table0_embedding"),
         Rule(f"{edge}encoder.weight", "embed_edge/table0_embedding"),
@@ -423,11 +387,33 @@ def _rules(prefix: str = "", atoms: bool = False) -> Rules:
         ]
     rules = [
         *tables,
-        *batch_norm_rules(f"{node}2.raw_norm", "norm_position"),
-        *dense_rules(f"{node}2.pe_encoder", "embed_position"),
+        *batch_norm_rules(f"{walks}.raw_norm", "norm_position"),
+        *dense_rules(f"{walks}.pe_encoder", "embed_position"),
+        *(
+            rule
+            for i in range(MAX_POSITION_LAYERS)
+            for rule in dense_rules(f"{walks}.pe_encoder.{2 * i}", f"embed_position_{i}")
+        ),
         *(rule for a, b in norms for rule in batch_norm_rules(f"{theirs}.{a}", f"{ours}/{b}")),
         Rule(f"{theirs}.local_model.lin.weight", f"{ours}/local/map/kernel", linear),
         Rule(f"{theirs}.local_model.bias", f"{ours}/local/bias"),
+        *(
+            Rule(f"{theirs}.local_model.att_{short}", f"{ours}/local/{name}_score", squeeze(0))
+            for short, name in (("src", "source"), ("dst", "target"), ("edge", "edge"))
+        ),
+        Rule(f"{theirs}.local_model.lin_edge.weight", f"{ours}/local/map_edge/kernel", linear),
+        *(
+            rule
+            for name, place in (
+                ("mlp.0", "expand"),
+                ("mlp.4", "reduce"),
+                ("edge_encoder", "map_edge"),
+                ("pre_nns.0.0", "message"),
+                ("post_nns.0.0", "update"),
+                ("lin", "out"),
+            )
+            for rule in dense_rules(f"{theirs}.local_model.{name}", f"{ours}/local/{place}")
+        ),
         *dense_rules(f"{theirs}.local_model.nn.0", f"{ours}/local/mlp/up"),
         *dense_rules(f"{theirs}.local_model.nn.2", f"{ours}/local/mlp/down"),
         *(
@@ -438,32 +424,62 @@ def _rules(prefix: str = "", atoms: bool = False) -> Rules:
         Rule(f"{theirs}.self_attn.in_proj_weight", f"{ours}/attention/qkv/kernel", linear),
         Rule(f"{theirs}.self_attn.in_proj_bias", f"{ours}/attention/qkv/bias"),
         *dense_rules(f"{theirs}.self_attn.out_proj", f"{ours}/attention/out"),
+        *(
+            rule
+            for short, name in (("q", "query"), ("k", "key"), ("v", "value"), ("out", "out"))
+            for rule in dense_rules(f"{theirs}.self_attn.to_{short}", f"{ours}/attention/{name}")
+        ),
+        Rule(
+            f"{theirs}.self_attn.fast_attention.projection_matrix",
+            f"batch_stats/{ours}/attention/features",
+        ),
         *dense_rules(f"{theirs}.ff_linear1", f"{ours}/mlp/up"),
         *dense_rules(f"{theirs}.ff_linear2", f"{ours}/mlp/down"),
     ]
+    if eigen:
+        names = ["linear_A", *(f"pe_encoder.{2 * i + 1}" for i in range(MAX_POSITION_LAYERS))]
+        for i, name in enumerate(names):
+            rules += dense_rules(f"{node}2.{name}", f"embed_eigen/layers_{i}")
     derived = {
-        f"{theirs}.{name}.num_batches_tracked": _edge_counter if "bn_" in name else _norm_counter
-        for name, _ in norms
+        **{
+            f"{theirs}.{name}.num_batches_tracked": partial(_layer_counter, name)
+            for name, _ in norms
+        },
+        f"{walks}.raw_norm.num_batches_tracked": _counter,
+        f"{theirs}.local_model.eps": _epsilon,
+        **{
+            f"{theirs}.local_model.aggr_module.avg_deg_{kind}": partial(_degree, kind)
+            for kind in ("lin", "log")
+        },
     }
-    derived[f"{node}2.raw_norm.num_batches_tracked"] = _counter
     head = f"{prefix}post_mp.FC_layers"
     return Rules(
         (*rules, *dense_rules(f"{head}.{{i}}", "head_{i}")),
-        derived={f"{theirs}.local_model.eps": _epsilon, **derived},
+        derived=derived,
         fresh=("head_*/*",),
     )
 
 
-def _counter(model: GraphGPS, i: int = 0) -> np.ndarray:
-    return np.zeros((), np.int64)
+def _counter(model: GraphGPS) -> np.ndarray | None:
+    return np.zeros((), np.int64) if model.walk_steps and model.position_norm else None
 
 
-def _norm_counter(model: GraphGPS, i: int) -> np.ndarray | None:
-    return np.zeros((), np.int64) if model.norm == "batch" else None
+def _layer_counter(name: str, model: GraphGPS, i: int) -> np.ndarray | None:
+    """Of the batches that a norm of a layer has seen, where the layer has it."""
+    kind = {"local_model.bn_node_x": "gated", "local_model.bn_edge_e": "gated",
+            "local_model.mlp.1": "gen"}.get(name)  # fmt: skip
+    there = model.local == kind if kind else model.norm == "batch"
+    return np.zeros((), np.int64) if there else None
 
 
-def _edge_counter(model: GraphGPS, i: int) -> np.ndarray | None:
-    return np.zeros((), np.int64) if model.local == "gated" else None
+def _degree(kind: str, model: GraphGPS, i: int) -> np.ndarray | None:
+    """The mean over nodes of how many edges end there, or of the logarithm of that plus 1."""
+    if model.local != "pna":
+        return None
+    counts = np.array(model.degrees or (1,), np.float64)
+    degree = np.arange(len(counts))
+    value = degree if kind == "lin" else np.log(degree + 1)
+    return np.float32((counts * value).sum() / counts.sum())
 
 
 def _epsilon(model: GraphGPS, i: int) -> np.ndarray | None:
@@ -472,10 +488,12 @@ def _epsilon(model: GraphGPS, i: int) -> np.ndarray | None:
 
 
 LAYOUTS = {
-    "types": _rules(),
-    "atoms": _rules(atoms=True),
-    "graphgym_types": _rules("model."),
-    "graphgym_atoms": _rules("model.", atoms=True),
+    f"{shell}{'atoms' if atoms else 'types'}{'_eigen' if eigen else ''}": _rules(
+        prefix, atoms, eigen
+    )
+    for eigen in (False, True)
+    for shell, prefix in (("", ""), ("graphgym_", "model."))
+    for atoms in (False, True)
 }
 
 _COMMON = dict(
@@ -503,4 +521,4 @@ VARIANTS: dict[str, Variant] = {
     ),
 }  # fmt: skip
 
-SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS)
+SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS, frozen=(".*unused_norm_.*",))
