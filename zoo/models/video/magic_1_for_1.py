@@ -204,7 +204,8 @@ class DoubleBlock(nn.Module):
         out = []
         for (name, x), seen in zip(streams.items(), (y[:, :cut], y[:, cut:]), strict=True):
             _, _, gate1, shift, scale, gate2 = mods[name]
-            x = x + gate1 * Dense(channels, name=f"{name}_out", **types)(seen)
+            read = Dense(channels, use_bias=self.qkv_bias, name=f"{name}_out", **types)
+            x = x + gate1 * read(seen)
             y = modulate(PlainNorm(name=f"{name}_norm2", **types)(x), shift, scale)
             hidden, act = int(channels * self.mlp_ratio), ACTIVATIONS[self.activation]
             x = x + gate2 * Mlp(hidden, act, name=f"{name}_mlp", **types)(y)
