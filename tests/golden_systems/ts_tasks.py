@@ -86,6 +86,8 @@ def head(case: golden.Case, name: str) -> tuple[Any, Callable[[dict], golden.Out
     # Of models with a decoder, and of the metrics.
     config.ignore("label_len", "d_layers", "dec_in", "c_out", "anomaly_ratio", "mask_rate")
     config.ignore("seasonal_patterns", "top_k", "num_kernels")
+    if name != "DLinear":
+        config.ignore("individual")
     fields = FIELDS[name](case)
     horizon, classes = config.take("pred_len"), config.take("num_class")
     if task == "classification":

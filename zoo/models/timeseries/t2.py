@@ -140,7 +140,8 @@ class T2(Model):
         x = series if aux is None else APPEND[self.add_aux_to](series, aux)
         dense = partial(nn.Dense, kernel_init=init, **types)
         x = nn.relu(dense(self.embed_dim, name="embed")(x))
-        x = x + sinusoids(x.shape[1], self.embed_dim).astype(self.dtype)
+        even = self.embed_dim + self.embed_dim % 2  # of an odd width, the code cuts a wider table
+        x = x + sinusoids(x.shape[1], even)[:, : self.embed_dim].astype(self.dtype)
         out = {"embed": constrain(x, "batch", "length", "channels")}
         for i in range(self.depth):
             sizes = (self.num_heads, self.mlp_dim, self.dropout)
