@@ -176,7 +176,7 @@ def test_softmax_messages_weigh_each_channel_by_itself():
 
 def test_principal_messages_are_the_mean_maximum_and_sum():
     found, x, edge, params = message_layer(PrincipalMessages())
-    e = affine(params["map_edge"], edge)
+    e = affine(params["embed_edge"], edge)
     real = TARGET[0] < 3
     pairs = [x[np.minimum(TARGET[0], 2)], x[SOURCE[0]], e]
     m = affine(params["message"], np.concatenate(pairs, 1))

@@ -233,7 +233,7 @@ class PrincipalMessages(nn.Module):
         """What each node makes of its messages; the maximum of none is 0."""
         size, channels = x.shape[1:]
         dense = partial(Dense, channels, dtype=self.dtype, param_dtype=self.param_dtype)
-        parts = [at_nodes(x, target), at_nodes(x, source), dense(name="map_edge")(edge)]
+        parts = [at_nodes(x, target), at_nodes(x, source), dense(name="embed_edge")(edge)]
         message = dense(name="message")(jnp.concatenate(parts, -1))
         total = partial(sum_at_nodes, target=target, size=size)
         there = (target < size).astype(x.dtype)[..., None]

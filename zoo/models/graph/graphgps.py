@@ -158,7 +158,7 @@ class GPSLayer(nn.Module):
             rotary=False,
             out_bias=True,
             attention_dropout=self.attention_dropout,
-            name="attention",
+            name="linear_attention",
             **types,
         )
         return lambda x, real, train: attention(x, {"visible": real}, train)
@@ -407,7 +407,7 @@ def _rules(prefix: str = "", atoms: bool = False, eigen: bool = False) -> Rules:
             for name, place in (
                 ("mlp.0", "expand"),
                 ("mlp.4", "reduce"),
-                ("edge_encoder", "map_edge"),
+                ("edge_encoder", "embed_edge"),
                 ("pre_nns.0.0", "message"),
                 ("post_nns.0.0", "update"),
                 ("lin", "out"),
@@ -427,11 +427,13 @@ def _rules(prefix: str = "", atoms: bool = False, eigen: bool = False) -> Rules:
         *(
             rule
             for short, name in (("q", "query"), ("k", "key"), ("v", "value"), ("out", "out"))
-            for rule in dense_rules(f"{theirs}.self_attn.to_{short}", f"{ours}/attention/{name}")
+            for rule in dense_rules(
+                f"{theirs}.self_attn.to_{short}", f"{ours}/linear_attention/{name}"
+            )
         ),
         Rule(
             f"{theirs}.self_attn.fast_attention.projection_matrix",
-            f"batch_stats/{ours}/attention/features",
+            f"batch_stats/{ours}/linear_attention/features",
         ),
         *dense_rules(f"{theirs}.ff_linear1", f"{ours}/mlp/up"),
         *dense_rules(f"{theirs}.ff_linear2", f"{ours}/mlp/down"),
@@ -479,7 +481,7 @@ def _degree(kind: str, model: GraphGPS, i: int) -> np.ndarray | None:
     counts = np.array(model.degrees or (1,), np.float64)
     degree = np.arange(len(counts))
     value = degree if kind == "lin" else np.log(degree + 1)
-    return np.float32((counts * value).sum() / counts.sum())
+    return np.array([(counts * value).sum() / counts.sum()], np.float32)
 
 
 def _epsilon(model: GraphGPS, i: int) -> np.ndarray | None:

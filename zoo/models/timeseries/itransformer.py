@@ -277,20 +277,18 @@ class ITransformer(Model):
 # ---------------------------------------------------------------------------- checkpoints
 
 
-def _naming(head: str) -> Rules:
-    """Rules of one published naming."""
+def _naming(head: str, hashed: bool = False) -> Rules:
+    """Rules of one published naming; `hashed`: of iReformer."""
+    block, attention = "encoder.attn_layers.{i}", "layers_{i}/attention"
+    rules = post_norm_rules(block, "layers_{i}")
+    if hashed:
+        rules = [rule for rule in rules if attention not in rule.targets[0].text]
+        for theirs, ours in (("toqk", "query_key"), ("tov", "value"), ("to_out", "out")):
+            rules += dense_rules(f"{block}.attention.attn.{theirs}", f"{attention}/{ours}")
     return Rules(
         [
             *dense_rules("enc_embedding.value_embedding", "embed"),
-            *post_norm_rules("encoder.attn_layers.{i}", "layers_{i}"),
-            *(
-                rule
-                for theirs, ours in (("toqk", "query_key"), ("tov", "value"), ("to_out", "out"))
-                for rule in dense_rules(
-                    f"encoder.attn_layers.{{i}}.attention.attn.{theirs}",
-                    f"layers_{{i}}/attention/{ours}",
-                )
-            ),
+            *rules,
             *norm_rules("encoder.norm", "norm"),
             *dense_rules(head, "head"),
         ],
@@ -298,7 +296,11 @@ def _naming(head: str) -> Rules:
     )
 
 
-LAYOUTS = {"official": _naming("projector"), "tslib": _naming("projection")}
+LAYOUTS = {
+    "official": _naming("projector"),
+    "tslib": _naming("projection"),
+    "official_hashed": _naming("projector", hashed=True),
+}
 
 _COMMON = dict(
     module=ITransformer,
