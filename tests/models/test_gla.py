@@ -140,7 +140,9 @@ def test_the_unfused_norm_of_gla_has_another_name():
     state = filled_state_dict(model)
     renamed = {k.replace("g_norm_swish_gate", "g_norm"): v for k, v in state.items()}
     assert renamed.keys() != state.keys()
-    assert_trees_close(zoo.convert(model, renamed), zoo.convert(model, state), 0)
+    loaded = zoo.convert(model, renamed)
+    assert_trees_close(loaded, zoo.convert(model, state), 0)
+    assert zoo.export(model, loaded, "fla_unfused").keys() == renamed.keys()
 
 
 def test_grouped_keys_equal_repeated_ones():

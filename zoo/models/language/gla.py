@@ -244,15 +244,13 @@ PROJECTIONS = {
 }
 """fla's names of what its mixers share."""
 
-LAYOUTS = fla_layouts(
-    PROJECTIONS
-    | {
-        "gk_proj.0": "decay_down",
-        "gk_proj.1": "decay_up",
-        "g_norm_swish_gate": "norm",
-        "g_norm": "norm",
-    }
-)
+_OWN = PROJECTIONS | {"gk_proj.0": "decay_down", "gk_proj.1": "decay_up"}
+
+# The norm has another name where it is not one kernel with the gate, or there is no gate.
+LAYOUTS = {
+    **fla_layouts(_OWN | {"g_norm_swish_gate": "norm"}),
+    **{f"{name}_unfused": r for name, r in fla_layouts(_OWN | {"g_norm": "norm"}).items()},
+}
 
 PARTITION = {r".*attention/output_gate/kernel": ("channels", "heads")}
 
