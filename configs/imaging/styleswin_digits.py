@@ -5,6 +5,7 @@
 The published losses: non-saturating, R1, weights of the discriminator normalised spectrally, a
 running mean of the generator. See `distance` beside `train_distance` in the table (Fréchet's, in
 principal components), and `samples.png` in the run directory: real digits above, drawn ones below.
+The figure has not been measured to the end yet.
 """
 
 from dataclasses import dataclass
