@@ -6,7 +6,8 @@
 The cue is seen in the first of 20 steps; in the last the agent must act as it said. `success` in
 the table is how many held-out episodes end in the right action, `random_success` how many do by
 chance: half, which is where the second command, whose memory holds one step, stays. 200 steps are
-800 updates; expected: 1.000, from step 100 on. Two minutes on two CPU cores. `episodes.png` in the
+800 updates. Measured: 1.000 from step 40 on, with a memory of one step 0.473 at the end. About a
+minute on a busy machine. `episodes.png` in the
 run directory shows what is seen and done; `benchmarks/memory.py` draws the curves of several agents
 in one picture.
 """

