@@ -32,6 +32,7 @@ from kernels_pallas.scores import EMPTY, MASKED, distance, dropout_factor, modif
 CPU_BLOCK_BYTES = 16 << 20
 ACCELERATOR_BLOCK_BYTES = 512 << 20
 MIN_SCORES = 256 * 256  # of one head: smaller blocks make slow matrix products
+FEW_QUERIES = 8  # of a decoding step, which should read its cache once and write none of it
 
 
 class Group:
@@ -76,7 +77,7 @@ def plan(problem: Problem, scores_per_row: int, queries: int, keys: int, block_b
 class _Blocks:
     """The operands in grouped shapes, and the finished scores of any block of them."""
 
-    def __init__(self, problem: Problem, x: Operands, block_bytes: int):
+    def __init__(self, problem: Problem, x: Operands, block_bytes: int, backward: bool = False):
         batch, heads, self.queries, _ = x.query.shape
         kv_heads, self.keys = x.key.shape[1:3]
         static = problem if x.offsets is None else replace(problem, mask=None)
@@ -101,14 +102,19 @@ class _Blocks:
             self.query_scale, self.score_scale = problem.scale, 1.0
         self.q = self.q * self.query_scale
         self.k, self.v = (t.reshape(*self.batch, *t.shape[1:]) for t in (x.key, x.value))
-        self.q_clean, self.k_clean = self.q, self.k
+        self.q_clean, self.k_clean, self.finite = self.q, self.k, None
         if self.guarded:
             finite = jnp.isfinite(self.v).all(-1, keepdims=True)
-            self.v = jnp.where(finite, self.v, 0)
             self.q_clean, self.k_clean = (
                 jnp.where(jnp.isfinite(t), t, 0) for t in (self.q, self.k)
             )
-            self.k = jnp.where(finite, self.k, jnp.nan)
+            few = isinstance(self.queries, int) and self.queries <= FEW_QUERIES
+            if few and block_bytes == CPU_BLOCK_BYTES and not backward:
+                by_keys = finite.swapaxes(-1, -2)
+                self.finite = by_keys[..., None, :, :] if group > 1 else by_keys
+            else:
+                self.v = jnp.where(finite, self.v, 0)
+                self.k = jnp.where(finite, self.k, jnp.nan)
         self.bias = self.slopes = self.q_segments = self.k_segments = self.seeds = None
         if x.bias is not None:
             lead = (1, rows) if _several(rows) else (1,)
@@ -181,7 +187,19 @@ class _Blocks:
     def raw(self, i, start, width):
         """Scaled products of a block."""
         q, k = self.rows(self.q, i), self.columns(self.k, start, width)
-        return self.product(self.by_key, q, k) * self.score_scale
+        s = self.product(self.by_key, q, k) * self.score_scale
+        if self.finite is not None:
+            s = jnp.where(self.columns(self.finite, start, width, axis=-1), s, jnp.nan)
+        return s
+
+    def values(self, w, start, width):
+        """Values by their weights; of values that are not finite, zero."""
+        v = self.columns(self.v, start, width)
+        plain = partial(self.product, self.by_value)
+        if self.finite is None:
+            return plain(w, v)
+        clean = lambda w, v: plain(w, jnp.where(jnp.isfinite(v).all(-1, keepdims=True), v, 0))  # noqa: E731
+        return jax.lax.cond(self.finite.all(), plain, clean, w, v)
 
     def modified(self, raw, i, start, width):
         """Raw scores after cap, modifier and slopes."""
@@ -255,7 +273,6 @@ def forward(problem: Problem, x: Operands, block_bytes: int = ACCELERATOR_BLOCK_
     def body(carry, i, start, width):
         at = i, start, width
         s = blocks.finish(blocks.modified(blocks.raw(*at), *at), *at)
-        v = blocks.columns(blocks.v, start, width)
         total = 1.0
         if score.normalised:
             top = jax.lax.stop_gradient(s.max(-1, keepdims=True))
@@ -276,7 +293,7 @@ def forward(problem: Problem, x: Operands, block_bytes: int = ACCELERATOR_BLOCK_
         if problem.dropout:
             at_q, at_k = blocks.indices(*at)
             w = w * dropout_factor(problem.dropout, blocks.seeds, at_q, at_k, w.dtype)
-        out = blocks.product(blocks.by_value, w.astype(dtype), v) / total
+        out = blocks.values(w.astype(dtype), start, width) / total
         return carry, (out.astype(dtype), lse)
 
     _, (out, lse) = blocks.over(body, ())
@@ -298,7 +315,7 @@ def backward(
 ) -> Gradients:
     """Gradients in the operands' types; sums over queries and examples are at least float32."""
     x, d_out = apart(problem, x, d_out)
-    blocks = _Blocks(problem, x, block_bytes)
+    blocks = _Blocks(problem, x, block_bytes, backward=True)
     score, dtype, wide = problem.score, x.value.dtype, blocks.wide
     if blocks.guarded and score.normalised:
         d_out = jnp.where((lse <= EMPTY)[..., None], 0, d_out)
