@@ -32,7 +32,7 @@ from kernels_pallas.scores import EMPTY, MASKED, distance, dropout_factor, modif
 CPU_BLOCK_BYTES = 16 << 20
 ACCELERATOR_BLOCK_BYTES = 512 << 20
 MIN_SCORES = 256 * 256  # of one head: smaller blocks make slow matrix products
-FEW_QUERIES = 8  # of a decoding step, which should read its cache once and write none of it
+FEW_QUERIES = 8  # of a decoding step, whose scores are fewer than its cache's numbers
 
 
 class Group:
@@ -77,7 +77,7 @@ def plan(problem: Problem, scores_per_row: int, queries: int, keys: int, block_b
 class _Blocks:
     """The operands in grouped shapes, and the finished scores of any block of them."""
 
-    def __init__(self, problem: Problem, x: Operands, block_bytes: int, backward: bool = False):
+    def __init__(self, problem: Problem, x: Operands, block_bytes: int):
         batch, heads, self.queries, _ = x.query.shape
         kv_heads, self.keys = x.key.shape[1:3]
         static = problem if x.offsets is None else replace(problem, mask=None)
@@ -108,12 +108,11 @@ class _Blocks:
             self.q_clean, self.k_clean = (
                 jnp.where(jnp.isfinite(t), t, 0) for t in (self.q, self.k)
             )
-            few = isinstance(self.queries, int) and self.queries <= FEW_QUERIES
-            if few and block_bytes == CPU_BLOCK_BYTES and not backward:
+            self.v = jnp.where(finite, self.v, 0)
+            if isinstance(self.queries, int) and self.queries <= FEW_QUERIES:
                 by_keys = finite.swapaxes(-1, -2)
                 self.finite = by_keys[..., None, :, :] if group > 1 else by_keys
             else:
-                self.v = jnp.where(finite, self.v, 0)
                 self.k = jnp.where(finite, self.k, jnp.nan)
         self.bias = self.slopes = self.q_segments = self.k_segments = self.seeds = None
         if x.bias is not None:
@@ -192,15 +191,6 @@ class _Blocks:
             s = jnp.where(self.columns(self.finite, start, width, axis=-1), s, jnp.nan)
         return s
 
-    def values(self, w, start, width):
-        """Values by their weights; of values that are not finite, zero."""
-        v = self.columns(self.v, start, width)
-        plain = partial(self.product, self.by_value)
-        if self.finite is None:
-            return plain(w, v)
-        clean = lambda w, v: plain(w, jnp.where(jnp.isfinite(v).all(-1, keepdims=True), v, 0))  # noqa: E731
-        return jax.lax.cond(self.finite.all(), plain, clean, w, v)
-
     def modified(self, raw, i, start, width):
         """Raw scores after cap, modifier and slopes."""
         at_q, at_k = self.indices(i, start, width)
@@ -273,6 +263,7 @@ def forward(problem: Problem, x: Operands, block_bytes: int = ACCELERATOR_BLOCK_
     def body(carry, i, start, width):
         at = i, start, width
         s = blocks.finish(blocks.modified(blocks.raw(*at), *at), *at)
+        v = blocks.columns(blocks.v, start, width)
         total = 1.0
         if score.normalised:
             top = jax.lax.stop_gradient(s.max(-1, keepdims=True))
@@ -293,7 +284,7 @@ def forward(problem: Problem, x: Operands, block_bytes: int = ACCELERATOR_BLOCK_
         if problem.dropout:
             at_q, at_k = blocks.indices(*at)
             w = w * dropout_factor(problem.dropout, blocks.seeds, at_q, at_k, w.dtype)
-        out = blocks.values(w.astype(dtype), start, width) / total
+        out = blocks.product(blocks.by_value, w.astype(dtype), v) / total
         return carry, (out.astype(dtype), lse)
 
     _, (out, lse) = blocks.over(body, ())
@@ -315,7 +306,7 @@ def backward(
 ) -> Gradients:
     """Gradients in the operands' types; sums over queries and examples are at least float32."""
     x, d_out = apart(problem, x, d_out)
-    blocks = _Blocks(problem, x, block_bytes, backward=True)
+    blocks = _Blocks(problem, x, block_bytes)
     score, dtype, wide = problem.score, x.value.dtype, blocks.wide
     if blocks.guarded and score.normalised:
         d_out = jnp.where((lse <= EMPTY)[..., None], 0, d_out)

@@ -201,10 +201,12 @@ def attention_state(
 
     That is room for the keys and values of `length` tokens, or of the window if that is less;
     `text` says which of them are there and no padding, `filled` (without a window) how many.
+    Without a window heads come before tokens, so that a step reads its cache as it lies.
     """
     kept = length if window is None else min(length, window - 1)
-    empty = jnp.zeros((batch, kept, heads, head_dim), dtype)
-    state = {"key": empty, "value": empty, "text": jnp.zeros((batch, kept), bool)}
+    axes = (heads, kept) if window is None else (kept, heads)
+    state = {name: jnp.zeros((batch, *axes, head_dim), dtype) for name in ("key", "value")}
+    state["text"] = jnp.zeros((batch, kept), bool)
     return state if window is not None else state | {"filled": jnp.zeros((), jnp.int32)}
 
 
@@ -232,7 +234,7 @@ def continue_attention(
       window: tokens that are seen, the query's own included; None: all.
       **options: of `kernels_pallas.attention`.
     """
-    kept, length = state["key"].shape[1], key.shape[1]
+    kept, length = state["text"].shape[1], key.shape[1]
     text = jnp.ones(key.shape[:2], bool) if context.mask is None else context.mask
     if context.parents is not None:
         depth = depths(context.parents)
@@ -242,7 +244,7 @@ def continue_attention(
             seen &= kept - jnp.arange(kept) + depth[:, None] < window
             above &= depth[:, None] - depth < window
         seen = jnp.concatenate([seen, above], axis=2)
-        both = (_join(state[name], t) for name, t in (("key", key), ("value", value)))
+        both = (_join(tokens_first(state, n), t) for n, t in (("key", key), ("value", value)))
         y = kernels_pallas.attention(query, *both, bias=seen[:, None], **options)
         return y, {"key": key, "value": value}
     if window is None:
@@ -252,8 +254,8 @@ def continue_attention(
         seen = state["text"][:, None] & (jnp.arange(kept) <= at[:, None])
         y = kernels_pallas.attention(
             query,
-            state["key"].astype(key.dtype),
-            state["value"].astype(value.dtype),
+            tokens_first(state, "key").astype(key.dtype),
+            tokens_first(state, "value").astype(value.dtype),
             bias=seen[:, None],
             **options,
         )
@@ -298,7 +300,7 @@ def keep_attention(
     if "filled" in state:
         filled = state["filled"] + accepted.sum(1).max()
         return write(state, key, value, accepted) | {"filled": filled}
-    new, kept = {"key": key, "value": value, "text": accepted}, state["key"].shape[1]
+    new, kept = {"key": key, "value": value, "text": accepted}, state["text"].shape[1]
     return {name: last(_join(state[name], t), accepted, kept) for name, t in new.items()}
 
 
@@ -311,15 +313,20 @@ def write(
     """A state of attention without a window, with new tokens behind those that it has."""
     filled = state["filled"]
 
-    def put(old, new):
-        return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), filled, axis=1)
+    def put(old, new, axis):
+        return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), filled, axis)
 
     return {
-        "key": put(state["key"], key),
-        "value": put(state["value"], value),
-        "text": put(state["text"], text),
+        "key": put(state["key"], key.swapaxes(1, 2), 2),
+        "value": put(state["value"], value.swapaxes(1, 2), 2),
+        "text": put(state["text"], text, 1),
         "filled": filled + key.shape[1],
     }
+
+
+def tokens_first(state: dict[str, Array], name: str) -> Float[Array, "batch length heads head_dim"]:
+    """The keys or values of a state, as `kernels_pallas.attention` takes them."""
+    return state[name].swapaxes(1, 2) if "filled" in state else state[name]
 
 
 def _join(before, after):

@@ -249,7 +249,7 @@ class PositionDecoder(Model):
         """
         self.check_length(length)
         shape = (batch, length, self.num_heads, self.embed_dim // self.num_heads)
-        layers = (causal.attention_state(*shape, self.dtype),) * self.depth
+        layers = tuple(causal.attention_state(*shape, self.dtype) for _ in range(self.depth))
         return {"position": jnp.zeros(batch, jnp.int32), "layers": layers}
 
     def __call__(

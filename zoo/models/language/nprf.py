@@ -35,7 +35,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from zoo.checkpoints.rules import Rule, Rules, dense_rules, norm_rules
 from zoo.layers import decoder
-from zoo.layers.causal import Context, attention_state, check_tokens, write
+from zoo.layers.causal import Context, attention_state, check_tokens, tokens_first, write
 from zoo.layers.decoder import check_causal
 from zoo.layers.dense import Dense
 from zoo.layers.model import Model
@@ -315,12 +315,12 @@ class NprfAttention(nn.Module):
         at = state["filled"] + jnp.arange(length)
         text = jnp.ones(x.shape[:2], bool) if visible is None else visible
         state = write(state, key, value, text)
-        room = jnp.arange(state["key"].shape[1])
+        room = jnp.arange(state["text"].shape[1])
         seen = state["text"][:, None] & (room <= at[:, None])
         offset = jnp.clip(room - at[:, None], -farthest, farthest) + farthest
         y = continue_nprf(
-            query, state["key"], state["value"], jnp.moveaxis(table[offset], -1, 0), rows, seen,
-            normalised=self.normalised,
+            query, tokens_first(state, "key"), tokens_first(state, "value"),
+            jnp.moveaxis(table[offset], -1, 0), rows, seen, normalised=self.normalised,
         )  # fmt: skip
         y = jnp.where(state["filled"] <= len(room), y, jnp.nan).astype(self.dtype)
         return state, out(y.reshape(x.shape))
@@ -386,7 +386,8 @@ class Nprf(Model):
         check_causal(self)
         self._check(length)
         heads, width = self.num_heads, self.embed_dim // self.num_heads
-        layers = (attention_state(batch, length, heads, width, self.dtype),) * self.depth
+        shape = (batch, length, heads, width)
+        layers = tuple(attention_state(*shape, self.dtype) for _ in range(self.depth))
         return {"position": jnp.zeros(batch, jnp.int32), "layers": layers}
 
     def step(

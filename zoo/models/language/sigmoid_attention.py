@@ -89,7 +89,7 @@ class SigmoidAttention(nn.Module):
         """Room for the keys and values of `length` tokens."""
         heads, width = self.num_heads, channels // self.num_heads
         state = attention_state(batch, length, heads, width, self.dtype)
-        return state | {"key": jnp.zeros((batch, length, heads, width + 1), self.dtype)}
+        return state | {"key": jnp.zeros((batch, heads, length, width + 1), self.dtype)}
 
     @nn.compact
     def __call__(
@@ -374,7 +374,7 @@ class SigmoidTransformer(Model):
 
     def _sines(self, length: int, state: tuple | None, context: Context) -> Array:
         """What is added to the embedding; with a state, of as many positions as it has room for."""
-        room = length if state is None else state[0]["key"].shape[1]
+        room = length if state is None else state[0]["text"].shape[1]
         table = jnp.asarray(sinusoids(room, self.embed_dim), self.dtype)
         if context.positions is None:
             return table
