@@ -1,4 +1,5 @@
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,45 @@ def test_a_folder_or_a_json_file_will_do(vocabulary):
         np.testing.assert_array_equal(Tokenizer(path)(["a man is"])["tokens"], expected)
 
 
+MERGES = ("h e", "l l", "he ll", "hell o", "Ġ w")
+
+
+def byte_pairs(folder, special, names=("vocab.json", "merges.txt")):
+    """Byte-level BPE as it is published; the vocabulary, the special tokens first."""
+    tokenizers = pytest.importorskip("tokenizers")
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    pieces = [*special, *letters, *(merge.replace(" ", "") for merge in MERGES)]
+    (folder / names[0]).write_text(json.dumps({p: i for i, p in enumerate(pieces)}), "utf-8")
+    (folder / names[1]).write_text("\n".join(["#version: 0.2", *MERGES, ""]), "utf-8")
+    return pieces
+
+
+@pytest.mark.parametrize("names", [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")])
+def test_byte_pairs_merge_and_give_every_text_back(tmp_path, names):
+    pieces, text = byte_pairs(tmp_path, ["<|endoftext|>"], names), "hello wö\n\thé 語"
+    for path in (tmp_path, tmp_path / names[0], tmp_path / names[1]):
+        tokenizer = Tokenizer(path)
+        tokens = tokenizer([text])["tokens"][0].tolist()
+        assert [pieces[t] for t in tokens[:4]] == ["hello", "Ġw", "Ã", "¶"]
+        assert tokenizer.library.decode(tokens) == text
+        assert tokenizer(["he<|endoftext|>"])["tokens"].tolist() == [[pieces.index("he"), 0]]
+
+
+def test_byte_pairs_are_framed_as_their_model_wants_it(tmp_path):
+    pieces = byte_pairs(tmp_path, ["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+
+    def read(*texts):
+        return [[pieces[t] for t in row] for row in Tokenizer(tmp_path)(*texts)["tokens"]]
+
+    assert read(["hello <mask>", "he"]) == [
+        ["<s>", "hello", "<mask>", "</s>"], ["<s>", "he", "</s>", "<pad>"],
+    ]  # fmt: skip
+    assert read(["he"], ["hello"]) == [["<s>", "he", "</s>", "</s>", "hello", "</s>"]]
+    how = {"add_bos_token": True, "bos_token": {"content": "</s>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(how))
+    assert read(["hello w"]) == [["</s>", "hello", "Ġw"]]
+
+
 def test_what_is_no_tokenizer_is_said(tmp_path, vocabulary):
     with pytest.raises(FileNotFoundError, match="no tokenizer at"):
         Tokenizer(tmp_path / "absent.json")(["a"])
@@ -51,6 +91,9 @@ def test_what_is_no_tokenizer_is_said(tmp_path, vocabulary):
         Tokenizer(tmp_path / "broken.json")(["a"])
     with pytest.raises(TypeError, match="a list of texts"):
         Tokenizer(vocabulary)("a man")
+    (tmp_path / "vocab.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"merges\.txt'; expected"):
+        Tokenizer(tmp_path / "vocab.json")(["a"])
 
 
 def test_a_table_gives_texts_and_numbered_labels(tmp_path, vocabulary):

@@ -97,6 +97,26 @@ def test_texts_are_continued_up_to_their_end(tmp_path, capsys):
     assert row["continuation"] == " ".join(list(words)[i] for i in new)
 
 
+@pytest.mark.slow
+def test_texts_are_continued_with_pieces_and_merges_beside_the_weights(tmp_path, capsys):
+    tokenizers = pytest.importorskip("tokenizers")
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    pieces = ["<|endoftext|>", *letters, "go", "od", "good"]
+    model = zoo.create("gpt2_test", depth=1, vocab_size=len(pieces))
+    variables = folder(
+        tmp_path, model, GPT2 | {"vocab_size": len(pieces)}, None,
+        **{"vocab.json": {piece: i for i, piece in enumerate(pieces)},
+           "merges.txt": "#version: 0.2\ng o\no d\ngo od\n"},
+    )  # fmt: skip
+    (row,) = asked(capsys, tmp_path, "a good", "--steps", 3)
+    tokens = [pieces.index(piece) for piece in ("a", "Ġ", "good")]
+    for _ in range(3):
+        tokens.append(int(model.apply(variables, np.array([tokens]))[0, -1].argmax()))
+    assert 0 not in tokens  # else the continuation would end there
+    bytes_of = tokenizers.decoders.ByteLevel().decode
+    assert row["continuation"] == bytes_of([pieces[t] for t in tokens[3:]])
+
+
 def test_a_head_that_the_model_does_not_have_is_said(tmp_path, capsys):
     model = zoo.create("gpt2_test", depth=1)
     config = GPT2 | {"vocab_size": 97, "architectures": ["GPT2ForSequenceClassification"]}

@@ -32,7 +32,7 @@ def add(commands: Any) -> None:
     sub.add_argument("--feature", help="give this intermediate of the network: embeddings")
     sub.add_argument("--steps", type=int, default=40, help="tokens to continue with (default: 40)")
     sub.add_argument("--seed", type=int, help="draw tokens with this seed, not the likeliest")
-    sub.add_argument("--tokenizer", help="a tokenizer.json or vocab.txt")
+    sub.add_argument("--tokenizer", help="a tokenizer.json, vocab.txt, or vocab.json")
     sub.add_argument("--column", default="text", help="of texts in a CSV file (default: text)")
     sub.add_argument("--classes", help="a file with the names of the classes, one a line")
     add_fields(sub)

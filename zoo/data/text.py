@@ -5,6 +5,7 @@ embeddings = model.apply(variables, **tokenizer(["A man is eating food."]))
 """
 
 import functools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # the label of a position that is not predicted, as in PyTorch
 
+BYTE_PAIRS = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}
+"""Files of byte-level BPE, as GPT-2, RoBERTa and OPT are published: pieces, and how they merge."""
+
+FILES = ("tokenizer.json", "vocab.txt", *BYTE_PAIRS)
+"""What a folder's tokenizer is read from: the first of these that is there."""
+
 
 @dataclass(frozen=True)
 class Tokenizer:
@@ -26,7 +33,8 @@ class Tokenizer:
 
     Attributes:
       path: a `tokenizer.json`, a BERT `vocab.txt` (WordPiece, uncased unless `lowercase` is
-        False), or a folder that holds one of them.
+        False), a `vocab.json` with its `merges.txt` beside it (byte-level BPE; OpenAI names them
+        `encoder.json` and `vocab.bpe`), or a folder that holds one of them.
       max_length: longest sequence, special tokens included; longer ones are cut.
       lowercase: of a `vocab.txt`, which does not say.
 
@@ -71,14 +79,19 @@ class Tokenizer:
 
         path = Path(self.path)
         if path.is_dir():
-            names = ("tokenizer.json", "vocab.txt")
-            path = next((path / n for n in names if (path / n).is_file()), path / names[0])
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"There is no tokenizer at {str(path)!r}; expected a tokenizer.json or a vocab.txt."
-            )
+            path = next((path / n for n in FILES if (path / n).is_file()), path / FILES[0])
+        if path.name in BYTE_PAIRS.values():
+            path = path.with_name(next(k for k, v in BYTE_PAIRS.items() if v == path.name))
+        for file in (path, path.with_name(BYTE_PAIRS.get(path.name, path.name))):
+            if not file.is_file():
+                raise FileNotFoundError(
+                    f"There is no tokenizer at {str(file)!r}; expected a tokenizer.json, a "
+                    "vocab.txt, or a vocab.json with its merges.txt."
+                )
         try:
-            if path.suffix == ".json":
+            if path.name in BYTE_PAIRS:
+                tokenizer = _byte_pairs(path)
+            elif path.suffix == ".json":
                 tokenizer = tokenizers.Tokenizer.from_file(str(path))
             else:
                 tokenizer = _word_pieces(path, self.lowercase)
@@ -109,6 +122,37 @@ def _word_pieces(path: Path, lowercase: bool) -> "tokenizers.Tokenizer":
     library.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=special
     )
+    return library
+
+
+def _byte_pairs(path: Path) -> "tokenizers.Tokenizer":
+    """Byte-level BPE, and what its model wants around a text.
+
+    A `tokenizer_config.json` with `add_bos_token` puts that token in front (OPT). Otherwise a
+    vocabulary with `<s>`, `</s>` and `<mask>` is RoBERTa's, which frames texts; GPT-2 adds nothing.
+    """
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+    from tokenizers import Tokenizer as Library
+
+    library = Library(models.BPE.from_file(str(path), str(path.with_name(BYTE_PAIRS[path.name]))))
+    config = path.with_name("tokenizer_config.json")
+    how = json.loads(config.read_text("utf-8")) if config.is_file() else {}
+    front = bool(how.get("add_prefix_space", False))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=front)
+    library.decoder = decoders.ByteLevel()
+    begin = how.get("bos_token") if how.get("add_bos_token") else None
+    begin = str(begin["content"] if isinstance(begin, dict) else begin)
+    special = ("<|endoftext|>", "<s>", "<pad>", "</s>", "<unk>", "<mask>", begin)
+    ids = {name: i for name in special if (i := library.token_to_id(name)) is not None}
+    library.add_special_tokens([AddedToken(n, lstrip=n == "<mask>", special=True) for n in ids])
+    around = {"<s>", "</s>"} if {"<s>", "</s>", "<mask>"} <= ids.keys() else set()
+    frame = ("<s> $A </s>", "<s> $A </s> </s> $B </s>")
+    if begin in ids:
+        around, frame = {begin}, (f"{begin} $A", f"{begin} $A {begin} $B")
+    if around:
+        library.post_processor = processors.TemplateProcessing(
+            single=frame[0], pair=frame[1], special_tokens=[(name, ids[name]) for name in around]
+        )
     return library
 
 

@@ -147,7 +147,7 @@ def of_model(
       name: of a variant; None: what `config.json` in the folder of the weights says.
       weights: as `zoo.load` takes them; a run directory too.
       classes: their names, by number; none: those in `config.json`.
-      tokenizer: a tokenizer.json or vocab.txt; None: one beside the weights, if there is one.
+      tokenizer: as `zoo.data.text.Tokenizer` takes it; None: one beside the weights, if any.
       **overrides: fields of the module.
 
     Raises:
@@ -263,11 +263,9 @@ def text_tokenizer(place: Path, length: int, asked: bool) -> Any:
     Raises:
       FileNotFoundError: if there is none and it was asked for.
     """
-    from zoo.data.text import Tokenizer
+    from zoo.data.text import FILES, Tokenizer
 
-    inside = place.is_file() or any(
-        (place / name).is_file() for name in ("tokenizer.json", "vocab.txt")
-    )
+    inside = place.is_file() or any((place / name).is_file() for name in FILES)
     if not inside and not asked:
         return None
     return Tokenizer(place, max_length=length)
