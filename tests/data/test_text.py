@@ -68,6 +68,12 @@ def test_byte_pairs_merge_and_give_every_text_back(tmp_path, names):
         assert tokenizer(["he<|endoftext|>"])["tokens"].tolist() == [[pieces.index("he"), 0]]
 
 
+def test_a_piece_called_none_is_no_beginning(tmp_path):
+    pieces = byte_pairs(tmp_path, ["<|endoftext|>", "None"])  # GPT-2 has it
+    tokens = Tokenizer(tmp_path)(["hello"])["tokens"][0].tolist()
+    assert [pieces[t] for t in tokens] == ["hello"]
+
+
 def test_byte_pairs_are_framed_as_their_model_wants_it(tmp_path):
     pieces = byte_pairs(tmp_path, ["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
 

@@ -141,8 +141,9 @@ def _byte_pairs(path: Path) -> "tokenizers.Tokenizer":
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=front)
     library.decoder = decoders.ByteLevel()
     begin = how.get("bos_token") if how.get("add_bos_token") else None
-    begin = str(begin["content"] if isinstance(begin, dict) else begin)
-    special = ("<|endoftext|>", "<s>", "<pad>", "</s>", "<unk>", "<mask>", begin)
+    begin = begin["content"] if isinstance(begin, dict) else begin
+    special = ["<|endoftext|>", "<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    special += [str(begin)] if begin else []
     ids = {name: i for name in special if (i := library.token_to_id(name)) is not None}
     library.add_special_tokens([AddedToken(n, lstrip=n == "<mask>", special=True) for n in ids])
     around = {"<s>", "</s>"} if {"<s>", "</s>", "<mask>"} <= ids.keys() else set()
