@@ -187,7 +187,7 @@ def canonical(name: str) -> str:
 def _home(name: str) -> str | None:
     """The dotted name of the file that defines a variant of this name, if one does."""
     for path, globs in SYSTEMS.items():
-        if any(name.startswith(_literal(g)) and fnmatch.fnmatchcase(name, g) for g in globs):
+        if any(fnmatch.fnmatchcase(name, g) for g in globs):
             if name in importlib.import_module(path).SYSTEM.variants:
                 return path
     return None

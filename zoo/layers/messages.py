@@ -172,8 +172,7 @@ class AttentiveMessages(nn.Module):
         score = nn.leaky_relu(score, 0.2)
         own_score = nn.leaky_relu(of_source + of_target + own_score, 0.2)
         top = jax.lax.stop_gradient(jnp.maximum(own_score, max_at_nodes(score, target, size)))
-        weight = jnp.where(there, score - at_nodes(top, target), 0)  # no infinity at padding
-        weight = jnp.where(there, jnp.exp(weight), 0)
+        weight = exponentials(score, top, target)
         own_weight = jnp.exp(own_score - top)
         share = 1 / (total(weight) + own_weight)
         wide = partial(jnp.repeat, repeats=heads[1], axis=-1)
@@ -204,9 +203,7 @@ class SoftmaxMessages(nn.Module):
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         message = nn.relu(at_nodes(x, source) + edge) + 1e-7
         top = jax.lax.stop_gradient(max_at_nodes(message, target, size))
-        there = (target < size)[..., None]
-        weight = jnp.where(there, message - at_nodes(top, target), 0)  # no infinity at padding
-        weight = jnp.where(there, jnp.exp(weight), 0)
+        weight = exponentials(message, top, target)
         total = partial(sum_at_nodes, target=target, size=size)
         y = x + total(weight * message) / jnp.maximum(total(weight), 1e-16)
         y = Dense(2 * channels, use_bias=False, name="expand", **types)(y)
@@ -241,6 +238,17 @@ class PrincipalMessages(nn.Module):
         largest = jnp.where(count > 0, max_at_nodes(message, target, size), 0)
         y = jnp.concatenate([x, added / jnp.maximum(count, 1), largest, added], -1)
         return dense(name="out")(dense(name="update")(y))
+
+
+def exponentials(
+    score: Float[Array, "batch edges channels"],
+    top: Float[Array, "batch nodes channels"],
+    target: Int[Array, "batch edges"],
+) -> Float[Array, "batch edges channels"]:
+    """`exp(score - top of the edge's target)`, and 0 for padding: a softmax before its division."""
+    there = (target < top.shape[1])[..., None]
+    below = jnp.where(there, score - at_nodes(top, target), 0)  # no infinity at padding
+    return jnp.where(there, jnp.exp(below), 0)
 
 
 def max_at_nodes(
