@@ -32,6 +32,18 @@ def triton():
     return triton
 
 
+def has_mosaic_gpu() -> bool:
+    """Whether this JAX lowers kernels of Pallas's Mosaic GPU as we write them (0.12 and newer)."""
+    return jax.__version_info__ >= (0, 12)
+
+
+def mosaic_gpu():
+    """`jax.experimental.pallas.mosaic_gpu`."""
+    from jax.experimental.pallas import mosaic_gpu
+
+    return mosaic_gpu
+
+
 def has_cudnn() -> bool:
     """Whether this process has a CUDA device that runs cuDNN's attention (Ampere or newer)."""
     from jax._src.lib import cuda_versions

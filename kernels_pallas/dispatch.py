@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from kernels_pallas import compat
 from kernels_pallas.lazy import Body, Choice
 
-IMPLEMENTATIONS = (None, "xla", "pallas_tpu", "pallas_gpu", "cudnn")
+IMPLEMENTATIONS = (None, "xla", "pallas_tpu", "pallas_gpu", "cudnn", "mosaic_gpu")
 ONE_PASS = (None, "default", "fastest", "bfloat16", "BF16_BF16_F32", jax.lax.Precision.DEFAULT)
 PLATFORM_OF = {"pallas_tpu": "tpu", "pallas_gpu": "cuda"}
 
@@ -28,7 +28,7 @@ def check_implementation(implementation: str | None) -> None:
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation={implementation!r} is unknown; choose None (by platform), "
-            "'xla', 'pallas_tpu', 'pallas_gpu' or 'cudnn'."
+            "'xla', 'pallas_tpu', 'pallas_gpu', 'cudnn' or 'mosaic_gpu'."
         )
 
 
@@ -96,7 +96,9 @@ def choose(
     pallas: dict[str, Body] | None = None,
     interpreted: dict[str, Body] | None = None,
     cudnn: Body | None = None,
-    no_cudnn: str = "only attention has a body by cuDNN",
+    no_cudnn: str | None = "only attention has a body by cuDNN",
+    mosaic: Body | None = None,
+    no_mosaic: str | None = "only attention has a body in Mosaic GPU",
 ) -> Choice:
     """The bodies that a call may run, by platform, and tells `explain` why.
 
@@ -113,6 +115,8 @@ def choose(
       interpreted: the same kernels in Pallas's interpreter.
       cudnn: the body by cuDNN, where an operation has one.
       no_cudnn: why it cannot run the call, or None.
+      mosaic: the kernels in Mosaic GPU, where an operation has them; never chosen by default.
+      no_mosaic: why they cannot run the call, or None.
 
     Raises:
       ValueError: for an unknown implementation, or one that cannot run the call.
@@ -130,11 +134,14 @@ def choose(
             raise ValueError(f"implementation={implementation!r}: {reason}.")
         tell({platform: f"{implementation} (asked for)", "cpu": "its interpreter"})
         return Choice(pallas[platform], (("cpu", interpreted[platform]),), plain, cpu)
-    if implementation == "cudnn":
-        if no_cudnn:
-            raise ValueError(f"implementation='cudnn': {no_cudnn}.")
-        tell({"cuda": "cudnn (asked for)", "cpu": "xla", "tpu": "xla, because cudnn was asked for"})
-        return Choice(plain, (*cpu, ("cuda", cudnn)), plain, cpu)
+    if implementation in ("cudnn", "mosaic_gpu"):
+        asked = {"cudnn": (cudnn, no_cudnn), "mosaic_gpu": (mosaic, no_mosaic)}
+        body, reason = asked[implementation]
+        if reason:
+            raise ValueError(f"implementation={implementation!r}: {reason}.")
+        elsewhere = f"xla, because {implementation} was asked for"
+        tell({"cuda": f"{implementation} (asked for)", "cpu": "xla", "tpu": elsewhere})
+        return Choice(plain, (*cpu, ("cuda", body)), plain, cpu)
     lines, platforms = {"cpu": "xla"}, list(cpu)
     for name, platform in PLATFORM_OF.items():
         reason = "xla was asked for" if implementation else None

@@ -1,1 +1,4 @@
-"""Attention: `api` the door, `reference` the definition, `xla`, `tpu` and `gpu` the bodies."""
+"""Attention: `api` is the door, `reference` the definition.
+
+The bodies are `xla`, `tpu`, `gpu` (Triton), `cudnn` and `mosaic_gpu`; `choice` picks one.
+"""

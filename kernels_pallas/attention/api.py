@@ -77,7 +77,7 @@ def attention(
       return_lse: also return `log(sum(exp(scores)))` over keys, and sinks, -1e30 where there is
         none; it is differentiable.
       implementation: None (by the platform that is compiled for), "xla", "pallas_tpu",
-        "pallas_gpu" or "cudnn" (on CUDA; XLA's form elsewhere).
+        "pallas_gpu", "cudnn" or "mosaic_gpu" (these two on CUDA; XLA's form elsewhere).
       precision: of the matrix products, as in `jax.lax.dot_general`.
 
     Returns:

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from kernels_pallas import dispatch
-from kernels_pallas.attention import cudnn, xla
+from kernels_pallas.attention import cudnn, mosaic_gpu, xla
 from kernels_pallas.attention.problem import Operands, Problem
 from kernels_pallas.lazy import Body, Choice
 
@@ -33,8 +33,8 @@ def _kernel(name: str, interpret: bool) -> Body:
     def backward(problem, x, results, saved, cotangents):
         problem = dispatch.for_kernel(problem, x.value.dtype)
         grads = module().backward(problem, x, *results, *cotangents, interpret=interpret)
-        if x.bias is not None and x.bias.dtype != bool and 1 in x.bias.shape[2:]:
-            # of a bias that all queries or keys share; left out of the program if not asked for
+        if x.bias is not None and x.bias.dtype != bool and grads.bias is None:
+            # where the kernels have none; left out of the program if not asked for
             whole = xla.backward(problem, x, *results, *cotangents)
             grads = grads._replace(bias=whole.bias)
         return grads
@@ -58,12 +58,18 @@ def _by_cudnn() -> Body:
     return Body(forward, backward)
 
 
+TYPES = {
+    "tpu": (jnp.bfloat16, jnp.float32),
+    "cuda": (jnp.bfloat16, jnp.float32, jnp.float16),
+    "mosaic_gpu": (jnp.bfloat16, jnp.float16),
+}
 CUDNN = _by_cudnn()
+MOSAIC = _kernel("mosaic_gpu", False)
 
 
 def refusal(platform: str, problem: Problem, x: Operands) -> str | None:
-    """Why the Pallas body of a platform cannot run a call, or None."""
-    types = (jnp.bfloat16, jnp.float32) + ((jnp.float16,) if platform == "cuda" else ())
+    """Why the Pallas body of a platform, or "mosaic_gpu", cannot run a call, or None."""
+    types = TYPES[platform]
     for name in ("query", "key", "value"):
         if getattr(x, name).dtype not in types:
             return (
@@ -78,6 +84,8 @@ def refusal(platform: str, problem: Problem, x: Operands) -> str | None:
         return "export leaves a size open"
     if x.bias is not None and x.bias.dtype not in (jnp.bfloat16, jnp.float32, jnp.bool_):
         return f"bias is {x.bias.dtype}; the kernels take bool, bfloat16 and float32"
+    if platform == "mosaic_gpu":
+        return mosaic_gpu.refusal(problem, x)
     if platform == "tpu":
         from kernels_pallas.attention import tpu
 
@@ -104,4 +112,5 @@ def choose(
         lambda platform: refusal(platform, problem, x),
         plain=ON_ACCELERATOR, plain_on_cpu=ON_CPU, pallas=PALLAS, interpreted=INTERPRETED,
         cudnn=CUDNN, no_cudnn=cudnn.refusal(problem, x, wants_lse),
+        mosaic=MOSAIC, no_mosaic=refusal("mosaic_gpu", problem, x),
     )  # fmt: skip

@@ -40,8 +40,8 @@ def window_attention(
       mask: `[masks, queries, keys]` with masks dividing windows: floats that are added (Swin: 0 or
         -100), or booleans, True where visible. A constant: it gets no gradient.
       scale: of the raw scores; `head_dim ** -0.5` if None.
-      implementation: None (by the platform that is compiled for), "xla", "pallas_tpu" or
-        "pallas_gpu".
+      implementation: None (by the platform that is compiled for), "xla", "pallas_tpu",
+        "pallas_gpu" or "mosaic_gpu" (on CUDA; XLA's form elsewhere).
       precision: of the matrix products, as in `jax.lax.dot_general`; where the TPU kernel has
         windows in lanes (`window/tpu_lanes.py`) there are none, and all is float32.
 
