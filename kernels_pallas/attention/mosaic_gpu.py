@@ -154,7 +154,7 @@ class _Pass:
             elif per_query == self.q.padded:
                 bias = load(ref.at[queries, 0])
             else:
-                bias = ref[0, 0]
+                bias = _laid_out(jnp.broadcast_to(ref[0, 0], (ROWS, ROWS)))
         if "q_segments" in refs:
             segments = (
                 load(refs["q_segments"].at[b, queries]),
