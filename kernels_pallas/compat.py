@@ -44,14 +44,18 @@ def mosaic_gpu():
     return mosaic_gpu
 
 
-def has_cudnn() -> bool:
-    """Whether this process has a CUDA device that runs cuDNN's attention (Ampere or newer)."""
+def cuda_capability() -> float | None:
+    """Compute capability of this process's CUDA device, such as 9.0 for H100; None without one."""
     from jax._src.lib import cuda_versions
 
     if cuda_versions is None or jax.default_backend() != "gpu":
-        return False
-    capability = getattr(jax.local_devices()[0], "compute_capability", "0.0")
-    return float(capability) >= 8.0
+        return None
+    return float(getattr(jax.local_devices()[0], "compute_capability", "0.0"))
+
+
+def has_cudnn() -> bool:
+    """Whether this process has a CUDA device that runs cuDNN's attention (Ampere or newer)."""
+    return (cuda_capability() or 0.0) >= 8.0
 
 
 def cudnn_attention(query, key, value, scale: float, causal: bool):

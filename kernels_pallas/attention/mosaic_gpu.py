@@ -186,7 +186,16 @@ class _Pass:
             for each result the numbers, and the block through which they leave or None.
           outputs: shapes of the results, with all rows of the own axis.
           interpret: parameters of the interpreter, or False.
+
+        Raises:
+          NotImplementedError: if the process has a GPU that is no Hopper.
         """
+        device = compat.cuda_capability()
+        if device is not None and int(device) != 9:
+            raise NotImplementedError(
+                f"implementation='mosaic_gpu': the device has compute capability {device}; wgmma "
+                "is an instruction of 9.0 (H100, H200)."
+            )
         pl, plgpu = compat.pallas(), compat.mosaic_gpu()
         names, arrays = list(self.arrays), list(self.arrays.values())
         dtype = self.arrays["query"].dtype

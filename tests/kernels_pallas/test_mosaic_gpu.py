@@ -248,3 +248,9 @@ def test_an_older_jax_is_refused_in_a_sentence(monkeypatch):
     monkeypatch.setattr(compat, "has_mosaic_gpu", lambda: False)
     with pytest.raises(ValueError, match=r"'mosaic_gpu': JAX .* needs JAX 0.12 or newer"):
         explain(attention, *arrays(), implementation="mosaic_gpu")
+
+
+def test_a_device_of_another_generation_is_refused_in_a_sentence(monkeypatch):
+    monkeypatch.setattr(compat, "cuda_capability", lambda: 8.0)
+    with pytest.raises(NotImplementedError, match=r"capability 8.0; wgmma"):
+        mosaic_gpu.forward(*problem_of("plain"))
