@@ -140,6 +140,8 @@ class Case:
         self.filled_as: dict[str, str] = {}
         # A builder of functions sets it that passes the weights on itself (`state_dict`).
         self.own_weights = False
+        # Parameters that the reference holds and no output depends on, which ours does not have.
+        self.dead: tuple[str, ...] = ()
         # Fixed tensors that the reference builds and its model, like ours, reads from a file.
         self.kept: dict[str, np.ndarray] = {}
 
@@ -171,12 +173,16 @@ class Case:
     def published_params(self) -> int | None:
         """The reference's own number of parameters; of those it trains, where it says so.
 
-        Without those that no output depends on, where it counts them apart (`n_params_dead`).
+        Without those that no output depends on: where it counts them apart (`n_params_dead`), or
+        where the builder of the system names them (`dead`).
         """
         names = ("trainable_parameters", "num_parameters", "params", "n_params")
         entries = self.config.entries
-        number = next((entries[n] for n in names if n in entries), None)
-        return number and number - entries.get("n_params_dead", 0)
+        name = next((n for n in names if n in entries), None)
+        if name is None or name == "trainable_parameters":
+            return entries.get(name)
+        dead = sum(int(np.prod(self.shapes.get(n, (0,)))) for n in self.dead)
+        return entries[name] - entries.get("n_params_dead", dead)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

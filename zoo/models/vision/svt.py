@@ -324,10 +324,11 @@ class SVT(ImageClassifier):
 
     Attributes:
       image_size: height and width in pixels; stage 1 has parameters for every position of its map.
-      num_classes: 0 leaves out the heads (logits are then the pooled features).
+      num_classes: 0 leaves out the heads; logits are then the pooled features, with `token_label`
+        plus half of the largest over the tokens, as the official code has it.
       stem_dim: width of the stem's first convolutions.
       scattering: how many stages scatter; the others attend.
-      token_label: a second head, on the tokens.
+      token_label: a second head, on the tokens, whose maximum is added to the logits.
       epsilon: of the norms in blocks and behind stages.
       drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
     """
@@ -379,12 +380,14 @@ class SVT(ImageClassifier):
         x = out["class_block"] = layer(x)
         x = norm(name="norm")(x)
         logits = out["pooled"] = x[:, 0]
+        tokens = x[:, 1:]
         if self.num_classes:
             dense = partial(nn.Dense, self.num_classes, kernel_init=init, **types)
             logits = out["class_logits"] = dense(name="head")(logits)
             if self.token_label:
-                out["token_logits"] = dense(name="token_head")(x[:, 1:])
-                logits = logits + 0.5 * out["token_logits"].max(1)
+                tokens = out["token_logits"] = dense(name="token_head")(tokens)
+        if self.token_label:
+            logits = logits + 0.5 * tokens.max(1)
         out["logits"] = logits
         return out
 
