@@ -46,9 +46,10 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
         activation="hidden_act",
         epsilon="layer_norm_eps",
         causal="is_decoder",
+        cross_attention="add_cross_attention",
     )
     config.expect(position_embedding_type=("absolute", None),
-                  is_encoder_decoder=False, add_cross_attention=False, tie_word_embeddings=True,
+                  is_encoder_decoder=False, tie_word_embeddings=True,
                   pruned_heads=({}, None),
                   pooling=("masked mean over last_hidden_state, then L2 normalise",
                            None))  # fmt: skip
@@ -97,6 +98,12 @@ def run(case: golden.Case, model: Any) -> Callable[[dict], golden.Outputs]:
     }
     choices = inputs["tokens"].shape[:-1]  # two axes where each row has several texts
     inputs = {name: x.reshape(-1, x.shape[-1]).astype(np.int32) for name, x in inputs.items()}
+    for ours, theirs in (
+        ("memory", "encoder_hidden_states"),
+        ("memory_mask", "encoder_attention_mask"),
+    ):
+        if theirs in case.names:
+            inputs[ours] = case.input(theirs)
     check_lengths(case, inputs)
     call = jax.jit(lambda v, x: model.apply(v, **x, method="features"))
 

@@ -87,6 +87,17 @@ TIMM_FURTHER = {
             ("huge", 14, 224, 1280, 32, 16), ("huge", 14, 378, 1280, 32, 16),
         )
     },
+    **{
+        f"vit_{size}_patch16_siglip{kind}_{side}": dict(
+            image_size=side, embed_dim=width, depth=depth, num_heads=heads, class_token=False,
+            **pool,
+        )
+        for size, side, width, depth, heads in (
+            ("base", 224, 768, 12, 12), ("base", 256, 768, 12, 12), ("base", 384, 768, 12, 12),
+            ("base", 512, 768, 12, 12), ("large", 256, 1024, 24, 16), ("large", 384, 1024, 24, 16),
+        )
+        for kind, pool in (("", dict(pool="map")), ("_gap", dict(pool="avg", head_norm="tokens")))
+    },
     "vit_base_patch16_224_miil": dict(qkv_bias=False),
     "vit_small_patch8_224": dict(patch_size=8, embed_dim=384, num_heads=6),
     "vit_large_patch32_224": dict(patch_size=32, embed_dim=1024, depth=24, num_heads=16),
@@ -137,6 +148,7 @@ def timm_vit(case: golden.Case) -> dict[str, Any]:
         num_registers="reg_tokens",
         pre_norm="pre_norm",
         pool="global_pool",
+        pool_prefix="pool_include_prefix",
     )
     fields["pool"] = fields["pool"] or "none"
     fields["layer_scale"] = config.take("init_values", fields["layer_scale"]) or None
@@ -160,7 +172,7 @@ def timm_vit(case: golden.Case) -> dict[str, Any]:
     fields["num_classes"] = config.take("num_classes", head[0] if head else 0)
     config.expect(
         embed_norm_layer=None, scale_attn_norm=False, scale_mlp_norm=False,
-        pool_include_prefix=False, block_fn=(None, "Block"), mlp_layer=(None, "Mlp"),
+        block_fn=(None, "Block"), mlp_layer=(None, "Mlp"),
         attn_layer=("", "attn", "Attention", None), embed_layer=(None, "PatchEmbed"),
     )  # fmt: skip
     # The sizes of `dynamic_img_*` are those of the input, and our model checks that they agree.

@@ -447,3 +447,23 @@ def test_a_causal_encoder_sees_no_later_token():
     before, after = run(variables, tokens), run(variables, np.where(tokens > 5, 3, tokens))
     np.testing.assert_allclose(after[:, :5], before[:, :5], rtol=1e-5, atol=1e-5)
     assert np.abs(after[:, 5:] - before[:, 5:]).max() > 1e-3
+
+
+def test_a_decoder_reads_what_of_its_memory_is_there():
+    model = zoo.create("bert_test", depth=1, causal=True, cross_attention=True, pooler=False)
+    variables, given = filled(model), inputs()
+    memory = np.random.default_rng(1).normal(size=(3, 7, 32)).astype(np.float32)
+    there = np.arange(7) < np.array([7, 3, 5])[:, None]
+    other = np.where(there[..., None], memory, 9.0).astype(np.float32)
+    run = jax.jit(
+        lambda memory, mask: model.apply(variables, **given, memory=memory, memory_mask=mask)
+    )
+    out = run(memory, there)
+    assert_trees_close(run(other, there), out, 1e-5)
+    assert np.abs(run(other, np.ones_like(there)) - out)[1:].max() > 0.1
+    with pytest.raises(
+        ValueError, match=r"memory has shape \(2, 7, 32\); it should be \(3, keys, 32"
+    ):
+        model.apply(variables, **given, memory=memory[:2])
+    with pytest.raises(ValueError, match="cross_attention=False; leave out memory"):
+        model.clone(cross_attention=False).apply(variables, **given, memory=memory)

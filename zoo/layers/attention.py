@@ -1,4 +1,4 @@
-"""Multi-head self-attention: projections around `kernels_pallas.attention`."""
+"""Multi-head attention: projections around `kernels_pallas.attention`."""
 
 from collections.abc import Callable
 from functools import partial
@@ -34,7 +34,7 @@ def attention_weights(
 
 
 class Attention(nn.Module):
-    """Self-attention with fused (`qkv`) or separate (`query key value`) projections, then `out`.
+    """Attention with fused (`qkv`) or separate (`query key value`) projections, then `out`.
 
     The columns of a fused `qkv` are ordered q, k, v, each head-major. Sows its probabilities as
     `attention` when the `intermediates` collection is mutable.
@@ -70,11 +70,16 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "batch length channels"],
-        visible: Bool[Array, "batch length"] | None = None,
+        visible: Bool[Array, "batch keys"] | None = None,
         train: bool = False,
+        memory: Float[Array, "batch keys width"] | None = None,
     ) -> Float[Array, "batch length channels"]:
-        """Attend. `visible` says which keys may be seen (padding is False)."""
+        """Attend to `memory`, which needs separate projections; without one to `x` itself.
+
+        `visible` says which keys may be seen (padding is False).
+        """
         batch, length, channels = x.shape
+        source = x if memory is None else memory
         if channels % self.num_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} does not divide {channels} channels; choose a divisor."
@@ -85,14 +90,16 @@ class Attention(nn.Module):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )
-        heads = (batch, length, self.num_heads, channels // self.num_heads)
+        heads = (batch, -1, self.num_heads, channels // self.num_heads)
         if self.fused:
+            if memory is not None:
+                raise ValueError("Attention to a memory needs fused=False.")
             qkv = dense(3 * channels, use_bias=self.qkv_bias, name="qkv")(x)
             query, key, value = (t.reshape(heads) for t in jnp.split(qkv, 3, axis=-1))
         else:
             query, key, value = (
-                dense(channels, use_bias=self.qkv_bias, name=name)(x).reshape(heads)
-                for name in ("query", "key", "value")
+                dense(channels, use_bias=self.qkv_bias, name=name)(t).reshape(heads)
+                for name, t in (("query", x), ("key", source), ("value", source))
             )
         if self.query_key_norm:
             norm = partial(
@@ -113,7 +120,7 @@ class Attention(nn.Module):
             key,
             value,
             # every query, padding included, sees exactly the visible keys
-            query_segments=None if segments is None else jnp.ones_like(segments),
+            query_segments=None if segments is None else jnp.ones((batch, length), jnp.int32),
             key_segments=segments,
             scale=self.scale,
             mask=kernels_pallas.Causal() if self.causal else None,

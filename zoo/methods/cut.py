@@ -271,6 +271,8 @@ def _attend(module: nn.Module, heads: int, args: tuple, kwargs: dict) -> Any:
         mask = getattr(context, "mask", None)
         y = causal_attention(query, key, value, mask, scale=scale or width**-0.5)
         return out(y.reshape(*x.shape[:2], -1)), None
+    if (args[3] if len(args) > 3 else kwargs.get("memory")) is not None:
+        raise ValueError(f"{'/'.join(module.path)} attends to a memory: heads cannot be cut out.")
     visible = args[1] if len(args) > 1 else kwargs.get("visible")
     segments = None if visible is None else visible.astype(jnp.int32)
     y = kernels_pallas.attention(

@@ -12,7 +12,8 @@ the residual sum (post-norm), and there is none at the end.
     pooled = tanh(W x[first] + b)
 
 `mask` hides padding as a key from all queries; what stands at padded positions themselves means
-nothing. `head` says what is read off:
+nothing. With `cross_attention` each layer attends to a memory, too, between the two; that is the
+decoder of transformers' EncoderDecoderModel, which is causal. `head` says what is read off:
 
     None             logits = last_hidden_state
     masked_lm        logits = E_word LN(gelu(W x + b)) + c         the matrix is the embedding's
@@ -73,21 +74,26 @@ class BertLayer(nn.Module):
         x: Float[Array, "batch length channels"],
         visible: Bool[Array, "batch length"] | None = None,
         train: bool = False,
+        memory: Float[Array, "batch keys channels"] | None = None,
+        memory_visible: Bool[Array, "batch keys"] | None = None,
     ) -> Float[Array, "batch length channels"]:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = partial(LayerNorm, epsilon=self.epsilon, **types)
-        y = Attention(
+        attention = partial(
+            Attention,
             self.num_heads,
             fused=False,
             blind="mean",
-            causal=self.causal,
             attention_dropout=self.attention_dropout,
             dropout=self.dropout,
             kernel_init=init,
-            name="attention",
             **types,
-        )(x, visible, train)
+        )
+        y = attention(causal=self.causal, name="attention")(x, visible, train)
         x = norm(name="norm1")(x + y)
+        if memory is not None:
+            y = attention(name="cross_attention")(x, memory_visible, train, memory)
+            x = norm(name="cross_norm")(x + y)
         y = Mlp(self.mlp_dim, self.activation, kernel_init=init, name="mlp", **types)(x)
         y = nn.Dropout(self.dropout)(y, deterministic=not train)  # behind `down` only
         x = norm(name="norm2")(x + y)
@@ -158,6 +164,8 @@ class Bert(Model):
       groups: sets of weights that so many layers in a row share (ALBERT); 0: each has its own.
       inner_layers: layers of its own in each set, which run one after another as one layer.
       causal: a token sees only itself and those before it (BERT as a decoder).
+      cross_attention: layers have a second attention, to the `memory` that a call gives; without
+        one it is passed over.
       activation: of MLP and masked-word head, a key of `ACTIVATIONS`.
       pooler: the layer on the first token; the heads that read it need it.
       pooler_activation: of that layer, a key of `ACTIVATIONS`.
@@ -181,6 +189,7 @@ class Bert(Model):
     groups: int = 0
     inner_layers: int = 1
     causal: bool = False
+    cross_attention: bool = False
     activation: str = "gelu"
     epsilon: float = 1e-12
     pooler: bool = True
@@ -201,7 +210,11 @@ class Bert(Model):
         """Shapes of the arguments of `__call__` for sequences of `length` tokens."""
         shape = jax.ShapeDtypeStruct((batch_size, min(length, self.max_positions)), jnp.int32)
         types = {"token_types": shape} if self.num_token_types else {}
-        return {"tokens": shape, **types, "mask": shape}
+        inputs = {"tokens": shape, **types, "mask": shape}
+        if self.cross_attention:
+            wide = (*shape.shape, self.embed_dim)
+            inputs |= {"memory": jax.ShapeDtypeStruct(wide, self.dtype), "memory_mask": shape}
+        return inputs
 
     def __call__(
         self,
@@ -210,6 +223,8 @@ class Bert(Model):
         mask: Int[Array, "batch length"] | Bool[Array, "batch length"] | None = None,
         positions: Int[Array, "#batch length"] | None = None,
         train: bool = False,
+        memory: Float[Array, "batch keys channels"] | None = None,
+        memory_mask: Int[Array, "batch keys"] | Bool[Array, "batch keys"] | None = None,
     ) -> Array | tuple[Array, Array]:
         """What the head gives (see the table above); without one, the last hidden states.
 
@@ -219,11 +234,15 @@ class Bert(Model):
           mask: 1 or True for tokens, 0 for padding; None is no padding.
           positions: rows of the position table; None is 0, 1, ... in order.
           train: whether to drop out.
+          memory: what `cross_attention` looks at, such as the hidden states of an encoder.
+          memory_mask: 1 or True for what of it is there; None is all.
 
         Raises:
           ValueError: if shapes do not fit the model or each other.
         """
-        return self.features(tokens, token_types, mask, positions, train)["logits"]
+        return self.features(tokens, token_types, mask, positions, train, memory, memory_mask)[
+            "logits"
+        ]
 
     @nn.compact
     def features(
@@ -233,9 +252,12 @@ class Bert(Model):
         mask: Int[Array, "batch length"] | Bool[Array, "batch length"] | None = None,
         positions: Int[Array, "#batch length"] | None = None,
         train: bool = False,
+        memory: Float[Array, "batch keys channels"] | None = None,
+        memory_mask: Int[Array, "batch keys"] | Bool[Array, "batch keys"] | None = None,
     ) -> dict[str, Array]:
         """Every named intermediate (see the table above); arguments as those of `__call__`."""
         self._check(tokens, token_types, mask, positions)
+        self._check_memory(tokens, memory, memory_mask)
         tokens, mask = check_tokens(self, tokens, mask, positions)
         token_types = self._inside(token_types, mask, self.num_token_types, "token_types")
         positions = self._inside(positions, mask, self.max_positions, "positions")
@@ -251,7 +273,8 @@ class Bert(Model):
         if self.word_dim is not None:
             x = Dense(self.embed_dim, kernel_init=init, name="embed_map", **types)(x)
 
-        every = self._layers(x, None if mask is None else mask != 0, train)
+        seen = tuple(None if m is None else m != 0 for m in (mask, memory_mask))
+        every = self._layers(x, seen[0], train, memory, seen[1])
         out |= {f"layer{i}": x for i, x in enumerate(every)}
         x = out["last_hidden_state"] = every[-1] if every else x
         if self.pooler:
@@ -277,8 +300,9 @@ class Bert(Model):
         x: Float[Array, "batch length channels"],
         visible: Bool[Array, "batch length"] | None,
         train: bool,
+        *memory: Array | None,
     ) -> list[Array]:
-        """What each layer gives."""
+        """What each layer gives; `memory` is one with what of it is visible."""
         layer = partial(
             remat_block(BertLayer, self.remat, static_argnums=(3,), scanned=self.scan_layers),
             self.num_heads,
@@ -299,12 +323,12 @@ class Bert(Model):
             ]
             for i in range(self.depth):
                 for one in layers[i * count // self.depth]:
-                    x = one(x, visible, train)
+                    x = one(x, visible, train, *memory)
                 every.append(x)
             return every
 
-        def body(layer: nn.Module, x: Array, visible: Array | None) -> tuple[Array, Array]:
-            x = layer(x, visible, train)
+        def body(layer: nn.Module, x: Array, visible: Array | None, *memory) -> tuple[Array, Array]:
+            x = layer(x, visible, train, *memory)
             return x, x
 
         scan = nn.scan(
@@ -314,7 +338,7 @@ class Bert(Model):
             in_axes=nn.broadcast,
             length=self.depth,
         )
-        last, stacked = scan(layer(name="layers"), x, visible)
+        last, stacked = scan(layer(name="layers"), x, visible, *memory)
         return [*list(stacked)[:-1], last]  # training reads, and so keeps, the last alone
 
     def _inside(
@@ -369,6 +393,23 @@ class Bert(Model):
             raise ValueError("This model has num_token_types=0; leave out token_types.")
         if self.head in pooled and not self.pooler:
             raise ValueError(f"head={self.head!r} reads the pooler; it needs pooler=True.")
+
+    def _check_memory(self, tokens: Array, memory: Array | None, mask: Array | None) -> None:
+        if memory is None:
+            if mask is not None:
+                raise ValueError("memory_mask says what of a memory is there; give memory, too.")
+            return
+        if not self.cross_attention:
+            raise ValueError("This model has cross_attention=False; leave out memory.")
+        if memory.ndim != 3 or len(memory) != len(tokens) or memory.shape[2] != self.embed_dim:
+            raise ValueError(
+                f"memory has shape {memory.shape}; it should be ({len(tokens)}, keys, "
+                f"{self.embed_dim})."
+            )
+        if mask is not None and mask.shape != memory.shape[:2]:
+            raise ValueError(
+                f"memory_mask has shape {mask.shape}; it should be {memory.shape[:2]}."
+            )
 
 
 # ---------------------------------------------------------------------------------- heads
@@ -497,6 +538,15 @@ def _layout(
         *dense_rules(f"{theirs}.attention.self.value", f"{ours}/attention/value"),
         *dense_rules(f"{theirs}.attention.output.dense", f"{ours}/attention/out"),
         *norms(f"{theirs}.attention.output.LayerNorm", f"{ours}/norm1"),
+        *(
+            rule
+            for name in ("query", "key", "value")
+            for rule in dense_rules(
+                f"{theirs}.crossattention.self.{name}", f"{ours}/cross_attention/{name}"
+            )
+        ),
+        *dense_rules(f"{theirs}.crossattention.output.dense", f"{ours}/cross_attention/out"),
+        *norms(f"{theirs}.crossattention.output.LayerNorm", f"{ours}/cross_norm"),
         *dense_rules(f"{theirs}.intermediate.dense", f"{ours}/mlp/up"),
         *dense_rules(f"{theirs}.output.dense", f"{ours}/mlp/down"),
         *norms(f"{theirs}.output.LayerNorm", f"{ours}/norm2"),

@@ -12,6 +12,7 @@ of published weights are usually loaded with.
 
 Options that published models use: `pool="avg"` averages the patches and normalises after it;
 `pool="token_avg"` reads the class token beside the patches' mean (DINOv2's linear classifiers);
+`pool="map"` lets one learned query attend to the patches, and an MLP follow (SigLIP);
 `distilled` reads a second head off the distillation token: the logits are the mean of both heads in
 evaluation, and the pair `(class, distillation)` in training, as DeiT's code returns them.
 
@@ -46,10 +47,12 @@ from zoo.checkpoints.rules import (
     linear,
     norm_rules,
     reshape,
+    split,
 )
+from zoo.layers.attention import Attention
 from zoo.layers.block import Block
 from zoo.layers.classifier import ImageClassifier
-from zoo.layers.mlp import gelu
+from zoo.layers.mlp import Mlp, gelu
 from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
 from zoo.layers.patch import PatchEmbed
@@ -78,6 +81,32 @@ POOLS: dict[str, Callable[[Array, int], Array]] = {
 """Sequence `[batch, length, channels]` and number of prefix tokens -> what the head reads."""
 
 
+class LatentPool(nn.Module):
+    """One learned query attends to all tokens, then an MLP: the head of SigLIP."""
+
+    num_heads: int
+    mlp_ratio: float = 4.0
+    activation: Callable[[Array], Array] = gelu
+    epsilon: float = 1e-6
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch length channels"], train: bool = False
+    ) -> Float[Array, "batch channels"]:
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        width = x.shape[-1]
+        start = nn.initializers.normal(width**-0.5)
+        latent = self.param("latent", start, (1, 1, width), self.param_dtype)
+        latent = jnp.broadcast_to(latent.astype(self.dtype), (len(x), 1, width))
+        attention = Attention(self.num_heads, fused=False, name="attention", **types)
+        y = attention(latent, None, train, x)
+        z = LayerNorm(epsilon=self.epsilon, name="norm", **types)(y)
+        z = Mlp(int(width * self.mlp_ratio), self.activation, name="mlp", **types)(z, train)
+        return (y + z)[:, 0]
+
+
 class VisionTransformer(ImageClassifier):
     """ViT or DeiT classifier.
 
@@ -92,7 +121,8 @@ class VisionTransformer(ImageClassifier):
       num_registers: further learned tokens behind them.
       position: which tokens the learned table adds to: "all", "patches", "class" (all but the
         registers, as in DINOv2) or "none".
-      pool: what the head reads, a key of `POOLS`.
+      pool: what the head reads, a key of `POOLS`, or "map" (see the text above).
+      pool_prefix: whether means, maxima and "map" see the tokens before the patches, too.
       head_norm: where the last LayerNorm stands: "tokens" (before pooling), "pooled" (after) or
         "none"; None is "tokens" where there is no mean or maximum, else "pooled", as in timm.
       pre_logits: width of a tanh layer before the head; older files of Google have one (0: none).
@@ -119,6 +149,7 @@ class VisionTransformer(ImageClassifier):
     num_registers: int = 0
     position: str = "all"
     pool: str = "token"
+    pool_prefix: bool = False
     head_norm: str | None = None
     pre_logits: int = 0
     pre_norm: bool = False
@@ -167,10 +198,15 @@ class VisionTransformer(ImageClassifier):
         out |= {f"block{i}": x for i, x in enumerate(every)}
         x = out["blocks"] = every[-1] if every else x
 
-        tokens_first = self.pool in ("token", "token_avg", "none")
+        tokens_first = self.pool in ("token", "token_avg", "none", "map")
         where = self.head_norm or ("tokens" if tokens_first else "pooled")
         x = out["norm"] = norm(name="norm")(x) if where == "tokens" else x
-        pooled = POOLS[self.pool](x, self.num_prefix)
+        prefix = 0 if self.pool_prefix else self.num_prefix
+        if self.pool == "map":
+            sizes = (self.num_heads, self.mlp_ratio, ACTIVATIONS[self.activation], self.epsilon)
+            pooled = LatentPool(*sizes, name="pool", **types)(x[:, prefix:], train)
+        else:
+            pooled = POOLS[self.pool](x, prefix)
         pooled = norm(name="pool_norm")(pooled) if where == "pooled" else pooled
         if self.pre_logits:
             dense = nn.Dense(self.pre_logits, kernel_init=init, name="pre_logits", **types)
@@ -262,7 +298,7 @@ class VisionTransformer(ImageClassifier):
     def _check(self, shape: tuple[int, ...]) -> None:
         self.check_size(shape)
         for field, value, known in (
-            ("pool", self.pool, tuple(POOLS)),
+            ("pool", self.pool, (*POOLS, "map")),
             ("activation", self.activation, tuple(ACTIVATIONS)),
             ("position", self.position, ("all", "patches", "class", "none")),
             ("head_norm", self.head_norm, (None, "tokens", "pooled", "none")),
@@ -330,6 +366,20 @@ def _timm() -> Rules:
         Rule(f"{theirs}.ls2.gamma", f"{ours}/layer_scale2"),
         *norm_rules("norm", "norm"),
         *norm_rules("fc_norm", "pool_norm"),
+        Rule("attn_pool.latent", "pool/latent"),
+        *dense_rules("attn_pool.q", "pool/attention/query"),
+        Rule(
+            "attn_pool.kv.weight",
+            ("pool/attention/key/kernel", "pool/attention/value/kernel"),
+            chain(linear, split(1)),
+        ),
+        Rule(
+            "attn_pool.kv.bias", ("pool/attention/key/bias", "pool/attention/value/bias"), split(0)
+        ),
+        *dense_rules("attn_pool.proj", "pool/attention/out"),
+        *norm_rules("attn_pool.norm", "pool/norm"),
+        *dense_rules("attn_pool.mlp.fc1", "pool/mlp/up"),
+        *dense_rules("attn_pool.mlp.fc2", "pool/mlp/down"),
         *dense_rules("pre_logits.fc", "pre_logits"),
         *dense_rules("head", "head"),
         *dense_rules("head_dist", "head_distillation"),
