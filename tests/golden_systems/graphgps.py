@@ -66,6 +66,20 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
         fields["eigen_dim"] = config.take("dim_lap", fields["position_dim"])
         if "pe" not in case.names:
             fields["walk_steps"] = 0
+    if "eigvecs_sn" in case.names:
+        signs, vectors = config.take("posenc_SignNet"), case.input("eigvecs_sn")
+        eigen = np.stack([vectors, np.zeros_like(vectors)], -1)
+        inputs["eigen"] = np.full((*real.shape, *eigen.shape[1:]), np.nan, np.float32)
+        inputs["eigen"][real] = eigen
+        case.unread("eigvals_sn")
+        fields |= dict(
+            eigenvectors=vectors.shape[1], eigen_dim=signs["dim_pe"],
+            sign_layers=max(2, signs["layers"]), sign_width=signs["phi_hidden_dim"],
+            sign_out=signs["phi_out_dim"], sign_post_layers=signs["post_layers"],
+            sign_sum=signs["model"] == "DeepSet",
+        )  # fmt: skip
+        if "pe" not in case.names:
+            fields["walk_steps"] = 0
     steps, largest = fields["walk_steps"], inputs["nodes"].shape[1]
     inputs["walks"] = np.zeros((*inputs["nodes"].shape[:2], steps), np.float32)
     for graph, edges in enumerate(inputs["edges"]):

@@ -225,6 +225,23 @@ def test_eigenvectors_of_the_laplacian_of_a_ring_are_waves():
     np.testing.assert_allclose(halved[0, :, 1], values / 2, atol=1e-6)
 
 
+def test_signnet_does_not_look_at_the_signs_of_eigenvectors():
+    model = zoo.create(
+        "graphgps_test", depth=1, walk_steps=0, eigenvectors=4, sign_layers=2, sign_width=8,
+        sign_out=4, sign_post_layers=2,
+    )  # fmt: skip
+    one, variables = graph(5, 0, model), filled(model)
+    eigen = laplacian_eigenvectors(one["edges"][:10].T, 5, 4)
+    eigen = np.pad(eigen, ((0, 1), (0, 0), (0, 0)))
+    run = jax.jit(lambda inputs: model.apply(variables, **inputs))
+    with_signs = [
+        run(batch([one | {"eigen": eigen * np.array(signs, np.float32)[:, None]}]))
+        for signs in ((1, 1, 1, 1), (-1, 1, -1, 1), (1, 3, 1, 1))
+    ]
+    np.testing.assert_allclose(with_signs[1], with_signs[0], rtol=1e-5, atol=1e-5)
+    assert np.abs(with_signs[2] - with_signs[0]).max() > 1e-3
+
+
 def test_positions_in_eigenvectors_do_not_look_at_what_is_not_there():
     model = zoo.create("graphgps_test", eigenvectors=7, walk_steps=0)
     variables = filled(model)

@@ -4,9 +4,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from zoo.layers.dense import Dense
+from zoo.layers.graph import NodeBatchNorm, at_nodes, sum_at_nodes
 
 
 def return_chances(
@@ -79,3 +80,92 @@ class EigenPositions(nn.Module):
             layer = Dense(width, name=f"layers_{i}", dtype=self.dtype, param_dtype=self.param_dtype)
             x = nn.relu(layer(x))
         return jnp.where(there, x, 0).sum(2)
+
+
+class NormedMlp(nn.Module):
+    """Linear maps with a ReLU and then a norm over the real nodes between them.
+
+    Attributes:
+      widths: channels behind each map.
+    """
+
+    widths: tuple[int, ...]
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "*rows channels"],
+        real: Bool[Array, "*rows"],
+        train: bool = False,
+    ) -> Float[Array, "*rows out"]:
+        """The rows; those that are not real mean nothing."""
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        for i, width in enumerate(self.widths):
+            x = Dense(width, name=f"layers_{i}", **types)(x)
+            if i + 1 < len(self.widths):
+                x = NodeBatchNorm(name=f"norm_{i}", **types)(nn.relu(x), real, train)
+        return x
+
+
+class SignPositions(nn.Module):
+    """SignNet: a graph network reads each eigenvector and its negative, and both are summed.
+
+    Lim et al., "Sign and Basis Invariant Networks for Spectral Graph Representation Learning", ICLR
+    2023, arXiv 2202.13013, as github.com/rampasek/GraphGPS (MIT) has it: the network is a GIN.
+
+    Attributes:
+      channels: of the positions.
+      depth: layers of the GIN, at least 2.
+      width: channels inside it and inside the MLP behind it.
+      out: channels that it gives for each eigenvector.
+      post_depth: layers of the MLP.
+      summed: the MLP reads the sum over the eigenvectors that a graph has; else all side by side.
+    """
+
+    channels: int
+    depth: int = 8
+    width: int = 64
+    out: int = 64
+    post_depth: int = 3
+    summed: bool = True
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        vectors: Float[Array, "batch nodes wanted"],
+        source: Int[Array, "batch edges"],
+        target: Int[Array, "batch edges"],
+        real: Bool[Array, "batch nodes"],
+        train: bool = False,
+    ) -> Float[Array, "batch nodes channels"]:
+        """The positions; NaN is what a graph does not have."""
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        batch, size, wanted = vectors.shape
+        every = jnp.broadcast_to(real[..., None], vectors.shape)
+        layers = [
+            NormedMlp((self.width, width), name=f"layers_{i}", **types)
+            for i, width in enumerate((*(self.width,) * (self.depth - 1), self.out))
+        ]
+        norms = [NodeBatchNorm(name=f"norms_{i}", **types) for i in range(self.depth - 1)]
+
+        def read(x: Float[Array, "batch nodes wanted 1"]) -> Float[Array, "batch nodes wanted out"]:
+            for i, layer in enumerate(layers):
+                x = norms[i - 1](x, every, train) if i else x
+                flat = x.reshape(batch, size, -1)
+                sums = sum_at_nodes(at_nodes(flat, source), target, size).reshape(x.shape)
+                x = layer(x + sums, every, train)
+            return x
+
+        x = jnp.where(jnp.isnan(vectors) | ~every, 0, vectors)[..., None].astype(self.dtype)
+        x = read(x) + read(-x)
+        if self.summed:
+            there = jnp.arange(wanted) < real.sum(1)[:, None]  # a graph of n nodes has n of them
+            x = jnp.where(there[:, None, :, None], x, 0).sum(2)
+        else:
+            x = x.reshape(batch, size, -1)
+        widths = (*(self.width,) * (self.post_depth - 1), self.channels)
+        return NormedMlp(widths, name="post", **types)(x, real, train)

@@ -4,7 +4,8 @@ Rampasek et al., "Recipe for a General, Powerful, Scalable Graph Transformer", N
 2205.12454; official code github.com/rampasek/GraphGPS (MIT), whose names we follow.
 
     x_i = [E(type_i) | W BN(p_i)]                      p: chances that a random walk is back after k
-          or [E(type_i) | sum_k MLP(v_ki, lambda_k)]   eigenvectors of the Laplacian, or all three
+          or [E(type_i) | sum_k MLP(v_ki, lambda_k)]   eigenvectors of the Laplacian, or all three;
+                                                       in their place also SignNet
     local   = BN(x + messages(x, e));   global = BN(x + attention(x))
     s = local + global;   x = BN(s + W2 relu(W1 s))    W1 twice as wide; `depth` times
     messages of GINE       MLP(x_i + sum_j relu(x_j + e_ij))
@@ -46,7 +47,7 @@ from zoo.layers.graph import (
     SumOfEmbeddings,
     real_nodes,
 )
-from zoo.layers.graph_positions import EigenPositions
+from zoo.layers.graph_positions import EigenPositions, SignPositions
 from zoo.layers.messages import (
     AttentiveMessages,
     ConvolvedMessages,
@@ -177,6 +178,12 @@ class GraphGPS(Model):
       eigenvectors: of the Laplacian that nodes have positions in; 0: none.
       eigen_dim: channels of these.
       eigen_layers: layers of their MLP.
+      sign_layers: layers of SignNet's graph network, which reads eigenvectors in place of that MLP;
+        0: none.
+      sign_width: channels inside it.
+      sign_out: channels that it gives for each eigenvector.
+      sign_post_layers: layers of the MLP behind it.
+      sign_sum: whether that reads the sum over eigenvectors ("DeepSet"), or all of them ("MLP").
       degrees: how many nodes of the training set have 0, 1, 2, ... edges into them; official files
         of `pna` hold its mean, and nothing else depends on it.
       embed_dim: channels.
@@ -205,6 +212,11 @@ class GraphGPS(Model):
     eigenvectors: int = 0
     eigen_dim: int = 8
     eigen_layers: int = 2
+    sign_layers: int = 0
+    sign_width: int = 64
+    sign_out: int = 64
+    sign_post_layers: int = 3
+    sign_sum: bool = True
     degrees: tuple[int, ...] = ()
     embed_dim: int = 64
     depth: int = 10
@@ -287,8 +299,14 @@ class GraphGPS(Model):
                     f"This GraphGPS takes eigen of shape (batch, nodes, {self.eigenvectors}, 2), "
                     f"not {shape}; make it with laplacian_eigenvectors."
                 )
-            sizes = (self.eigen_dim, self.eigen_layers)
-            position = EigenPositions(*sizes, name="embed_eigen", **types)(eigen, train)
+            if self.sign_layers:
+                sizes = (self.eigen_dim, self.sign_layers, self.sign_width, self.sign_out,
+                         self.sign_post_layers, self.sign_sum)  # fmt: skip
+                signs = SignPositions(*sizes, name="embed_sign", **types)
+                position = signs(eigen[..., 0], source, target, real, train)
+            else:
+                sizes = (self.eigen_dim, self.eigen_layers)
+                position = EigenPositions(*sizes, name="embed_eigen", **types)(eigen, train)
             x = jnp.concatenate([x, position], -1)
         if self.walk_steps:
             x = jnp.concatenate([x, self._positions(walks, real, train)], -1)
@@ -365,7 +383,7 @@ def _rules(prefix: str = "", atoms: bool = False, eigen: bool = False) -> Rules:
     """
     theirs, ours = f"{prefix}layers.{{i}}", "layers_{i}"
     node, edge = f"{prefix}encoder.node_encoder.encoder", f"{prefix}encoder.edge_encoder."
-    walks = f"{node}3" if eigen else f"{node}2"
+    walks, signs = f"{node}3" if eigen else f"{node}2", f"{node}2.sign_inv_net"
     norms = (
         ("norm1_local", "norm_local"),
         ("norm1_attn", "norm_attention"),
@@ -442,6 +460,10 @@ def _rules(prefix: str = "", atoms: bool = False, eigen: bool = False) -> Rules:
         names = ["linear_A", *(f"pe_encoder.{2 * i + 1}" for i in range(MAX_POSITION_LAYERS))]
         for i, name in enumerate(names):
             rules += dense_rules(f"{node}2.{name}", f"embed_eigen/layers_{i}")
+        for a, b in (("enc.layers.{i}.nn", "layers_{i}"), ("rho", "post")):
+            rules += dense_rules(f"{signs}.{a}.lins.{{k}}", f"embed_sign/{b}/layers_{{k}}")
+            rules += batch_norm_rules(f"{signs}.{a}.bns.{{k}}", f"embed_sign/{b}/norm_{{k}}")
+        rules += batch_norm_rules(f"{signs}.enc.bns.{{i}}", "embed_sign/norms_{i}")
     derived = {
         **{
             f"{theirs}.{name}.num_batches_tracked": partial(_layer_counter, name)
@@ -454,6 +476,14 @@ def _rules(prefix: str = "", atoms: bool = False, eigen: bool = False) -> Rules:
             for kind in ("lin", "log")
         },
     }
+    if eigen:
+        tracked = "num_batches_tracked"
+        derived |= {
+            f"{signs}.enc.layers.{{i}}.eps": _sign_epsilon,
+            f"{signs}.enc.layers.{{i}}.nn.bns.0.{tracked}": partial(_sign_counter, 0),
+            f"{signs}.enc.bns.{{i}}.{tracked}": partial(_sign_counter, 1),
+            f"{signs}.rho.bns.{{i}}.{tracked}": _post_counter,
+        }
     head = f"{prefix}post_mp.FC_layers"
     return Rules(
         (*rules, *dense_rules(f"{head}.{{i}}", "head_{i}")),
@@ -482,6 +512,20 @@ def _degree(kind: str, model: GraphGPS, i: int) -> np.ndarray | None:
     degree = np.arange(len(counts))
     value = degree if kind == "lin" else np.log(degree + 1)
     return np.array([(counts * value).sum() / counts.sum()], np.float32)
+
+
+def _sign_epsilon(model: GraphGPS, i: int) -> np.ndarray | None:
+    """Epsilon of SignNet's GIN, which is fixed at 0."""
+    return np.zeros(1, np.float32) if i < model.sign_layers else None
+
+
+def _sign_counter(less: int, model: GraphGPS, i: int) -> np.ndarray | None:
+    return np.zeros((), np.int64) if i < model.sign_layers - less else None
+
+
+def _post_counter(model: GraphGPS, i: int) -> np.ndarray | None:
+    there = model.sign_layers and i < model.sign_post_layers - 1
+    return np.zeros((), np.int64) if there else None
 
 
 def _epsilon(model: GraphGPS, i: int) -> np.ndarray | None:
