@@ -148,6 +148,43 @@ def learn_one_series_from_another(model, steps=200):
     return run(jax.jit(model.init)(jax.random.key(0), x[:1]))
 
 
+def learn(loss, variables, draw, *, steps, rate=3e-3, trains=lambda path: True):
+    """Variables after so many steps of Adam in one cycle, on batches `draw(key)`; and the losses.
+
+    `loss(variables, batch)` is a number, or a number and collections that the step changes.
+    `trains(path)` says of a leaf of `params` whether it is trained.
+    """
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, steps // 10, steps)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
+
+    @jax.jit
+    def run(variables):
+        def step(carry, key):
+            params, others, state = carry
+            batch = draw(key)
+
+            def measured(params):
+                out = loss({"params": params, **others}, batch)
+                return out if isinstance(out, tuple) else (out, {})
+
+            (value, changed), grads = jax.value_and_grad(measured, has_aux=True)(params)
+            grads = jax.tree.map_with_path(
+                lambda path, g: g if trains(jax.tree_util.keystr(path, simple=True, separator="/"))
+                else jnp.zeros_like(g),
+                grads,
+            )  # fmt: skip
+            updates, state = optimizer.update(grads, state)
+            return (optax.apply_updates(params, updates), {**others, **changed}, state), value
+
+        others = {name: tree for name, tree in variables.items() if name != "params"}
+        start = (variables["params"], others, optimizer.init(variables["params"]))
+        keys = jax.random.split(jax.random.key(1), steps)
+        (params, others, _), losses = jax.lax.scan(step, start, keys)
+        return {"params": params, **others}, losses
+
+    return run(variables)
+
+
 def held_out_accuracy(config, run):
     """What a config file of `configs/` reaches on its held-out images, trained in `run`."""
     from zoo.training import train

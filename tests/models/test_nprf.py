@@ -1,8 +1,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from model_helpers import assert_trees_close, documented_shapes, feature_shapes, filled
+from model_helpers import (
+    assert_trees_close,
+    documented_shapes,
+    feature_shapes,
+    filled,
+    learn,
+)
 
 import zoo
 from zoo.models.language import nprf
@@ -131,3 +138,27 @@ def test_a_text_that_is_too_long_is_one_sentence():
     model = zoo.create("nprf_test", max_length=30)
     with pytest.raises(ValueError, match="reads at most 30 tokens, not 40"):
         jax.eval_shape(lambda: model.init(jax.random.key(0), tokens()))
+
+
+@pytest.mark.slow
+def test_a_token_five_steps_back_is_copied_by_relative_positions_alone():
+    """Without them a token of 32 is guessed from those that have been."""
+
+    def accuracy(**fields):
+        model = zoo.create("nprf_test", vocab_size=32, depth=1, max_length=40, **fields)
+
+        def draw(key):
+            return jax.random.randint(key, (8, 40), 0, 32)
+
+        def loss(variables, x):
+            said = model.apply(variables, x)[:, 5:]
+            return optax.softmax_cross_entropy_with_integer_labels(said, x[:, :-5]).mean()
+
+        variables = jax.jit(model.init)(jax.random.key(0), draw(jax.random.key(0)))
+        variables, _ = learn(loss, variables, draw, steps=300, rate=1e-2)
+        x = draw(jax.random.key(2))
+        said = jax.jit(model.apply)(variables, x).argmax(-1)
+        return (said[:, 20:] == x[:, 15:-5]).mean()
+
+    assert accuracy() > 0.99
+    assert accuracy(max_distance=0) < 0.15
