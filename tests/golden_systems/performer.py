@@ -47,6 +47,7 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
         tie_embeddings="tie_embed",
         shift_tokens="shift_tokens",
         reversible="reversible",
+        cross_attention="cross_attend",
     )
     if isinstance(fields.get("local_heads"), list):
         fields["local_heads"] = tuple(fields["local_heads"])
@@ -64,7 +65,6 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     fields["position"] = "rotary" if rotary else "axial" if axial else "absolute"
     scale, rezero = config.take("use_scalenorm", False), config.take("use_rezero", False)
     fields["norm"] = "scale" if scale else "rezero" if rezero else "layer"
-    config.expect(cross_attend=False)
     config.ignore("auto_check_redraw", "feature_redraw_interval", "ff_chunks", "emb_dropout",
                   "ff_dropout", "attn_dropout", "return_encodings")  # fmt: skip
     encodings = config.entries.get("return_encodings", False)
@@ -78,7 +78,13 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
         **{"head_dim": 64, "causal": False, "features_per_head": None, **fields},
         kernel=KERNELS[kernel],
     )
-    given = inputs(case, tokens=("input_ids", "x"), mask=("mask", "attention_mask"))
+    given = inputs(
+        case,
+        tokens=("input_ids", "x"),
+        mask=("mask", "attention_mask"),
+        memory="context",
+        memory_mask="context_mask",
+    )
     run = jax.jit(lambda v, x: model.apply(v, **x, method="features"))
 
     def outputs(variables: dict) -> golden.Outputs:

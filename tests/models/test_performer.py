@@ -150,3 +150,26 @@ def test_what_does_not_fit_is_one_sentence(fields, arguments, sentence):
     model = zoo.create("performer_test", **fields)
     with pytest.raises(ValueError, match=sentence):
         jax.eval_shape(lambda: model.init(jax.random.key(0), tokens(), *arguments))
+
+
+@pytest.mark.parametrize("reversible", [False, True])
+def test_a_decoder_reads_what_of_its_memory_is_there_and_gives_it_a_gradient(reversible):
+    model = zoo.create("performer_test", depth=1, cross_attention=True, reversible=reversible)
+    variables, tokens = filled(model), np.arange(12).reshape(2, 6)
+    memory = np.random.default_rng(0).normal(size=(2, 5, 32)).astype(np.float32)
+    there = np.arange(5) < np.array([5, 3])[:, None]
+
+    @jax.jit
+    def run(memory):
+        out = model.apply(variables, tokens, memory=memory, memory_mask=there)
+        return jnp.sum(jnp.sin(out))
+
+    slope = jax.grad(run)(memory)
+    assert np.abs(slope[there]).min() > 0
+    changed = memory + np.eye(2, dtype=np.float32)[0][:, None, None]  # only of the first text
+    assert np.abs(run(changed) - run(memory)) > 1e-3
+    with pytest.raises(ValueError, match="memory has shape None; with cross_attention=True"):
+        model.apply(variables, tokens)
+    plain = model.clone(cross_attention=False)
+    with pytest.raises(ValueError, match="cross_attention=False; leave out memory"):
+        plain.apply(variables, tokens, memory=memory)

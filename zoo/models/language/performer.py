@@ -17,6 +17,9 @@ later tokens change earlier outputs by the little that 1e-4 weighs; `strict=True
     x = E[token] + P[position];   x = x + attention(LN(x));   x = x + W2 gelu(W1 LN(x))
     logits = W LN(x) + b
 
+With `cross_attention` behind each layer stands a second one, whose attention is to a `memory`: the
+decoder of the repository's encoder-decoder.
+
     features            performer_imagenet64
     embed               2048  512    for 2,048 tokens
     layer0              2048  512    up to layer5
@@ -38,7 +41,7 @@ from jaxtyping import Array, Bool, Float, Int
 import kernels_pallas
 from zoo.checkpoints.rules import Rule, Rules, dense_rules, norm_rules, squeeze
 from zoo.layers import decoder
-from zoo.layers.causal import Context, check_tokens, check_zero_or_one
+from zoo.layers.causal import Context, check_memory, check_tokens, check_zero_or_one
 from zoo.layers.decoder import WholeTexts
 from zoo.layers.dense import Dense
 from zoo.layers.local import local_attention
@@ -135,7 +138,8 @@ class PerformerAttention(nn.Module):
     """Heads of random features, and heads of local softmax attention behind them.
 
     Attributes are those of `Performer`; `local_heads` is this layer's number. The state of a
-    recurrent layer is what `continue_linear` sums.
+    recurrent layer is what `continue_linear` sums. With `cross`, keys and values are those of
+    `context["memory"]`, of which `context["memory_visible"]` is seen.
     """
 
     num_heads: int
@@ -152,6 +156,7 @@ class PerformerAttention(nn.Module):
     qkv_bias: bool = False
     out_bias: bool = False
     attention_dropout: float = 0.0
+    cross: bool = False
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -170,14 +175,15 @@ class PerformerAttention(nn.Module):
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         dense = partial(Dense, kernel_init=init, **types)
         width = self.num_heads * self.head_dim
+        source = context["memory"] if self.cross else x
         query, key, value = (
             constrain(
-                dense(width, use_bias=self.qkv_bias, name=name)(x).reshape(
-                    batch, length, self.num_heads, self.head_dim
+                dense(width, use_bias=self.qkv_bias, name=name)(t).reshape(
+                    batch, -1, self.num_heads, self.head_dim
                 ),
                 "batch", "length", "heads", "head_dim",
             )
-            for name in ("query", "key", "value")
+            for name, t in (("query", x), ("key", source), ("value", source))
         )  # fmt: skip
         shape = (self.features, self.head_dim)
         features = self.variable(
@@ -185,7 +191,8 @@ class PerformerAttention(nn.Module):
             "features",
             lambda: orthogonal_features(self.make_rng("params"), shape, self.param_dtype),
         ).value.astype(jnp.float32)
-        cut, visible = self.num_heads - self.local_heads, context["visible"]
+        cut = self.num_heads - self.local_heads
+        visible = context["memory_visible" if self.cross else "visible"]
         if context.get("state") is not None:
             at = context["positions"]
             if self.rotary:
@@ -278,8 +285,10 @@ class Performer(WholeTexts):
       norm: "layer", "scale" (one learned length) or "rezero" (none, a learned factor instead).
       gated: whether the MLPs are.
       tie_embeddings: read the logits off the transposed embedding.
+      cross_attention: there are 2 `depth` layers, of which every second one attends to a memory.
       shift_tokens: half (causal) or two thirds of the channels come from the tokens beside.
-      reversible: two streams, whose sum is read; training keeps the last layer's outputs only.
+      reversible: two streams, whose sum is read; training keeps the last layer's outputs only, but
+        for models with `cross_attention`, whose memory has a gradient, too.
       dropout: rate on the embedding and in the MLPs.
       attention_dropout: rate on what attention adds, and on local weights.
     """
@@ -306,6 +315,7 @@ class Performer(WholeTexts):
     qkv_bias: bool = False
     out_bias: bool = False
     tie_embeddings: bool = False
+    cross_attention: bool = False
     shift_tokens: bool = False
     reversible: bool = False
     dropout: float = 0.0
@@ -318,20 +328,28 @@ class Performer(WholeTexts):
     ) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of the arguments of `__call__` for sequences of `length` tokens."""
         shape = jax.ShapeDtypeStruct((batch_size, min(length, self.max_length)), jnp.int32)
-        return {"tokens": shape, "mask": shape}
+        inputs = {"tokens": shape, "mask": shape}
+        if self.cross_attention:
+            wide = (*shape.shape, self.embed_dim)
+            inputs |= {"memory": jax.ShapeDtypeStruct(wide, self.dtype), "memory_mask": shape}
+        return inputs
 
     def __call__(
         self,
         tokens: Int[Array, "batch length"],
         mask: Int[Array, "batch length"] | Bool[Array, "batch length"] | None = None,
         train: bool = False,
+        memory: Float[Array, "batch keys channels"] | None = None,
+        memory_mask: Int[Array, "batch keys"] | Bool[Array, "batch keys"] | None = None,
     ) -> Float[Array, "batch length vocab_size"]:
         """Logits at every token; `mask` is 0 or False for padding, whose values count as zero.
+
+        `memory` is what `cross_attention` looks at, such as an encoder's `last_hidden_state`.
 
         Raises:
           ValueError: if shapes do not fit the model or each other.
         """
-        return self.features(tokens, mask, train)["logits"]
+        return self.features(tokens, mask, train, memory, memory_mask)["logits"]
 
     @property
     def recurrent(self) -> bool:
@@ -343,6 +361,7 @@ class Performer(WholeTexts):
         local = self.local_heads if isinstance(self.local_heads, tuple) else (self.local_heads,)
         alone = self.strict or self.generalized or not self.projected
         plain = not (self.shift_tokens or self.reversible or self.norm == "rezero" or any(local))
+        plain = plain and not self.cross_attention
         return self.causal and alone and plain
 
     def init_state(self, batch: int, length: int) -> dict[str, Any]:
@@ -372,14 +391,24 @@ class Performer(WholeTexts):
         tokens: Int[Array, "batch length"],
         mask: Int[Array, "batch length"] | Bool[Array, "batch length"] | None = None,
         train: bool = False,
+        memory: Float[Array, "batch keys channels"] | None = None,
+        memory_mask: Int[Array, "batch keys"] | Bool[Array, "batch keys"] | None = None,
     ) -> dict[str, Array]:
         """Every named intermediate (see the table above; no layers if `reversible`)."""
         self._check(tokens, mask)
-        return self._run(tokens, None, train, Context(None if mask is None else mask != 0))[0]
+        check_memory(self, tokens, memory, memory_mask)
+        seen = tuple(None if m is None else m != 0 for m in (mask, memory_mask))
+        return self._run(tokens, None, train, Context(seen[0]), memory, seen[1])[0]
 
     @nn.compact
     def _run(
-        self, tokens: Array, state: tuple | None, train: bool, context: Context
+        self,
+        tokens: Array,
+        state: tuple | None,
+        train: bool,
+        context: Context,
+        memory: Array | None = None,
+        memory_visible: Array | None = None,
     ) -> tuple[dict[str, Array], tuple | None]:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         embed = nn.Embed(
@@ -394,9 +423,19 @@ class Performer(WholeTexts):
         x = nn.Dropout(self.dropout)(x, deterministic=not train)
         x = constrain(x, "batch", "length", "channels")
         out, after = {"embed": x}, []
-        layers = [self._layer(i) for i in range(self.depth)]
+        kinds = (False, True) if self.cross_attention else (False,)
+        layers = [self._layer(i, cross) for i in range(self.depth) for cross in kinds]
         seen = {"visible": context.mask}
-        if self.reversible:
+        if self.cross_attention:
+            seen |= {"memory": memory, "memory_visible": memory_visible}
+        if self.reversible and self.cross_attention:
+            streams = [x, x]
+            for i, make in enumerate(layers):
+                layer = make(name=f"layers_{i}")
+                streams[0] = streams[0] + layer.attend(streams[1], seen, train)
+                streams[1] = streams[1] + layer.feed(streams[0], seen, train)
+            x = sum(streams)
+        elif self.reversible:
             x = sum(run_reversible(self, layers, x, x, seen, train))
         else:
             for i, make in enumerate(layers):
@@ -418,24 +457,25 @@ class Performer(WholeTexts):
         out["logits"] = constrain(x, "batch", "length", "vocab")
         return out, None if state is None else tuple(after)
 
-    def _layer(self, i: int) -> Callable[..., nn.Module]:
+    def _layer(self, i: int, cross: bool = False) -> Callable[..., nn.Module]:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         local = self.local_heads if isinstance(self.local_heads, int) else self.local_heads[i]
         mixer = PerformerAttention(
             self.num_heads,
             self.head_dim,
             self.features_per_head or int(self.head_dim * math.log(self.head_dim)),
-            self.causal,
-            local,
+            self.causal and not cross,
+            0 if cross else local,
             self.local_window,
             self.generalized,
             self.projected,
             self.kernel,
             self.strict,
-            self.position == "rotary",
+            self.position == "rotary" and not cross,
             self.qkv_bias,
             self.out_bias,
             self.attention_dropout,
+            cross,
             parent=None,
             **types,
         )
@@ -482,6 +522,8 @@ class Performer(WholeTexts):
             raise ValueError(
                 f"mask has shape {mask.shape}; it should be that of tokens, {tokens.shape}."
             )
+        if self.cross_attention and self.shift_tokens:
+            raise ValueError("cross_attention=True excludes shift_tokens=True: choose one.")
         for field, known in (("position", ("rotary", "axial", "absolute")), ("norm", NORMS)):
             if getattr(self, field) not in known:
                 names = ", ".join(map(repr, known))
@@ -559,7 +601,10 @@ def _table(model: Performer, channels: int) -> np.ndarray | None:
 
 
 def _frequencies(model: Performer, i: int) -> np.ndarray | None:
+    i, cross = divmod(i, 2) if model.cross_attention else (i, 0)
     local = model.local_heads if isinstance(model.local_heads, int) else model.local_heads[i]
+    if cross:
+        return None
     frequencies, _ = Rotary().frequencies(model.head_dim, np.zeros(1))
     return np.asarray(frequencies) if local else None
 
