@@ -36,17 +36,19 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
         tie_embeddings="tie_embedding",
         shift_tokens="shift_tokens",
         reversible="reversible",
+        cross_attention="receives_context",
+        memory_shared_qk="context_shared_qk",
     )
     for name, value in (("local_heads", 0), ("local_window", None), ("memory_slots", 0)):
         fields.setdefault(name, value)
     if isinstance(fields["local_heads"], list):
         fields["local_heads"] = tuple(fields["local_heads"])
-    # The language model does not hand its commitment factor on.
+    # The language model does not hand its commitment factor on, nor a layer the context's window.
     config.ignore("commitment_factor", "rel_pos_emb", "ff_mult", "ff_chunks", "attn_dropout",
                   "ff_dropout", "attn_layer_dropout", "layer_dropout", "_register_kmeans_update",
                   "pkm_num_keys", "moe_num_experts", "moe_loss_coef", "context_window_size",
-                  "context_shared_qk", "use_absolute_pos_emb")  # fmt: skip
-    config.expect(weight_tie=False, receives_context=False, return_embeddings=False,
+                  "use_absolute_pos_emb")  # fmt: skip
+    config.expect(weight_tie=False, return_embeddings=False,
                   pkm_layers=([], None), moe_layers=([], None))  # fmt: skip
     activation = str(config.take("ff_activation") or "gelu").rpartition(".")[2].strip("'>")
     if activation.lower() not in KERNELS:
@@ -58,7 +60,13 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     )
     if "out.tensor" in case.shapes:
         case.filled_as["token_emb.weight"] = "out.tensor"
-    given = inputs(case, tokens=("input_ids", "x"), mask=("input_mask", "mask", "attention_mask"))
+    given = inputs(
+        case,
+        tokens=("input_ids", "x"),
+        mask=("input_mask", "mask", "attention_mask"),
+        memory="context",
+        memory_mask="context_mask",
+    )
     run = jax.jit(lambda v, x: model.apply(v, **x, method="features"))
 
     def outputs(variables: dict) -> golden.Outputs:

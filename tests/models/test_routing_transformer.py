@@ -121,3 +121,18 @@ def test_what_does_not_fit_is_one_sentence(fields, sentence):
     model = zoo.create("routing_transformer_test", **fields)
     with pytest.raises(ValueError, match=sentence):
         jax.eval_shape(lambda: model.init(jax.random.key(0), tokens()))
+
+
+def test_a_decoder_reads_what_of_its_memory_is_there():
+    model = zoo.create("routing_transformer_test", depth=1, local_heads=0, cross_attention=True)
+    variables, tokens = filled(model), np.arange(2 * 64).reshape(2, 64) % 97
+    memory = np.random.default_rng(0).normal(size=(2, 24, 32)).astype(np.float32)
+    there = np.arange(24) < np.array([24, 9])[:, None]
+    run = jax.jit(lambda memory: model.apply(variables, tokens, memory=memory, memory_mask=there))
+    out = run(memory)
+    # One cluster holds all of it, so that what is hidden changes no membership.
+    other = np.where(there[..., None], memory, -memory)
+    np.testing.assert_allclose(run(other), out, atol=1e-5 * np.abs(out).max())
+    assert np.abs(run(memory[:, ::-1]) - out)[1].max() > 1e-3
+    with pytest.raises(ValueError, match=r"memory_mask has shape \(2, 9\); it should be \(2, 24\)"):
+        model.apply(variables, tokens, memory=memory, memory_mask=there[:, :9])

@@ -23,6 +23,9 @@ it is mutable; `place_means` puts them into the tokens at first.
     x = x + [local heads, routing heads](LN(x)) W;   x = x + W2 gelu(W1 LN(x))
     logits = W LN(x) + b
 
+With `cross_attention` behind each layer stands a second one, all of whose heads route: queries of
+the text and keys of a `memory` are clustered by the same means, without positions.
+
     features            routing_transformer_enwik8
     embed               4096  512    for 4,096 tokens
     layer0              4096  512    up to layer5
@@ -42,7 +45,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 import kernels_pallas
 from zoo.checkpoints.rules import Rule, Rules, chain, dense_rules, linear, norm_rules, split, tied
-from zoo.layers.causal import check_tokens
+from zoo.layers.causal import check_memory, check_tokens
 from zoo.layers.decoder import WholeTexts
 from zoo.layers.dense import Dense
 from zoo.layers.local import local_attention
@@ -95,6 +98,7 @@ def routed_attention(
     causal: bool,
     shared: bool,
     visible: Bool[Array, "batch length"] | None = None,
+    visible_keys: Bool[Array, "batch keys"] | None = None,
     dropout: float = 0.0,
     rng: Array | None = None,
 ) -> Heads:
@@ -110,6 +114,7 @@ def routed_attention(
       causal: whether only tokens up to the query are seen.
       shared: whether the query is the key, so that a token should look at others.
       visible: False at padding.
+      visible_keys: False at padding among the keys.
       dropout: rate on the weights.
       rng: for it.
     """
@@ -118,6 +123,10 @@ def routed_attention(
     def gather(t: Array, at: Array) -> Array:
         flat = at.reshape(batch, heads, -1, 1)
         return jnp.take_along_axis(t, flat, 2).reshape(*at.shape, t.shape[-1])
+
+    def real(there: Array, at: Array) -> Array:
+        there = jnp.broadcast_to(there[:, None, :, None], (batch, heads, there.shape[1], 1))
+        return gather(there, at)[..., 0]
 
     slots = memory[0].shape[2]
     wide = (batch, *memory[0].shape)
@@ -130,9 +139,9 @@ def routed_attention(
     if causal:
         seen = q_at[..., :, None] >= k_at[..., None, :]
     if visible is not None:
-        wanted = jnp.broadcast_to(visible[:, None, :, None], (batch, heads, visible.shape[1], 1))
-        real_q, real_k = (gather(wanted, at)[..., 0] for at in (q_at, k_at))
-        seen = seen & real_q[..., :, None] & real_k[..., None, :]
+        seen = seen & real(visible, q_at)[..., :, None]
+    if visible_keys is not None:
+        seen = seen & real(visible_keys, k_at)[..., None, :]
     bias = jnp.where(seen, 0.0, HIDDEN)
     if shared:
         bias = jnp.where(q_at[..., :, None] == k_at[..., None, :], SELF, bias)
@@ -169,6 +178,7 @@ class RoutingAttention(nn.Module):
     decay: float
     commitment: float
     dropout: float = 0.0
+    cross: bool = False
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -179,6 +189,7 @@ class RoutingAttention(nn.Module):
         """The attended tokens, and the loss of the means.
 
         `context["visible"]` is False at padding or None; `context["place"]`: see `place_means`.
+        With `cross`, keys and values are those of `context["memory"]`.
         """
         batch, length, channels = x.shape
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
@@ -188,7 +199,7 @@ class RoutingAttention(nn.Module):
         drops = {"dropout": self.dropout if dropping else 0.0}
 
         def split_heads(t: Array) -> Array:
-            t = t.reshape(batch, length, -1, self.head_dim)
+            t = t.reshape(batch, t.shape[1], -1, self.head_dim)
             return constrain(t, "batch", "length", "heads", "head_dim")
 
         outs, loss = [], jnp.zeros(())
@@ -207,10 +218,16 @@ class RoutingAttention(nn.Module):
             )  # fmt: skip
             outs.append(local)
         names = ("query", "value") if self.shared_qk else ("query", "key", "value")
-        maps = {n: dense(routed * self.head_dim, use_bias=False, name=n)(x) for n in names}
+        linear_maps = {n: dense(routed * self.head_dim, use_bias=False, name=n) for n in names}
+        source = context["memory"] if self.cross else x
+        maps = {n: f(x if n == "query" else source) for n, f in linear_maps.items()}
+        if self.cross and self.shared_qk:
+            maps["key"] = linear_maps["query"](source)
         if routed:
-            at = jnp.arange(length)
-            maps = {n: rotate_pairs(split_heads(t), at).swapaxes(1, 2) for n, t in maps.items()}
+            maps = {n: split_heads(t) for n, t in maps.items()}
+            if not self.cross:
+                maps = {n: rotate_pairs(t, jnp.arange(length)) for n, t in maps.items()}
+            maps = {n: t.swapaxes(1, 2) for n, t in maps.items()}
             rng = self.make_rng("dropout") if dropping else None
             y, loss = self._route(maps, context, train, rng=rng, **drops)
             outs.append(y.swapaxes(1, 2))
@@ -226,7 +243,8 @@ class RoutingAttention(nn.Module):
             "means",
             lambda: jax.random.normal(self.make_rng("params"), shape, self.param_dtype),
         )
-        x = unit(query) if self.shared_qk else unit(jnp.concatenate([query, maps["key"]], 2))
+        apart = "key" in maps  # else a query is its key
+        x = unit(jnp.concatenate([query, maps["key"]], 2)) if apart else unit(query)
         fixed = jax.lax.stop_gradient(x)
         if context["place"]:
             means.value = place(fixed, self.clusters)
@@ -234,9 +252,9 @@ class RoutingAttention(nn.Module):
         near = nearest_means(fixed, centres)
         nearest = jnp.take_along_axis(centres[None], near[..., None], 2)
         loss = self.commitment * jnp.mean(jnp.square(x - nearest))
-        size = min(self.window, length)
-        q_at = k_at = members(fixed[:, :, :length], centres, size)
-        if not self.shared_qk:
+        q_at = k_at = members(fixed[:, :, :length], centres, min(self.window, length))
+        if apart:
+            size = min(self.window, x.shape[2] - length)
             k_at = members(fixed[:, :, length:], centres, size)
         if train and self.is_mutable_collection("batch_stats") and not self.is_initializing():
             step = kmeans_step(fixed, centres)
@@ -246,10 +264,11 @@ class RoutingAttention(nn.Module):
             self.param(f"memory_{n}", nn.initializers.normal(1.0), wide, self.param_dtype)
             for n in ("key", "value")
         )
-        key = unit(query).astype(self.dtype) if self.shared_qk else maps["key"]
+        key = maps["key"] if apart else unit(query).astype(self.dtype)
         y = routed_attention(
             query, key, value, q_at, k_at, memory, causal=self.causal, shared=self.shared_qk,
-            visible=context["visible"], **drops,
+            visible=context["visible"],
+            visible_keys=context["memory_visible" if self.cross else "visible"], **drops,
         )  # fmt: skip
         return y, loss
 
@@ -328,6 +347,8 @@ class RoutingTransformer(WholeTexts):
       norm: "layer", "scale" (one learned length) or "rezero" (none, a learned factor instead).
       gated: whether the MLPs are.
       activation: of the MLPs.
+      cross_attention: there are 2 `depth` layers, of which every second one attends to a memory.
+      memory_shared_qk: one map for queries and the memory's keys.
       tie_embeddings: read the logits off the transposed embedding.
       shift_tokens: half (causal) or two thirds of the channels come from the tokens beside.
       reversible: two streams, whose mean is read. They are trained like a plain stack, which keeps
@@ -356,6 +377,8 @@ class RoutingTransformer(WholeTexts):
     norm: str = "layer"
     gated: bool = False
     activation: Callable[[Array], Array] = gelu
+    cross_attention: bool = False
+    memory_shared_qk: bool = False
     tie_embeddings: bool = False
     shift_tokens: bool = False
     reversible: bool = False
@@ -370,45 +393,66 @@ class RoutingTransformer(WholeTexts):
     ) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of the arguments of `__call__` for sequences of `length` tokens."""
         shape = jax.ShapeDtypeStruct((batch_size, min(length, self.max_length)), jnp.int32)
-        return {"tokens": shape, "mask": shape}
+        inputs = {"tokens": shape, "mask": shape}
+        if self.cross_attention:
+            wide = (*shape.shape, self.embed_dim)
+            inputs |= {"memory": jax.ShapeDtypeStruct(wide, self.dtype), "memory_mask": shape}
+        return inputs
 
     def __call__(
         self,
         tokens: Int[Array, "batch length"],
         mask: Int[Array, "batch length"] | Bool[Array, "batch length"] | None = None,
         train: bool = False,
+        memory: Float[Array, "batch keys channels"] | None = None,
+        memory_mask: Int[Array, "batch keys"] | Bool[Array, "batch keys"] | None = None,
     ) -> Float[Array, "batch length vocab_size"]:
         """Logits at every token; `mask` is 0 or False for padding.
+
+        `memory` is what `cross_attention` looks at, such as an encoder's `last_hidden_state`.
 
         Raises:
           ValueError: if shapes do not fit the model or each other.
         """
-        return self.features(tokens, mask, train)["logits"]
+        return self.features(tokens, mask, train, memory, memory_mask)["logits"]
 
     def features(
         self,
         tokens: Int[Array, "batch length"],
         mask: Int[Array, "batch length"] | Bool[Array, "batch length"] | None = None,
         train: bool = False,
+        memory: Float[Array, "batch keys channels"] | None = None,
+        memory_mask: Int[Array, "batch keys"] | Bool[Array, "batch keys"] | None = None,
     ) -> dict[str, Array]:
         """Every named intermediate (see the table above), and `aux_loss`, to be added to a loss."""
-        return self._run(tokens, mask, train, False)
+        return self._run(tokens, mask, train, False, memory, memory_mask)
 
     def place_means(
         self,
         tokens: Int[Array, "batch length"],
         mask: Int[Array, "batch length"] | Bool[Array, "batch length"] | None = None,
+        memory: Float[Array, "batch keys channels"] | None = None,
+        memory_mask: Int[Array, "batch keys"] | Bool[Array, "batch keys"] | None = None,
     ) -> dict[str, Array]:
         """As `features`, after ten rounds of k-means in each layer: where training starts.
 
         Call it as `model.apply(..., method="place_means", mutable="batch_stats")`.
         """
-        return self._run(tokens, mask, False, True)
+        return self._run(tokens, mask, False, True, memory, memory_mask)
 
     @nn.compact
-    def _run(self, tokens: Array, mask: Array | None, train: bool, place: bool) -> dict[str, Array]:
+    def _run(
+        self,
+        tokens: Array,
+        mask: Array | None,
+        train: bool,
+        place: bool,
+        memory: Array | None = None,
+        memory_mask: Array | None = None,
+    ) -> dict[str, Array]:
         tokens, mask = check_tokens(self, tokens, mask)
         self._check(tokens.shape[1])
+        check_memory(self, tokens, memory, memory_mask)
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         dense = partial(Dense, kernel_init=init, **types)
         width = self.factor_dim or self.embed_dim
@@ -418,9 +462,10 @@ class RoutingTransformer(WholeTexts):
             x = dense(self.embed_dim, name="project_in")(x)
         x = constrain(x, "batch", "length", "channels")
         out, loss = {"embed": x}, jnp.zeros(())
-        context = {"visible": mask, "place": place}
+        context = {"visible": mask, "place": place, "memory": memory}
+        context["memory_visible"] = None if memory_mask is None else memory_mask != 0
         streams = [x, x]
-        for i in range(self.depth):
+        for i in range(self.depth * (1 + self.cross_attention)):
             layer = self._layer(i)(name=f"layers_{i}")
             source = streams[1] if self.reversible else x
             y, cost = layer.attend(source, context, train)
@@ -445,11 +490,17 @@ class RoutingTransformer(WholeTexts):
 
     def local_heads_of(self, i: int) -> int:
         """How many heads of layer `i` are local."""
+        i, cross = divmod(i, 2) if self.cross_attention else (i, False)
+        if cross:
+            return 0
         return self.local_heads if isinstance(self.local_heads, int) else self.local_heads[i]
 
     def _layer(self, i: int) -> Callable[..., nn.Module]:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        shared = self.causal if self.shared_qk is None else self.shared_qk
+        cross = bool(self.cross_attention and i % 2)
+        causal = self.causal and not cross
+        shared = causal if self.shared_qk is None else self.shared_qk
+        shared = self.memory_shared_qk if cross else shared
         mixer = RoutingAttention(
             self.num_heads,
             self.head_dim,
@@ -458,12 +509,13 @@ class RoutingTransformer(WholeTexts):
             self.local_heads_of(i),
             self.local_window or self.window,
             self.local_radius,
-            self.causal,
+            causal,
             shared,
-            max(self.memory_slots, int(self.causal and not shared)),
+            max(self.memory_slots, int(causal and not shared)),
             self.decay,
             self.commitment,
             self.attention_dropout,
+            cross,
             parent=None,
             **types,
         )
