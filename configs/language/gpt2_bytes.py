@@ -5,8 +5,9 @@
 
 0.6 million parameters, windows of 128 bytes; every tenth address is held out. At the end it prints
 bits per byte of the held-out windows, those of a 5-gram model that has counted all the training
-text, and a sample. About three minutes on two quiet CPU cores. The 5-gram model has 1.71 bits,
-which so small a network does not reach in this time: 200 steps (--num-steps 200) give 3.40.
+text, and a sample. Six minutes of CPU time: seven and a half minutes on two busy cores, about three
+on quiet ones. Measured: 1.98 bits per byte. Counting is better: the 5-gram model has 1.69, and has
+read all 9.7 million bytes where this network reads 2.3 million.
 """
 
 from zoo.data import Data
@@ -15,7 +16,7 @@ from zoo.evaluators import ByteTexts
 from zoo.tasks import LanguageModelling
 from zoo.training import Checkpointing, Model, Optimizer, TrainConfig
 
-STEPS, BATCH, LENGTH = 1200, 16, 128
+STEPS, BATCH, LENGTH = 2200, 8, 128
 
 
 def get_config() -> TrainConfig:
@@ -35,7 +36,7 @@ def get_config() -> TrainConfig:
         task=LanguageModelling(),
         data=Data(
             train=Speeches("train", LENGTH),
-            eval=Speeches("test", LENGTH, limit=1024),
+            eval=Speeches("test", LENGTH, limit=512),
             batch_size=BATCH,
             eval_batch_size=64,
         ),
@@ -50,6 +51,6 @@ def get_config() -> TrainConfig:
         ),
         checkpoint=Checkpointing(every=STEPS // 2),
         num_steps=STEPS,
-        eval_every=STEPS // 4,
+        eval_every=STEPS // 2,
         log_every=50,
     )
