@@ -214,7 +214,9 @@ class _Pass:
 
         def body(*given, **memory):
             refs, outs = dict(zip(names, given, strict=False)), given[len(names) :]
-            row, h, b = (jax.lax.axis_index(axis) for axis in ("block", "head", "batch"))
+            program, count = jax.lax.axis_index("program"), jnp.int32(self.own.count)
+            row, program = jax.lax.rem(program, count), jax.lax.div(program, count)
+            h, b = jax.lax.rem(program, jnp.int32(heads)), jax.lax.div(program, jnp.int32(heads))
             worker = jax.lax.axis_index("warpgroup")
 
             def source(name, head, first):
@@ -279,8 +281,8 @@ class _Pass:
             body,
             out_type=outputs,
             scratch_types=scratch,
-            grid=(self.own.count, heads, self.batch),
-            grid_names=("block", "head", "batch"),
+            grid=(self.own.count * heads * self.batch,),  # other axes of CUDA end at 65,535
+            grid_names=("program",),
             num_threads=WORKERS + 1,
             thread_name="warpgroup",
             compiler_params=plgpu.CompilerParams(approx_math=self.problem.score.cap is None),

@@ -21,7 +21,7 @@ from kernels_pallas import (
     gated_linear_attention,
     window_attention,
 )
-from kernels_pallas.attention import mosaic_gpu, xla
+from kernels_pallas.attention import mosaic_gpu, reference, xla
 from kernels_pallas.attention.problem import Operands
 from kernels_pallas.masks import Causal, SlidingWindow
 from kernels_pallas.scores import Sigmoid, Softmax
@@ -78,6 +78,18 @@ def test_both_passes_equal_the_definition(name, interpreter):
 
 
 @needs_mosaic
+def test_the_forward_pass_equals_the_definition(interpreter):
+    sizes = dict(queries=70, keys=70, heads=2, kv_heads=1, mask=Causal())
+    problem, x = operands(dtype=jnp.bfloat16, **sizes)
+    problem, x = replace(problem, precision=None), jax.tree.map(lambda t: t[:1], x)
+    want, want_lse = reference.attention(problem, jax.tree.map(jnp.float32, x))
+    out, lse = mosaic_gpu.forward(problem, x, interpret=interpreter)
+    assert_near(out, want, 2 * BF16, "out")
+    assert_near(lse, want_lse, BF16, "lse")
+
+
+@needs_mosaic
+@pytest.mark.slow
 def test_many_blocks_with_bias_segments_and_a_causal_mask(interpreter):
     sizes = dict(queries=150, keys=150, heads=2, kv_heads=1, mask=Causal(), bias=(1, 2))
     problem, x = operands(dtype=jnp.bfloat16, **sizes)  # 3 blocks of 64 each way, 2 heads a group
@@ -105,6 +117,7 @@ def test_wide_heads_capped_scores_and_unequal_lengths(dtype, interpreter):
 
 
 @needs_mosaic
+@pytest.mark.slow
 def test_what_is_not_finite_reaches_the_rows_that_see_it_and_no_others(interpreter):
     problem, x = problem_of("causal")
     x = x._replace(
