@@ -90,17 +90,18 @@ class Attention(nn.Module):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )
-        heads = (batch, -1, self.num_heads, channels // self.num_heads)
+        heads = (self.num_heads, channels // self.num_heads)
         if self.fused:
             if memory is not None:
                 raise ValueError("Attention to a memory needs fused=False.")
             qkv = dense(3 * channels, use_bias=self.qkv_bias, name="qkv")(x)
-            query, key, value = (t.reshape(heads) for t in jnp.split(qkv, 3, axis=-1))
+            maps = jnp.split(qkv, 3, axis=-1)
         else:
-            query, key, value = (
-                dense(channels, use_bias=self.qkv_bias, name=name)(t).reshape(heads)
+            maps = [
+                dense(channels, use_bias=self.qkv_bias, name=name)(t)
                 for name, t in (("query", x), ("key", source), ("value", source))
-            )
+            ]
+        query, key, value = (t.reshape(*t.shape[:2], *heads) for t in maps)
         if self.query_key_norm:
             norm = partial(
                 LayerNorm, epsilon=self.epsilon, dtype=self.dtype, param_dtype=self.param_dtype

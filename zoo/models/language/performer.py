@@ -179,7 +179,7 @@ class PerformerAttention(nn.Module):
         query, key, value = (
             constrain(
                 dense(width, use_bias=self.qkv_bias, name=name)(t).reshape(
-                    batch, -1, self.num_heads, self.head_dim
+                    *t.shape[:2], self.num_heads, self.head_dim
                 ),
                 "batch", "length", "heads", "head_dim",
             )
