@@ -38,6 +38,7 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
         reversible="reversible",
         cross_attention="receives_context",
         memory_shared_qk="context_shared_qk",
+        encodes="return_embeddings",
     )
     for name, value in (("local_heads", 0), ("local_window", None), ("memory_slots", 0)):
         fields.setdefault(name, value)
@@ -48,8 +49,7 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
                   "ff_dropout", "attn_layer_dropout", "layer_dropout", "_register_kmeans_update",
                   "pkm_num_keys", "moe_num_experts", "moe_loss_coef", "context_window_size",
                   "use_absolute_pos_emb")  # fmt: skip
-    config.expect(weight_tie=False, return_embeddings=False,
-                  pkm_layers=([], None), moe_layers=([], None))  # fmt: skip
+    config.expect(weight_tie=False, pkm_layers=([], None), moe_layers=([], None))  # fmt: skip
     activation = str(config.take("ff_activation") or "gelu").rpartition(".")[2].strip("'>")
     if activation.lower() not in KERNELS:
         raise golden.Unsupported(f"its config has ff_activation={activation!r}")

@@ -350,6 +350,8 @@ class RoutingTransformer(WholeTexts):
       cross_attention: there are 2 `depth` layers, of which every second one attends to a memory.
       memory_shared_qk: one map for queries and the memory's keys.
       tie_embeddings: read the logits off the transposed embedding.
+      encodes: there is no word head, and logits are the last hidden state: an encoder, whose
+        output is a decoder's memory.
       shift_tokens: half (causal) or two thirds of the channels come from the tokens beside.
       reversible: two streams, whose mean is read. They are trained like a plain stack, which keeps
         all layers' outputs, as the means change on the way.
@@ -380,6 +382,7 @@ class RoutingTransformer(WholeTexts):
     cross_attention: bool = False
     memory_shared_qk: bool = False
     tie_embeddings: bool = False
+    encodes: bool = False
     shift_tokens: bool = False
     reversible: bool = False
     attention_dropout: float = 0.0
@@ -481,6 +484,8 @@ class RoutingTransformer(WholeTexts):
         if width != self.embed_dim:
             x = dense(width, name="project_out")(x)
         x = out["last_hidden_state"] = LayerNorm(epsilon=1e-5, name="norm", **types)(x)
+        if self.encodes:
+            return out | {"logits": x, "aux_loss": loss}
         x = embed.attend(x) if self.tie_embeddings else dense(self.vocab_size, name="head")(x)
         return out | {"logits": constrain(x, "batch", "length", "vocab"), "aux_loss": loss}
 
