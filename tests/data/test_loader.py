@@ -96,6 +96,16 @@ def test_evaluation_sees_every_example_once_on_any_number_of_processes(count, ba
     assert {len(b["labels"]) for s in shares for b in s} == {batch // processes}
 
 
+def test_what_evaluation_draws_differs_between_examples_and_not_between_times():
+    draw = lambda example, rng: example | {"draw": rng.random()}  # noqa: E731
+    data = numbered(10, eval_batch_size=4, eval_transforms=(draw,))
+    first, again = (
+        np.concatenate([b["draw"][b["valid"]] for b in eval_batches(data)]) for _ in range(2)
+    )
+    assert len(set(first)) == 10
+    np.testing.assert_array_equal(first, again)
+
+
 def test_labels_and_images_have_the_types_that_jax_keeps():
     batch = next(train_iterator(AUGMENTED, 0))
     assert batch["labels"].dtype == np.int32 and batch["images"].dtype == np.float32

@@ -41,7 +41,7 @@ class Data:
       train: examples to learn from, shuffled; one that has `ordered = True` is not (a curriculum).
       eval: held-out examples.
       train_transforms: applied in order to each training example, `f(example, rng) -> example`.
-      eval_transforms: the same for held-out ones; they must not draw from `rng`.
+      eval_transforms: the same for held-out ones; an example meets the same `rng` each time.
       pair_transforms: applied to pairs of training examples (arrays with a leading 2), such as
         `MixPairs`; the batch must then be even on each process.
       batch_size: training examples a step, over all processes.
@@ -190,7 +190,7 @@ def eval_batches(
     transform = _compose(data.eval_transforms)
 
     def read(index: int) -> Example:
-        return transform(data.eval[index], np.random.default_rng(0))
+        return transform(data.eval[index], np.random.default_rng(index))
 
     starts = range(process_index * local, total + process_index * local, size)
     ahead: collections.deque = collections.deque()
