@@ -178,7 +178,8 @@ class GraphTrans(Model):
       residual: whether layers of messages are added to what they get.
       jump: what of the layers' features is used.
       embed_dim: channels of the transformer.
-      depth: its layers.
+      depth: its layers; 0: the last node is read as it comes, and the class token and the norms,
+        which official files hold all the same, are passed over.
       num_heads: its heads.
       mlp_dim: width of its MLPs.
       activation: of its MLPs.
@@ -273,7 +274,7 @@ class GraphTrans(Model):
         if self.positions:
             table = jnp.asarray(sinusoids(longest, self.embed_dim), self.dtype)
             x = x + table[jnp.clip(place, 0, longest - 1)]
-        visible = real & (place >= 0)
+        bare, visible = x, real & (place >= 0)
         if self.pool == "cls":
             normal = nn.initializers.normal(1.0)
             token = self.param("class_token", normal, (1, 1, self.embed_dim), self.param_dtype)
@@ -290,7 +291,11 @@ class GraphTrans(Model):
             x = layer(x, visible, train)
             out[f"layer{i}"] = x
         x = LayerNorm(epsilon=1e-5, name="norm", **types)(x)
-        last = jnp.zeros_like(num_nodes) if self.pool == "cls" else jnp.maximum(num_nodes - 1, 0)
+        last = jnp.maximum(num_nodes - 1, 0)
+        if self.depth:
+            last = jnp.zeros_like(num_nodes) if self.pool == "cls" else last
+        else:
+            x = bare
         pooled = jnp.take_along_axis(x, last[:, None, None], 1)[:, 0]
         out["pooled"] = pooled
         if not self.num_heads_out:
