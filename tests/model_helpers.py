@@ -185,6 +185,51 @@ def learn(loss, variables, draw, *, steps, rate=3e-3, trains=lambda path: True):
     return run(variables)
 
 
+def token_loss(logits, tokens, first=1):
+    """Mean loss of the tokens from place `first` on, each from the logits at the one before it."""
+    return optax.softmax_cross_entropy_with_integer_labels(
+        logits[:, first - 1 : -1], tokens[:, first:]
+    ).mean()
+
+
+class Characters:
+    """Windows of a text that every Python has: the reference in `pydoc_data`, by its characters.
+
+    Attributes:
+      count: different characters.
+      entropy: of a character by itself, in nats.
+      held_out: windows of the last tenth, 16,384 characters.
+    """
+
+    def __init__(self, length):
+        from pydoc_data.topics import topics
+
+        text = np.array(list("\n".join(topics.values())))
+        letters, row, times = np.unique(text, return_inverse=True, return_counts=True)
+        share = times / len(row)
+        self.count, self.entropy = len(letters), float(-(share * np.log(share)).sum())
+        row = jnp.asarray(row.reshape(-1), jnp.int32)
+        self.train, rest = row[: len(row) * 9 // 10], row[len(row) * 9 // 10 :]
+        self.length = length
+        self.held_out = rest[: 2**14 // length * length].reshape(-1, length)
+
+    def draw(self, key, batch=16):
+        """Windows of the text that is learnt."""
+        start = jax.random.randint(key, (batch, 1), 0, len(self.train) - self.length)
+        return self.train[start + jnp.arange(self.length)]
+
+    def held_out_loss(self, model, *, steps, rate=4e-3, batch=16):
+        """In nats a character, after training on the text."""
+        variables = jax.jit(model.init)(jax.random.key(0), self.held_out[:1])
+        variables, _ = learn(
+            lambda v, x: token_loss(model.apply(v, x), x),
+            variables, lambda key: self.draw(key, batch), steps=steps, rate=rate,
+        )  # fmt: skip
+        return float(
+            jax.jit(lambda v, x: token_loss(model.apply(v, x), x))(variables, self.held_out)
+        )
+
+
 def held_out_accuracy(config, run):
     """What a config file of `configs/` reaches on its held-out images, trained in `run`."""
     from zoo.training import train

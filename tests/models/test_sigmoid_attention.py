@@ -2,7 +2,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_helpers import assert_trees_close, documented_shapes, feature_shapes, filled, sin_loss
+from model_helpers import (
+    Characters,
+    assert_trees_close,
+    documented_shapes,
+    feature_shapes,
+    filled,
+    sin_loss,
+)
 
 import kernels_pallas
 import zoo
@@ -130,6 +137,26 @@ def test_fixed_numbers_of_a_file_are_loaded():
     state["blocks.0.attn.attn_bias"] = np.float32([1.5])
     other = zoo.convert(model, state)
     assert np.abs(jax.jit(model.apply)(other, x) - jax.jit(model.apply)(variables, x)).max() > 0.01
+
+
+@pytest.mark.slow
+def test_text_is_learned_as_with_softmax():
+    """Characters, 32 at a time, with b = -log 32 and RoPE.
+
+    With ALiBi, whose penalties are added to b, sigmoids are 0.1 behind after so few steps.
+    """
+    text = Characters(32)
+
+    def loss(activation):
+        model = zoo.create(
+            "sigmoid_attention_test", vocab_size=text.count, embed_dim=64, train_length=32,
+            position="rope", layer_scale=None, activation=activation,
+        )  # fmt: skip
+        return text.held_out_loss(model, steps=400, rate=5e-3, batch=32)
+
+    softmax = loss("softmax")
+    assert softmax < text.entropy - 1
+    assert abs(loss("sigmoid") - softmax) < 0.05
 
 
 @pytest.mark.parametrize(
