@@ -125,25 +125,24 @@ def _lse_shape(heads, x):
     return x.arrays[0].shape[0], heads, x.arrays[0].shape[1]
 
 
-def refusal(platform: str, problem: Problem, heads: int, x: Windows) -> str | None:
-    """Why the Pallas body of a platform cannot run a call, or None."""
-    whole = jax.eval_shape(partial(operands, heads), x)
-    return attention_bodies.refusal(platform, problem, whole)
-
-
 def choose(implementation: str | None, problem: Problem, heads: int, x: Windows) -> lazy.Choice:
     """The bodies that a call may run, by platform."""
     keys = x.arrays[-1].shape[1]
     gpu = partial(_by_attention, heads)
+    whole = jax.eval_shape(partial(operands, heads), x)
+
+    def refusal(platform: str) -> str | None:
+        return attention_bodies.refusal(platform, problem, whole)
+
     return dispatch.choose(
         implementation, "window_attention", keys,
-        lambda platform: refusal(platform, problem, heads, x),
+        refusal,
         plain=gpu(attention_bodies.ON_ACCELERATOR), plain_on_cpu=gpu(attention_bodies.ON_CPU),
         pallas={"tpu": _on_tpu(False, heads), "cuda": gpu(attention_bodies.PALLAS["cuda"])},
         interpreted={
             "tpu": _on_tpu(True, heads), "cuda": gpu(attention_bodies.INTERPRETED["cuda"])
         },
-        mosaic=gpu(attention_bodies.MOSAIC), no_mosaic=refusal("mosaic_gpu", problem, heads, x),
+        mosaic=gpu(attention_bodies.MOSAIC), no_mosaic=refusal("mosaic_gpu"),
     )  # fmt: skip
 
 

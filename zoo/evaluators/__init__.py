@@ -4,6 +4,7 @@ from zoo.evaluators.activation_maps import ActivationMaps
 from zoo.evaluators.anomalies import AnomalyScores
 from zoo.evaluators.energies import EnergySteps
 from zoo.evaluators.evaluator import Evaluator
+from zoo.evaluators.features import ClassifierFeatures
 from zoo.evaluators.forecasts import ForecastPlots
 from zoo.evaluators.intervals import ConformalIntervals
 from zoo.evaluators.learning_curves import LearningCurves
@@ -24,6 +25,7 @@ __all__ = [
     "AskedReturns",
     "AttentionOnMolecules",
     "ByteTexts",
+    "ClassifierFeatures",
     "ConformalIntervals",
     "EnergySteps",
     "Evaluator",

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from zoo.evaluators.evaluator import Evaluator, predictions, some_examples
+from zoo.evaluators.features import ClassifierFeatures
 
 
 def grid(
@@ -128,19 +129,19 @@ class SampledClips(Evaluator):
 class SampledImages(Evaluator):
     """`samples.png`: generated images below real ones; and how far apart both sets are.
 
-    The distance is Fréchet's, as in FID (Heusel et al., arXiv 1706.08500), but of the first
-    principal components of the real images in place of a network's features: it compares with the
-    distance of real training images, not with published figures.
+    The distance is Fréchet's, as in FID (Heusel et al., arXiv 1706.08500), but of the features of a
+    classifier of these very images in place of Inception's: it compares with the distance of real
+    training images, not with published figures.
 
     Attributes:
+      features: where the distance is measured.
       every: steps between pictures; 0 is at the end only.
       rows: of images of each kind, 16 in each.
-      components: how many are compared.
     """
 
+    features: ClassifierFeatures
     every: int = 0
     rows: int = 3
-    components: int = 32
 
     def run(
         self, program: Any, variables: Mapping[str, Any], data: Any, folder: Path
@@ -154,23 +155,23 @@ class SampledImages(Evaluator):
         seen = [data.train[i]["images"] for i in range(min(len(real), len(data.train)))]
         lines = [(x[16 * i : 16 * (i + 1)] + 1) / 2 for x in (real, made) for i in range(self.rows)]
         enlarged(grid(lines), 3).save(folder / "samples.png")
+        features = self.features.fitted()
+        truth = features(real)
         return {
-            "distance": frechet_distance(real, made, self.components),
-            "train_distance": frechet_distance(real, np.stack(seen), self.components),
+            "distance": frechet_distance(truth, features(made)),
+            "train_distance": frechet_distance(truth, features(np.stack(seen))),
         }
 
 
 def frechet_distance(
-    real: Float[np.ndarray, "count ..."], other: Float[np.ndarray, "others ..."], components: int
+    real: Float[np.ndarray, "count width"], other: Float[np.ndarray, "others width"]
 ) -> float:
-    """Between normal distributions like both sets', in the first principal components of `real`.
+    """Between normal distributions like both sets of features.
 
     `|m - m'|^2 + tr(C + C' - 2 (C C')^(1/2))`; the trace of the root is the sum of the roots of
     the eigenvalues.
     """
-    real, other = (np.reshape(x, (len(x), -1)).astype(np.float64) for x in (real, other))
-    _, _, axes = np.linalg.svd(real - real.mean(0), full_matrices=False)
-    real, other = (x @ axes[:components].T for x in (real, other))
+    real, other = (np.asarray(x, np.float64) for x in (real, other))
     means = ((real.mean(0) - other.mean(0)) ** 2).sum()
     first, second = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (real, other))
     roots = np.sqrt(np.maximum(np.linalg.eigvals(first @ second).real, 0.0))

@@ -24,11 +24,17 @@ def dot_general(x: Array, kernel: Array, dimension_numbers: Any, **options: Any)
       dimension_numbers: those of `nn.Dense`.
       **options: `precision`, `preferred_element_type`.
     """
-    product = partial(jax.lax.dot_general, **options)
-    across = partial(product, dimension_numbers=dimension_numbers)
     mesh = jax.sharding.get_abstract_mesh()
     if x.ndim < 3 or not (mesh.empty or mesh.size == 1):
-        return across(x, kernel)
+        return jax.lax.dot_general(x, kernel, dimension_numbers, **options)
+    return _product(x, kernel, numbers=dimension_numbers, options=tuple(options.items()))
+
+
+@partial(jax.jit, static_argnames=("numbers", "options"))
+def _product(x: Array, kernel: Array, *, numbers: Any, options: tuple) -> Array:
+    """Compiled by itself, so that JAX traces it once for all layers of one shape."""
+    product = partial(jax.lax.dot_general, **dict(options))
+    across = partial(product, dimension_numbers=numbers)
 
     def as_matrices(x: Array, kernel: Array) -> Array:
         rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])

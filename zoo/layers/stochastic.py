@@ -6,6 +6,7 @@ instead: of the step's key, the module's path and the number of the row, all of 
 """
 
 import hashlib
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -45,9 +46,13 @@ def uniform_rows(key: Array, name: str, count: int) -> Float[Array, "count"]:
 
     Rows of a batch have the same numbers however the batch is cut over devices.
     """
-    words = jax.random.key_data(key)
     digest = hashlib.sha256(name.encode()).digest()
-    low, high = np.frombuffer(digest, "<u4", count=2)
+    return _uniform_rows(key, *np.frombuffer(digest, "<u4", count=2), count)
+
+
+@partial(jax.jit, static_argnums=3)  # traced once for all paths
+def _uniform_rows(key: Array, low: Array, high: Array, count: int) -> Array:
+    words = jax.random.key_data(key)
     rows = jax.lax.iota(jnp.uint32, count) * np.uint32(0x9E3779B9)
     bits = mixed(mixed(rows + (words[0] ^ low)) + (words[-1] ^ high))
     return (bits >> 8).astype(jnp.float32) * np.float32(2**-24)

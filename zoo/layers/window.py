@@ -4,6 +4,7 @@ import math
 from functools import partial
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
@@ -103,8 +104,7 @@ class WindowAttention(nn.Module):
         qkv = dense(3 * channels, use_bias=self.qkv_bias, name="qkv")(x)
         rows = math.prod(2 * w - 1 for w in self.window)
         table = self.param("relative_position_bias", init, (rows, self.num_heads), self.param_dtype)
-        bias = table[relative_position_index(self.window)[:tokens, :tokens].reshape(-1)]
-        bias = rearrange(bias, "(q k) n -> n q k", q=tokens)
+        bias = _bias(table, self.window, tokens)
         dropping = train and self.attention_dropout > 0
         looking = self.is_mutable_collection("intermediates")
         if dropping or looking:  # the general path, with one bias a window
@@ -133,6 +133,14 @@ class WindowAttention(nn.Module):
             )
         x = dense(channels, name="out")(x.reshape(windows, tokens, channels))
         return nn.Dropout(self.dropout)(x, deterministic=not train)
+
+
+@partial(jax.jit, static_argnums=(1, 2))  # traced once for all blocks of a stage
+def _bias(
+    table: Float[Array, "rows heads"], window: tuple[int, ...], tokens: int
+) -> Float[Array, "heads tokens tokens"]:
+    bias = table[relative_position_index(window)[:tokens, :tokens].reshape(-1)]
+    return rearrange(bias, "(q k) n -> n q k", q=tokens)
 
 
 class ShiftedWindowAttention(WindowAttention):
