@@ -2,7 +2,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_helpers import assert_trees_close, documented_shapes, feature_shapes, filled
+from model_helpers import (
+    assert_trees_close,
+    documented_shapes,
+    feature_shapes,
+    filled,
+    learn,
+    token_loss,
+)
 
 import zoo
 from zoo.layers.attention import attention_weights
@@ -126,6 +133,28 @@ def test_spans_divide_the_text():
     model = zoo.create("combiner_test", span=8)
     with pytest.raises(ValueError, match="Spans of 8 do not divide 36 tokens"):
         jax.eval_shape(lambda: model.init(jax.random.key(0), tokens()))
+
+
+@pytest.mark.slow
+def test_periodic_text_is_learned_as_with_full_attention():
+    """64 random letters and the same 64 again: in rows of 64 the letter to copy stands above."""
+
+    def draw(key):
+        return jnp.tile(jax.random.randint(key, (8, 64), 0, 8), (1, 2))
+
+    def loss_of(kind, span):
+        model = zoo.create("combiner_test", vocab_size=8, depth=1, kind=kind, span=span)
+
+        def loss(variables, x):
+            return token_loss(model.apply(variables, x), x, 65)
+
+        variables = jax.jit(model.init)(jax.random.key(0), draw(jax.random.key(0)))
+        _, losses = learn(loss, variables, draw, steps=500, rate=6e-3)
+        return losses[-20:].mean()  # no text comes twice
+
+    full = loss_of("fixed", 128)  # one span: no regions
+    assert full < 0.5  # of log 8 = 2.08
+    assert loss_of("axial", 64) < full + 0.05
 
 
 @pytest.mark.parametrize(

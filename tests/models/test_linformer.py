@@ -1,8 +1,16 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from model_helpers import assert_trees_close, documented_shapes, feature_shapes, filled, sin_loss
+from model_helpers import (
+    assert_trees_close,
+    documented_shapes,
+    feature_shapes,
+    filled,
+    learn,
+    sin_loss,
+)
 
 import zoo
 from zoo.layers.attention import Attention
@@ -105,6 +113,42 @@ def test_the_reversible_form_keeps_no_more_for_more_layers():
 
     more = bytes_of(8, True) - bytes_of(2, True)
     assert more < 0.35 * (bytes_of(8, False) - bytes_of(2, False))
+
+
+@pytest.mark.slow
+def test_hidden_words_are_told_as_with_full_attention():
+    """64 tokens of period 4, of which 15 % are hidden; 16 projected rows, and the identity."""
+
+    def draw(key):
+        keys = jax.random.split(key, 2)
+        x = jnp.tile(jax.random.randint(keys[0], (16, 4), 1, 32), (1, 16))
+        return x, jax.random.bernoulli(keys[1], 0.15, x.shape)
+
+    def loss_of(projected):
+        full = projected == 64
+        model = zoo.create(
+            "linformer_test", vocab_size=32, embed_dim=64, max_length=64, projected=projected
+        )
+
+        def loss(variables, batch):
+            x, hidden = batch
+            logits = model.apply(variables, jnp.where(hidden, 0, x))
+            every = optax.softmax_cross_entropy_with_integer_labels(logits, x)
+            return (every * hidden).sum() / hidden.sum()
+
+        variables = jax.jit(model.init)(jax.random.key(0), draw(jax.random.key(0))[0])
+        if full:  # E = F = 1, and they stay so
+            variables = jax.tree.map_with_path(
+                lambda path, p: jnp.eye(64) if "project_" in str(path) else p, variables
+            )
+        _, losses = learn(
+            loss, variables, draw, steps=400, trains=lambda path: not full or "project_" not in path
+        )
+        return losses[-20:].mean()  # no text comes twice
+
+    full = loss_of(64)
+    assert full < 0.5  # of log 31 = 3.43
+    assert loss_of(16) < full + 0.1
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from model_helpers import assert_trees_close, documented_shapes, feature_shapes, filled
+from model_helpers import (
+    assert_trees_close,
+    documented_shapes,
+    feature_shapes,
+    filled,
+    learn,
+)
 
 import zoo
 from zoo.layers.attention import attention_weights
@@ -132,6 +139,39 @@ def test_heads_make_the_tokens_global_that_the_authors_do():
         call = jax.jit(model.apply)
         assert_trees_close(call(variables, x), call(variables, x, None, want), 0)
         assert np.abs(call(variables, x) - call(variables, x, None, 0 * x)).max() > 1e-3
+
+
+@pytest.mark.slow
+def test_a_far_token_is_told_by_a_global_token_alone():
+    """Which of two words stands at place 200, with windows of 16; the class is read at place 0."""
+    model = zoo.create(
+        "longformer_test", head="classification", num_classes=2, vocab_size=22, depth=1,
+        num_heads=2, window=16, max_positions=210, max_global=1,
+    )  # fmt: skip
+
+    def accuracy(has_global):
+        def draw(key):
+            keys = jax.random.split(key)
+            label = jax.random.randint(keys[1], (16,), 0, 2)
+            x = jax.random.randint(keys[0], (16, 208), 4, 20)
+            global_mask = jnp.zeros_like(x).at[:, 0].set(has_global)
+            return x.at[:, 200].set(20 + label), global_mask, label
+
+        def said(variables, x, global_mask):
+            return model.apply(variables, x, global_mask=global_mask)
+
+        def loss(variables, batch):
+            *inputs, label = batch
+            every = optax.softmax_cross_entropy_with_integer_labels(said(variables, *inputs), label)
+            return every.mean()
+
+        variables = jax.jit(model.init)(jax.random.key(0), draw(jax.random.key(0))[0])
+        variables, _ = learn(loss, variables, draw, steps=200)
+        tests, call = map(draw, jax.random.split(jax.random.key(2), 16)), jax.jit(said)
+        return np.mean([(call(variables, *t[:2]).argmax(-1) == t[2]).mean() for t in tests])
+
+    assert accuracy(1) > 0.95
+    assert accuracy(0) < 0.65  # of 256 guesses
 
 
 @pytest.mark.parametrize(
