@@ -2,7 +2,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_helpers import assert_trees_close, documented_shapes, feature_shapes, filled, sin_loss
+from model_helpers import (
+    Characters,
+    assert_trees_close,
+    documented_shapes,
+    feature_shapes,
+    filled,
+    sin_loss,
+)
 
 import zoo
 from zoo.layers.attention import attention_weights
@@ -135,6 +142,23 @@ def test_the_reversible_form_has_the_gradient_of_its_definition():
 
     got, want = gradient(lambda v: model.apply(v, x)), gradient(by_hand)
     assert_trees_close(got, want, 1e-4)
+
+
+@pytest.mark.slow
+def test_text_is_learned_as_with_softmax():
+    """Characters, 256 at a time; the softmax is that of local heads whose block is all of it."""
+    text = Characters(256)
+
+    def loss(local_heads):
+        model = zoo.create(
+            "performer_test", vocab_size=text.count, depth=1, max_length=256, features_per_head=32,
+            local_window=256, local_heads=local_heads,
+        )  # fmt: skip
+        return text.held_out_loss(model, steps=400, rate=5e-3, batch=4)
+
+    softmax = loss(4)
+    assert softmax < text.entropy - 0.6
+    assert loss(0) < softmax + 0.1
 
 
 @pytest.mark.parametrize(

@@ -411,8 +411,10 @@ class Performer(WholeTexts):
         memory_visible: Array | None = None,
     ) -> tuple[dict[str, Array], tuple | None]:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        # As in the reference; beside the sines that are added, training would not see small ones.
+        start = nn.initializers.normal(1.0)
         embed = nn.Embed(
-            self.vocab_size, self.embed_dim, embedding_init=init, name="embed", **types
+            self.vocab_size, self.embed_dim, embedding_init=start, name="embed", **types
         )
         if context.positions is None:
             at = self._positions(tokens.shape[1])
@@ -498,11 +500,11 @@ class Performer(WholeTexts):
         width = self.embed_dim
         if self.position == "rotary":
             return sines_and_cosines(length, width)
+        start = nn.initializers.normal(1.0)
         if self.position == "absolute":
             shape = (self.max_length, width)
-            return self.param("position_embedding", init, shape, self.param_dtype)[:length]
+            return self.param("position_embedding", start, shape, self.param_dtype)[:length]
         rows, columns = self.axial_shape or (-(-self.max_length // 64), 64)
-        start = nn.initializers.normal(1.0)
         first = self.param("position_rows", start, (rows, 1, width), self.param_dtype)
         second = self.param("position_columns", start, (1, columns, width), self.param_dtype)
         return (first + second).reshape(rows * columns, width)[:length]
