@@ -48,11 +48,17 @@ def scaling(rope: dict[str, Any], positions: int) -> Callable | None:
     """The scaling that transformers' rope parameters describe."""
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     rope.pop("type", None)
-    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
+    if kind == "default":  # which turns whole heads whatever it says
+        rope.pop("partial_rotary_factor", None)
+    if kind != "proportional" and rope.pop("partial_rotary_factor", 1.0) != 1.0:
         raise golden.Unsupported("it turns a part of each head only")
     known: Mapping[str, tuple[type | None, dict[str, str]]] = {
         "default": (None, {}),
         "linear": (rotary.Linear, {"factor": "factor"}),
+        "proportional": (
+            rotary.Proportional,
+            {"factor": "factor", "partial_rotary_factor": "share"},
+        ),
         "dynamic": (rotary.Dynamic, {"factor": "factor"}),
         "llama3": (
             rotary.Llama3,

@@ -134,6 +134,9 @@ def _rope(config: Config) -> dict[str, Any]:
     makers: dict[str, Callable[[], Any]] = {
         "default": lambda: None,
         "linear": lambda: rotary.Linear(said["factor"]),
+        "proportional": lambda: rotary.Proportional(
+            said.get("partial_rotary_factor", 1.0), said.get("factor", 1.0)
+        ),
         "dynamic": lambda: rotary.Dynamic(said["factor"], positions),
         "llama3": lambda: rotary.Llama3(
             said["factor"],

@@ -62,6 +62,18 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Proportional:
+    """The first `share` of the pairs of channels turn, `factor` times as slowly; others do not."""
+
+    share: float = 1.0
+    factor: float = 1.0
+
+    def __call__(self, frequencies, theta, positions):
+        turning = np.arange(len(frequencies)) < int(self.share * len(frequencies))
+        return jnp.asarray(np.where(turning, frequencies / np.float32(self.factor), 0)), 1.0
+
+
+@dataclass(frozen=True)
 class Dynamic:
     """The base grows with the text once it is longer than `max_positions` (dynamic NTK).
 
