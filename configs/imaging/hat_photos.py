@@ -1,11 +1,12 @@
-"""A small HAT doubles a photo that it has not seen, better than bicubic enlargement.
+"""A small HAT learns to double a photo that it has not seen, beside bicubic enlargement.
 
     python train.py configs/imaging/hat_photos.py
 
 It learns from patches of scikit-learn's photo `china`; its `flower` and Matplotlib's portrait are
 held out, each as a whole, as the field counts. See `psnr` beside `bicubic_psnr` in the table, and
-`restored.png` in the run directory: bicubic, HAT, truth. 4,000 steps of four patches, 20 to 25 a
-second on a busy CPU core (16 patches at once: two a second); the figure is not yet measured.
+`restored.png` in the run directory: bicubic, HAT, truth. Measured after these 4,000 steps of four
+patches, five minutes of a CPU core: 32.77 dB beside 32.83, so it has only just caught up with
+bicubic enlargement; being better takes more steps.
 """
 
 from zoo.data import Data
