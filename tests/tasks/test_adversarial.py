@@ -4,6 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from zoo.data.sources import Digits
+from zoo.evaluators import ClassifierFeatures
 from zoo.evaluators.pictures import frechet_distance
 from zoo.layers.dense import Dense
 from zoo.models.imaging.styleswin import ScaledConv
@@ -92,3 +94,22 @@ def test_the_distance_of_images_is_that_of_their_means_and_covariances():
     wider = points.mean(0) + 3 * (points - points.mean(0))
     spread = points.var(0, ddof=1).sum()
     np.testing.assert_allclose(frechet_distance(points, wider), (3 - 1) ** 2 * spread, rtol=1e-9)
+
+
+def test_features_of_a_classifier_tell_digits_from_noise():
+    digits = Digits("train")
+    examples = [
+        {"images": x["image"].astype("f") / 127.5 - 1, "label": x["label"]}
+        for x in (digits[i] for i in range(400))
+    ]
+    fields = {"image_size": (8, 8), "patch_size": 4, "in_channels": 1, "num_classes": 10}
+    features = ClassifierFeatures("vit_test", fields, examples, steps=60).fitted()
+    images = np.stack([x["images"] for x in examples])
+    labels = np.stack([x["label"] for x in examples])
+    seen = features(images)
+    centres = np.stack([seen[:200][labels[:200] == c].mean(0) for c in range(10)])
+    nearest = np.square(seen[200:, None] - centres).sum(-1).argmin(1)
+    assert (nearest == labels[200:]).mean() > 0.7
+    noise = np.random.default_rng(0).uniform(-1, 1, images.shape).astype("f")
+    halves, far = (frechet_distance(seen[:200], x) for x in (seen[200:], features(noise)))
+    assert far > 3 * halves
