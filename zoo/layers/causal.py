@@ -66,20 +66,28 @@ def positions_in(segments: Int[Array, "batch length"]) -> Int[Array, "batch leng
     return at - jax.lax.cummax(jnp.where(new, at, 0), axis=1)
 
 
-def check_memory(model: Any, tokens: Array, memory: Array | None, mask: Array | None) -> None:
-    """Raises ValueError if a model's `memory` is not what its `cross_attention` looks at."""
+def check_memory(
+    model: Any, tokens: Array, memory: Array | None, mask: Array | None, optional: bool = False
+) -> None:
+    """Raises ValueError if a model's `memory` is not what its `cross_attention` looks at.
+
+    `optional` says that there need not be one.
+    """
     if not model.cross_attention:
         if memory is not None or mask is not None:
             raise ValueError("This model has cross_attention=False; leave out memory.")
         return
-    shape = None if memory is None else memory.shape
-    if memory is None or memory.ndim != 3 or shape[::2] != (len(tokens), model.embed_dim):
+    if memory is None:
+        if optional and mask is None:
+            return
+        raise ValueError(f"memory is missing; give ({len(tokens)}, keys, {model.embed_dim}).")
+    if memory.ndim != 3 or memory.shape[::2] != (len(tokens), model.embed_dim):
         raise ValueError(
-            f"memory has shape {shape}; with cross_attention=True it should be "
-            f"({len(tokens)}, keys, {model.embed_dim})."
+            f"memory has shape {memory.shape}; it should be ({len(tokens)}, keys, "
+            f"{model.embed_dim})."
         )
-    if mask is not None and mask.shape != shape[:2]:
-        raise ValueError(f"memory_mask has shape {mask.shape}; it should be {shape[:2]}.")
+    if mask is not None and mask.shape != memory.shape[:2]:
+        raise ValueError(f"memory_mask has shape {mask.shape}; it should be {memory.shape[:2]}.")
 
 
 def check_tokens(

@@ -43,7 +43,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from zoo.checkpoints.rules import Rule, Rules, Transform, dense_rules, tied
 from zoo.layers.attention import Attention
-from zoo.layers.causal import check_tokens
+from zoo.layers.causal import check_memory, check_tokens
 from zoo.layers.dense import Dense
 from zoo.layers.mlp import ACTIVATIONS, Mlp, gelu
 from zoo.layers.model import Model
@@ -257,7 +257,7 @@ class Bert(Model):
     ) -> dict[str, Array]:
         """Every named intermediate (see the table above); arguments as those of `__call__`."""
         self._check(tokens, token_types, mask, positions)
-        self._check_memory(tokens, memory, memory_mask)
+        check_memory(self, tokens, memory, memory_mask, optional=True)
         tokens, mask = check_tokens(self, tokens, mask, positions)
         token_types = self._inside(token_types, mask, self.num_token_types, "token_types")
         positions = self._inside(positions, mask, self.max_positions, "positions")
@@ -393,23 +393,6 @@ class Bert(Model):
             raise ValueError("This model has num_token_types=0; leave out token_types.")
         if self.head in pooled and not self.pooler:
             raise ValueError(f"head={self.head!r} reads the pooler; it needs pooler=True.")
-
-    def _check_memory(self, tokens: Array, memory: Array | None, mask: Array | None) -> None:
-        if memory is None:
-            if mask is not None:
-                raise ValueError("memory_mask says what of a memory is there; give memory, too.")
-            return
-        if not self.cross_attention:
-            raise ValueError("This model has cross_attention=False; leave out memory.")
-        if memory.ndim != 3 or len(memory) != len(tokens) or memory.shape[2] != self.embed_dim:
-            raise ValueError(
-                f"memory has shape {memory.shape}; it should be ({len(tokens)}, keys, "
-                f"{self.embed_dim})."
-            )
-        if mask is not None and mask.shape != memory.shape[:2]:
-            raise ValueError(
-                f"memory_mask has shape {mask.shape}; it should be {memory.shape[:2]}."
-            )
 
 
 # ---------------------------------------------------------------------------------- heads
