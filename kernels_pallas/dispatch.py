@@ -98,7 +98,6 @@ def choose(
     cudnn: Body | None = None,
     no_cudnn: str | None = "only attention has a body by cuDNN",
     mosaic: Body | None = None,
-    no_mosaic: str | None = "only attention has a body in Mosaic GPU",
 ) -> Choice:
     """The bodies that a call may run, by platform, and tells `explain` why.
 
@@ -116,7 +115,6 @@ def choose(
       cudnn: the body by cuDNN, where an operation has one.
       no_cudnn: why it cannot run the call, or None.
       mosaic: the kernels in Mosaic GPU, where an operation has them; never chosen by default.
-      no_mosaic: why they cannot run the call, or None.
 
     Raises:
       ValueError: for an unknown implementation, or one that cannot run the call.
@@ -135,8 +133,10 @@ def choose(
         tell({platform: f"{implementation} (asked for)", "cpu": "its interpreter"})
         return Choice(pallas[platform], (("cpu", interpreted[platform]),), plain, cpu)
     if implementation in ("cudnn", "mosaic_gpu"):
-        asked = {"cudnn": (cudnn, no_cudnn), "mosaic_gpu": (mosaic, no_mosaic)}
-        body, reason = asked[implementation]
+        body, reason = cudnn, no_cudnn
+        if implementation == "mosaic_gpu":
+            body, reason = mosaic, "only attention has a body in Mosaic GPU"
+            reason = refusal(implementation) if mosaic else reason
         if reason:
             raise ValueError(f"implementation={implementation!r}: {reason}.")
         elsewhere = f"xla, because {implementation} was asked for"

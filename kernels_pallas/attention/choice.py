@@ -112,5 +112,5 @@ def choose(
         lambda platform: refusal(platform, problem, x),
         plain=ON_ACCELERATOR, plain_on_cpu=ON_CPU, pallas=PALLAS, interpreted=INTERPRETED,
         cudnn=CUDNN, no_cudnn=cudnn.refusal(problem, x, wants_lse),
-        mosaic=MOSAIC, no_mosaic=refusal("mosaic_gpu", problem, x),
+        mosaic=MOSAIC,
     )  # fmt: skip

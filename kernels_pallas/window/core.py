@@ -142,7 +142,7 @@ def choose(implementation: str | None, problem: Problem, heads: int, x: Windows)
         interpreted={
             "tpu": _on_tpu(True, heads), "cuda": gpu(attention_bodies.INTERPRETED["cuda"])
         },
-        mosaic=gpu(attention_bodies.MOSAIC), no_mosaic=refusal("mosaic_gpu"),
+        mosaic=gpu(attention_bodies.MOSAIC),
     )  # fmt: skip
 
 
