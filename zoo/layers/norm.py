@@ -19,10 +19,7 @@ class LayerNorm(nn.LayerNorm):
     use_fast_variance: bool = False
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "*batch channels"], *, mask: None = None
-    ) -> Float[Array, "*batch channels"]:
-        """The normalised `x`; there is no `mask`."""
+    def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
         width, affine = x.shape[-1:], {}
         if self.use_scale:
             affine["scale"] = self.param("scale", self.scale_init, width, self.param_dtype)

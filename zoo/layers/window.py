@@ -74,6 +74,15 @@ def shifted_window_mask(
     return np.where(label[:, :, None] == label[:, None, :], 0.0, -100.0).astype(np.float32)
 
 
+@partial(jax.jit, static_argnums=(1, 2))  # traced once for all blocks of a stage
+def position_bias(
+    table: Float[Array, "rows heads"], window: tuple[int, ...], tokens: int | None = None
+) -> Float[Array, "heads tokens tokens"]:
+    """What a table of relative positions adds to the scores in a window, or its first `tokens`."""
+    index = relative_position_index(window)[:tokens, :tokens]
+    return rearrange(table[index.reshape(-1)], "(q k) n -> n q k", q=len(index))
+
+
 class WindowAttention(nn.Module):
     """Multi-head attention inside each window, with a bias learned per relative position.
 
@@ -104,7 +113,7 @@ class WindowAttention(nn.Module):
         qkv = dense(3 * channels, use_bias=self.qkv_bias, name="qkv")(x)
         rows = math.prod(2 * w - 1 for w in self.window)
         table = self.param("relative_position_bias", init, (rows, self.num_heads), self.param_dtype)
-        bias = _bias(table, self.window, tokens)
+        bias = position_bias(table, self.window, tokens)
         dropping = train and self.attention_dropout > 0
         looking = self.is_mutable_collection("intermediates")
         if dropping or looking:  # the general path, with one bias a window
@@ -133,14 +142,6 @@ class WindowAttention(nn.Module):
             )
         x = dense(channels, name="out")(x.reshape(windows, tokens, channels))
         return nn.Dropout(self.dropout)(x, deterministic=not train)
-
-
-@partial(jax.jit, static_argnums=(1, 2))  # traced once for all blocks of a stage
-def _bias(
-    table: Float[Array, "rows heads"], window: tuple[int, ...], tokens: int
-) -> Float[Array, "heads tokens tokens"]:
-    bias = table[relative_position_index(window)[:tokens, :tokens].reshape(-1)]
-    return rearrange(bias, "(q k) n -> n q k", q=tokens)
 
 
 class ShiftedWindowAttention(WindowAttention):

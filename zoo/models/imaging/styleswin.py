@@ -64,7 +64,7 @@ from zoo.layers.norm import LayerNorm
 from zoo.layers.partition import constrain
 from zoo.layers.position import relative_position_index
 from zoo.layers.stack import remat_block
-from zoo.layers.window import shifted_window_mask, window_merge, window_partition
+from zoo.layers.window import position_bias, shifted_window_mask, window_merge, window_partition
 from zoo.system import File, System, Variant
 
 init = nn.initializers.normal(0.02)  # the official truncation, at 100 deviations, never acts
@@ -212,8 +212,7 @@ class WindowBias(nn.Module):
     def __call__(self) -> Float[Array, "heads tokens tokens"]:
         rows = (2 * self.window - 1) ** 2
         table = self.param("relative_position_bias", init, (rows, self.num_heads), self.param_dtype)
-        index = relative_position_index((self.window,) * 2)
-        return rearrange(table[index.reshape(-1)], "(q k) n -> n q k", q=len(index))
+        return position_bias(table, (self.window,) * 2)
 
 
 class Block(nn.Module):

@@ -53,6 +53,7 @@ from zoo.layers.stochastic import drop_path_rates
 from zoo.layers.window import (
     fit_window,
     pad_map,
+    position_bias,
     shifted_window_mask,
     window_merge,
     window_partition,
@@ -102,7 +103,7 @@ class ShiftedWindows(nn.Module):
         attention = self.attention(name="attention")
         shape = ((2 * side - 1) ** 2, attention.num_heads)
         table = self.param("relative_position_bias", table_init, shape, self.param_dtype)
-        bias = jnp.moveaxis(table[relative_position_index(window)], -1, 0)[None]
+        bias = position_bias(table, window)[None]
         if shift:
             x = jnp.roll(x, (-shift, -shift), (1, 2))
             bias = bias + shifted_window_mask(size, window, (shift, shift))[:, None]

@@ -72,7 +72,7 @@ from zoo.layers.patch import torch_default_init
 from zoo.layers.position import relative_position_index
 from zoo.layers.stack import remat_block
 from zoo.layers.stochastic import DropPath
-from zoo.layers.window import pad_to_multiple, window_merge, window_partition
+from zoo.layers.window import pad_to_multiple, position_bias, window_merge, window_partition
 from zoo.system import Preprocessing, System, Variant
 
 init = nn.initializers.truncated_normal(0.02)
@@ -201,8 +201,7 @@ class VariedSizeWindowAttention(Model):
 
         shape = ((2 * w - 1) ** 2, heads)
         table = self.param("relative_position_bias", init, shape, self.param_dtype)
-        bias = table[relative_position_index((w, w)).reshape(-1)]
-        bias = rearrange(bias, "(q k) n -> n q k", q=w * w)
+        bias = position_bias(table, (w, w))
         y = self._attend(query, sampled[0], sampled[1], bias, train)
         y = window_merge(y.reshape(-1, w * w, self.channels), size, (w, w))[:, :height, :width]
         y = dense(self.channels, name="out")(y)
