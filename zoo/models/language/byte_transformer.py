@@ -14,7 +14,8 @@ N is a shape, so it is part of the compiled program: `rows` says how many there 
 many as tokens (`rows_for` rounds up, so that few programs are compiled); more tokens than rows give
 NaN. The rows that are left over are a text of their own. Attention runs on texts put back into
 `[B, S]` (`packed=False`: B S^2 scores), or on the packed rows with a number for each text
-(`packed=True`: the TPU and GPU kernels skip blocks of other texts, XLA forms N^2 scores).
+(`packed=True`: the TPU and GPU kernels skip blocks of other texts; XLA forms the scores of rows
+that stand less than S apart, as a text has no more).
 
 Three published forms disagree: epsilon 1e-12 and erf in the GELU (Hugging Face, the default here),
 1e-5 and erf (the unit test), 1e-6 and tanh (the CUDA kernels): `epsilon` and `activation`.
@@ -35,6 +36,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 import kernels_pallas
+from kernels_pallas import SlidingWindow
 from zoo.layers.causal import check_tokens
 from zoo.layers.dense import Dense
 from zoo.layers.mlp import Mlp
@@ -108,8 +110,12 @@ class PackedAttention(nn.Module):
             "rng": self.make_rng("dropout") if dropping else None,
         }
         if self.packed:
-            text = (places // mask.shape[1])[None]
-            y = kernels_pallas.attention(query, key, value, query_segments=text, **options)
+            longest = mask.shape[1]
+            text = (places // longest)[None]
+            near = SlidingWindow(longest - 1, longest - 1) if x.shape[1] > longest else None
+            y = kernels_pallas.attention(
+                query, key, value, mask=near, query_segments=text, **options
+            )
         else:
             texts = (unpack(t[0], places, *mask.shape) for t in (query, key, value))
             segments = mask.astype(jnp.int32)
