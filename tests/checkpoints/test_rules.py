@@ -204,6 +204,29 @@ def test_export_gives_back_what_convert_took(layout, scan, dtype):
     assert identical(export(LAYOUTS, variables, model, layout), source)
 
 
+@pytest.mark.parametrize("depth", [2, 3])
+def test_a_rule_may_be_for_some_models_alone(depth):
+    """Layers that a file counts from the last one back, whatever their number."""
+
+    def counted_down(count):
+        rules = [r for r in OTHER.rules if "{" not in r.sources[0].text]
+        for i in range(count):
+            for theirs, ours in (("q", "query"), ("k", "key"), ("f", "up")):
+                for end, leaf in (("w", "kernel"), ("b", "bias")):
+                    source = f"l.{count - 1 - i}.{theirs}.{end}"
+                    target = f"layers_{i}/{ours}/{leaf}"
+                    rules.append(Rule(source, target, when=lambda model: model.depth == count))
+        return rules
+
+    layouts = {"down": Rules([r for count in (2, 3) for r in counted_down(count)])}
+    model = Net(depth=depth)
+    variables = convert(LAYOUTS, state(model), model)
+    file = export(layouts, variables, model)
+    last = variables["params"][f"layers_{depth - 1}"]["query"]["kernel"]
+    np.testing.assert_array_equal(file["l.0.q.w"], last)
+    assert identical(flat_leaves(convert(layouts, file, model)), flat_leaves(variables))
+
+
 def test_leaves_hold_the_tensors_in_our_layout():
     source = state()
     variables = convert(LAYOUTS, source, Net())

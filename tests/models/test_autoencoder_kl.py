@@ -11,6 +11,7 @@ from model_helpers import (
 )
 
 import zoo
+from zoo.checkpoints.rules import manifest
 from zoo.models.imaging import autoencoder_kl
 
 
@@ -97,6 +98,66 @@ def test_files_of_before_and_after_the_renaming_give_the_same_variables():
     assert len(set(before) - set(state)) == 16
     jax.tree.map(np.testing.assert_array_equal, zoo.convert(model, before),
                  zoo.convert(model, state))  # fmt: skip
+
+
+def official_name(name, stages):
+    """The official code's name of a tensor that diffusers calls `name`."""
+    half, _, rest = name.partition(".")
+    words = {"resnets": "block", "conv_shortcut": "nin_shortcut", "conv_norm_out": "norm_out"}
+    part = rest.split(".")
+    if part[0] in ("down_blocks", "up_blocks"):
+        way, stage = part[0].removesuffix("_blocks"), int(part[1])
+        number = stage if way == "down" else stages - 1 - stage
+        inside = [f"{way}sample"] + part[4:] if "samplers" in part[2] else part[2:]
+        part = [way, str(number), *inside]
+    elif part[:2] == ["mid_block", "resnets"]:
+        part = ["mid", f"block_{int(part[2]) + 1}", *part[3:]]
+    elif part[0] == "mid_block":
+        words |= {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out": "proj_out"}
+        part = ["mid", "attn_1", *(p for p in part[3:] if p != "0")]
+    return ".".join([half, *(words.get(p, p) for p in part)])
+
+
+@pytest.mark.parametrize("channels", [(8, 16), (8, 8, 16)])
+def test_files_in_the_official_names_give_the_same_image_and_are_written_back(channels):
+    model = zoo.create("autoencoder_kl_test", channels=channels)
+    state = filled_state_dict(model)
+    official = {}
+    for name, value in state.items():
+        kernel = value.ndim == 2
+        official[official_name(name, len(channels))] = value[..., None, None] if kernel else value
+    assert official["decoder.mid.attn_1.proj_out.weight"].shape == (16, 16, 1, 1)
+    assert f"decoder.up.{len(channels) - 1}.upsample.conv.weight" in official
+    beside = {
+        "model.diffusion_model.out.2.weight": np.zeros((4, 8, 3, 3), np.float32),
+        "cond_stage_model.transformer.text_model.final_layer_norm.bias": np.zeros(8, np.float32),
+        "first_stage_model.loss.logvar": np.zeros((), np.float32),
+    }
+    whole = {f"first_stage_model.{name}": value for name, value in official.items()} | beside
+    variables = zoo.convert(model, state)
+    for file in (official, whole):
+        jax.tree.map(np.testing.assert_array_equal, zoo.convert(model, file), variables)
+    written = zoo.export(model, variables, "official")
+    assert set(written) == set(official)
+    for name, value in official.items():
+        np.testing.assert_array_equal(written[name], value)
+    if len(channels) == 2:  # the widths tell any other stage apart
+        image = run(model, zoo.convert(model, official), images())["image"]
+        np.testing.assert_array_equal(image, run(model, variables, images())["image"])
+
+
+def test_the_stages_of_the_official_decoder_count_down():
+    """Shapes of the published file: the narrowest stage, the image's own size, is number 0."""
+    shapes = manifest(autoencoder_kl.LAYOUTS, zoo.create("sd_vae_ft_mse"), "official")
+    for name, shape in {
+        "encoder.down.1.block.0.nin_shortcut.weight": (256, 128, 1, 1),
+        "decoder.up.0.block.0.nin_shortcut.weight": (128, 256, 1, 1),
+        "decoder.up.3.upsample.conv.weight": (512, 512, 3, 3),
+        "decoder.up.1.upsample.conv.weight": (256, 256, 3, 3),
+        "encoder.mid.attn_1.q.weight": (512, 512, 1, 1),
+    }.items():
+        assert shapes[name].shape == shape
+    assert "decoder.up.0.upsample.conv.weight" not in shapes and len(shapes) == 248
 
 
 def test_hub_ids_lead_to_their_variant():

@@ -32,6 +32,8 @@ def match(
     """Steps that these names allow, and those that lack some of their sources."""
     found: dict[tuple[int, tuple[tuple[str, int], ...]], dict[int, str]] = {}
     for number, rule in enumerate(rules.rules):
+        if not rule.suits(leaves.plain):
+            continue
         for position, pattern in enumerate(rule.sources):
             for name in tensors:
                 indices = pattern.match(name)

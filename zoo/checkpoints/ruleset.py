@@ -41,11 +41,14 @@ class Rule:
         names that collection. Every source and target has the same indices.
       transform: from the sources' arrays to the targets', or a function of the model that gives
         such a `Transform` where sizes depend on it.
+      when: of which models the rule is; None: of all. For names that count what a pattern cannot,
+        such as stages from the last one back.
     """
 
     source: str | tuple[str, ...]
     target: str | tuple[str, ...]
     transform: Transform | Callable[[nn.Module], Transform] = identity
+    when: Callable[[nn.Module], bool] | None = None
 
     def __post_init__(self) -> None:
         patterns = [*self.sources, *self.targets]
@@ -67,6 +70,10 @@ class Rule:
     def targets(self) -> tuple[Pattern, ...]:
         """The compiled target patterns."""
         return _compiled(self.target)
+
+    def suits(self, model: nn.Module) -> bool:
+        """Whether the rule is one of this model's."""
+        return self.when is None or self.when(_without_methods(model))
 
     def bound(self, model: nn.Module) -> Transform:
         """The transform for this model."""
@@ -138,7 +145,7 @@ def steps_for(path: str, rules: Rules, model: nn.Module) -> Iterator[Step]:
     for rule in rules.rules:
         for pattern in rule.targets:
             indices = pattern.match(path)
-            if indices is not None:
+            if indices is not None and rule.suits(model):
                 yield make_step(rule, indices, model)
 
 

@@ -1,8 +1,9 @@
 """AutoencoderKL: the autoencoder of Stable Diffusion, between images and their latents.
 
 Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", CVPR 2022, arXiv
-2112.10752. Official code: github.com/CompVis/latent-diffusion (MIT); the published files are in the
-naming of github.com/huggingface/diffusers (Apache-2.0), `AutoencoderKL`, which we follow.
+2112.10752. Official code: github.com/CompVis/latent-diffusion (MIT). We follow `AutoencoderKL` of
+github.com/huggingface/diffusers (Apache-2.0). Files in its naming are read and written, and those
+in the official one, alone or inside a whole Stable Diffusion (`first_stage_model.`).
 
 An image `[B, H, W, 3]` from -1 to 1 becomes a normal distribution of latents, an eighth as high and
 as wide, and latents become an image. Both ways are residual blocks of convolutions,
@@ -43,6 +44,7 @@ Stable Diffusion has the factor 8 and the normal distribution.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import flax.linen as nn
@@ -50,7 +52,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from zoo.checkpoints.rules import Rule, Rules, conv_rules, dense_rules, norm_rules
+from zoo.checkpoints.rules import (
+    Rule,
+    Rules,
+    Transform,
+    chain,
+    conv_rules,
+    linear,
+    norm_rules,
+    squeeze,
+)
 from zoo.layers.attention import Attention
 from zoo.layers.model import Model
 from zoo.layers.partition import constrain
@@ -340,33 +351,79 @@ class AutoencoderKL(Model):
 # ---------------------------------------------------------------------------- checkpoints
 
 
-def _block_rules(theirs: str, ours: str) -> list[Rule]:
+def _block_rules(theirs: str, ours: str, shortcut: str = "conv_shortcut") -> list[Rule]:
     return [
         *norm_rules(f"{theirs}.norm1", f"{ours}/norm1"),
         *conv_rules(f"{theirs}.conv1", f"{ours}/conv1"),
         *norm_rules(f"{theirs}.norm2", f"{ours}/norm2"),
         *conv_rules(f"{theirs}.conv2", f"{ours}/conv2"),
-        *conv_rules(f"{theirs}.conv_shortcut", f"{ours}/shortcut"),
+        *conv_rules(f"{theirs}.{shortcut}", f"{ours}/shortcut"),
+    ]
+
+
+def _attention_rules(names: tuple[str, ...], ours: str, kernel: Transform) -> list[Rule]:
+    return [
+        rule
+        for theirs, part in zip(names, ("query", "key", "value", "out"), strict=True)
+        for rule in (
+            Rule(f"{theirs}.weight", f"{ours}/{part}/kernel", kernel),
+            Rule(f"{theirs}.bias", f"{ours}/{part}/bias"),
+        )
     ]
 
 
 def _half_rules(half: str, way: str, projections: tuple[str, ...]) -> list[Rule]:
     """Of the encoder (way "down") or the decoder ("up")."""
     stage, attention = f"{half}.{way}_blocks.{{s}}", f"{half}.mid_block.attentions.0"
+    names = tuple(f"{attention}.{name}" for name in projections)
     return [
         *conv_rules(f"{half}.conv_in", f"{half}/conv_in"),
         *_block_rules(f"{stage}.resnets.{{i}}", f"{half}/stages_{{s}}/layers_{{i}}"),
         *conv_rules(f"{stage}.{way}samplers.0.conv", f"{half}/stages_{{s}}/{way}sample"),
         *_block_rules(f"{half}.mid_block.resnets.{{i}}", f"{half}/middle/layers_{{i}}"),
         *norm_rules(f"{attention}.group_norm", f"{half}/middle/norm"),
-        *(
-            rule
-            for theirs, ours in zip(projections, ("query", "key", "value", "out"), strict=True)
-            for rule in dense_rules(f"{attention}.{theirs}", f"{half}/middle/attention/{ours}")
-        ),
+        *_attention_rules(names, f"{half}/middle/attention", linear),
         *norm_rules(f"{half}.conv_norm_out", f"{half}/norm"),
         *conv_rules(f"{half}.conv_out", f"{half}/conv_out"),
     ]  # fmt: skip
+
+
+def _official_stage(theirs: str, ours: str, way: str) -> list[Rule]:
+    return [
+        *_block_rules(f"{theirs}.block.{{i}}", f"{ours}/layers_{{i}}", "nin_shortcut"),
+        *conv_rules(f"{theirs}.{way}sample.conv", f"{ours}/{way}sample"),
+    ]
+
+
+def _official_half(half: str) -> list[Rule]:
+    """All but the stages; the projections of attention are convolutions of 1x1."""
+    middle, attention = f"{half}/middle", f"{half}.mid.attn_1"
+    names = tuple(f"{attention}.{name}" for name in ("q", "k", "v", "proj_out"))
+    return [
+        *conv_rules(f"{half}.conv_in", f"{half}/conv_in"),
+        *_block_rules(f"{half}.mid.block_{{i+1}}", f"{middle}/layers_{{i}}", "nin_shortcut"),
+        *norm_rules(f"{attention}.norm", f"{middle}/norm"),
+        *_attention_rules(names, f"{middle}/attention", chain(squeeze((2, 3)), linear)),
+        *norm_rules(f"{half}.norm_out", f"{half}/norm"),
+        *conv_rules(f"{half}.conv_out", f"{half}/conv_out"),
+    ]
+
+
+def _decoder_stages(count: int) -> list[Rule]:
+    """Of a decoder of `count` stages, which the official code numbers from the last one back."""
+    return [
+        replace(rule, when=lambda model: len(model.channels) == count)
+        for stage in range(count)
+        for rule in _official_stage(
+            f"decoder.up.{count - 1 - stage}", f"decoder/stages_{stage}", "up"
+        )
+    ]
+
+
+QUANT_RULES = (
+    *conv_rules("quant_conv", "quant_conv"),
+    *conv_rules("post_quant_conv", "post_quant_conv"),
+)
 
 
 def _layout(*projections: str) -> Rules:
@@ -374,8 +431,7 @@ def _layout(*projections: str) -> Rules:
         (
             *_half_rules("encoder", "down", projections),
             *_half_rules("decoder", "up", projections),
-            *conv_rules("quant_conv", "quant_conv"),
-            *conv_rules("post_quant_conv", "post_quant_conv"),
+            *QUANT_RULES,
         )
     )
 
@@ -383,6 +439,16 @@ def _layout(*projections: str) -> Rules:
 LAYOUTS = {
     "diffusers": _layout("to_q", "to_k", "to_v", "to_out.0"),
     "hub": _layout("query", "key", "value", "proj_attn"),  # files of before diffusers renamed them
+    "official": Rules(
+        (
+            *_official_half("encoder"),
+            *_official_stage("encoder.down.{s}", "encoder/stages_{s}", "down"),
+            *_official_half("decoder"),
+            *(rule for count in range(1, 7) for rule in _decoder_stages(count)),
+            *QUANT_RULES,
+        ),
+        unused=("loss.*",),
+    ),
 }
 
 # ------------------------------------------------------------------------------- variants
