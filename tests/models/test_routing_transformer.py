@@ -108,6 +108,24 @@ def test_means_stay_where_nothing_may_change():
     assert_trees_close(run(variables)["batch_stats"], variables["batch_stats"], 0)
 
 
+def test_the_first_step_of_training_places_the_means():
+    """As `place_means` does; then they move by the decay alone."""
+    model = zoo.create("routing_transformer_test", depth=1, local_heads=0, window=16)
+    x = tokens(4, 64)
+    start = jax.jit(model.init)(jax.random.key(0), x)
+    means = lambda v: v["batch_stats"]["layers_0"]["attention"]["means"]  # noqa: E731
+
+    @jax.jit
+    def step(v):
+        return v | model.apply(v, x, train=True, mutable="batch_stats")[1]
+
+    placed = jax.jit(lambda v: model.apply(v, x, method="place_means", mutable="batch_stats")[1])
+    first = step(start)
+    assert_trees_close(means(first), means(placed(start)), 1e-2)  # and one step
+    assert_trees_close(means(step(first)), means(first), 1e-2)
+    assert np.abs(means(start) - means(first)).max() > 0.5
+
+
 @pytest.mark.parametrize(
     "fields, sentence",
     [

@@ -18,7 +18,8 @@ text, so a causal model is causal in its weights only. Other heads are local (`z
 The official code differs: x goes through a LayerNorm without scale, members are sorted and their
 ranks have learned relative positions, a sum is divided by count + 0.01, and local and routed heads
 share one more map. Means are in the collection `batch_stats`, and change with `train=True` where
-it is mutable; `place_means` puts them into the tokens at first.
+it is mutable. The first such step puts them among its tokens, as `place_means` does by itself:
+means that are longer than the unit vectors of which they are to be means are random ones.
 
     x = x + [local heads, routing heads](LN(x)) W;   x = x + W2 gelu(W1 LN(x))
     logits = W LN(x) + b
@@ -246,8 +247,15 @@ class RoutingAttention(nn.Module):
         apart = "key" in maps  # else a query is its key
         x = unit(jnp.concatenate([query, maps["key"]], 2)) if apart else unit(query)
         fixed = jax.lax.stop_gradient(x)
+        changes = self.is_mutable_collection("batch_stats") and not self.is_initializing()
         if context["place"]:
             means.value = place(fixed, self.clusters)
+        elif train and changes:
+            means.value = jax.lax.cond(
+                jnp.linalg.norm(means.value.astype(jnp.float32), axis=-1).max() > 1.01,
+                lambda: place(fixed, self.clusters).astype(means.value.dtype),
+                lambda: means.value,
+            )
         centres = means.value.astype(jnp.float32)
         near = nearest_means(fixed, centres)
         nearest = jnp.take_along_axis(centres[None], near[..., None], 2)
@@ -256,7 +264,7 @@ class RoutingAttention(nn.Module):
         if apart:
             size = min(self.window, x.shape[2] - length)
             k_at = members(fixed[:, :, length:], centres, size)
-        if train and self.is_mutable_collection("batch_stats") and not self.is_initializing():
+        if train and changes:
             step = kmeans_step(fixed, centres)
             means.value = (self.decay * centres + (1 - self.decay) * step).astype(self.param_dtype)
         wide = (heads, self.clusters, self.memory_slots, self.head_dim)
@@ -437,7 +445,7 @@ class RoutingTransformer(WholeTexts):
         memory: Float[Array, "batch keys channels"] | None = None,
         memory_mask: Int[Array, "batch keys"] | Bool[Array, "batch keys"] | None = None,
     ) -> dict[str, Array]:
-        """As `features`, after ten rounds of k-means in each layer: where training starts.
+        """As `features`, after ten rounds of k-means in each layer, as a first step of training.
 
         Call it as `model.apply(..., method="place_means", mutable="batch_stats")`.
         """
