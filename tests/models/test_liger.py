@@ -2,10 +2,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_helpers import assert_trees_close, documented_shapes, feature_shapes, filled
+from model_helpers import (
+    assert_trees_close,
+    documented_shapes,
+    feature_shapes,
+    filled,
+    learn,
+    token_loss,
+)
 
 import zoo
 from zoo.layers.causal import Context
+from zoo.methods import LoRA
 from zoo.models.language import liger
 from zoo.models.language.liger import KINDS, linearize
 
@@ -97,6 +105,60 @@ def test_recurrences_are_the_papers(kind):
             memory = gate[:, None] * memory + np.outer(write, value)
             want[t, h] = memory.T @ softmax(query)
     assert_trees_close(got[0], want, 1e-5)
+
+
+def sentences(seed, count, length=32):
+    """noun adverb* verb noun stop: the verb is known from the first noun, up to 8 words before."""
+    rng, texts = np.random.default_rng(seed), []
+    for _ in range(count):
+        text = []
+        while len(text) < length:
+            noun, other = rng.integers(1, 17, 2)
+            text += [noun, *rng.integers(17, 21, rng.integers(8)), noun + 20, other, 0]
+        texts.append(text[:length])
+    return np.array(texts, np.int32)
+
+
+@pytest.mark.slow
+def test_lora_recovers_what_the_recurrence_lost():
+    """A LLaMA learns a grammar and is made recurrent; then nothing but rank-8 matrices is trained.
+
+    Two layers with windows of three words see four words back: verbs behind five adverbs and more
+    are known from the memory of the recurrence alone. Measured: losses of 1.678 before, 2.754 as
+    it is made recurrent and 1.703 behind LoRA (97.7 % recovered); of the far verbs 21 % are right
+    before LoRA and all behind it.
+    """
+    texts, held_out = jnp.asarray(sentences(0, 4096)), sentences(1, 128)
+    adverb, verb = (held_out > 16) & (held_out < 21), held_out > 20
+    far = verb[:, 5:] & np.all([adverb[:, i : i - 5] for i in range(5)], 0)
+
+    def draw(key):
+        return texts[jax.random.randint(key, (16,), 0, len(texts))]
+
+    def loss(model):
+        return lambda variables, x: token_loss(model.apply(variables, x), x)
+
+    @jax.jit
+    def measured(logits):
+        said = 21 + logits[:, 4:-1, 21:].argmax(-1)
+        return token_loss(logits, held_out), (said == held_out[:, 5:]).mean(where=far)
+
+    llama = zoo.create("llama_test", vocab_size=37, mlp_dim=64)
+    variables = jax.jit(llama.init)(jax.random.key(0), held_out[:1])
+    variables, _ = learn(loss(llama), variables, draw, steps=500, rate=1e-2)
+    before, known = measured(jax.jit(llama.apply)(variables, held_out))
+    assert known > 0.9
+
+    model = linearize(llama, window=3)
+    lost, guessed = measured(jax.jit(model.apply)(variables, held_out))
+    assert lost > before + 0.3 and guessed < 0.5
+
+    lora = LoRA(rank=8, alpha=8.0, targets=r".*attention/(query|key|value)")
+    adapted, start = lora.wrap(model), lora.adapt(model, variables, jax.random.key(2))
+    variables, _ = learn(loss(adapted), start, draw, steps=200, rate=1e-2, trains=lora.trains)
+    after, known = measured(jax.jit(adapted.apply)(variables, held_out))
+    assert lost - after > 0.9 * (lost - before)
+    assert known > 0.8
 
 
 @pytest.mark.parametrize(
