@@ -70,6 +70,20 @@ def test_photos_come_small_and_large():
         PhotoPatches(1, "cat")[0]
 
 
+def test_patches_of_shrunk_and_recoloured_photos_are_pairs_still():
+    patches = PhotoPatches(3, size=16, zooms=(1.0, 0.5), recolour=True)
+    plain = PhotoPatches(3, size=16, zooms=(1.0, 0.5))
+    for i in range(3):
+        small, large = patches[i]["images"], patches[i]["target"]
+        assert small.dtype == large.dtype == np.float32
+        assert 0 <= large.min() and large.max() <= 1
+        means = large.reshape(16, 2, 16, 2, 3).mean((1, 3))
+        assert np.abs(small - means).mean() < 0.05
+        assert np.abs(large - plain[i]["target"]).mean() > 0.02
+    whole = np.float32(PhotoPatches(1, size=213, zooms=(0.998,), turn=False)[0]["target"])
+    assert whole.shape == (426, 426, 3)
+
+
 def test_photos_are_held_out_as_a_whole():
     photos = Photos(("flower", "hopper"), size=(140, 160), scale=3)
     assert len(photos) == 2

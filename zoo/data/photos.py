@@ -36,6 +36,20 @@ def shrunk(pixels: np.ndarray, scale: int) -> np.ndarray:
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
 
 
+@functools.cache
+def _pair(name: str, zoom: float, scale: int) -> tuple[np.ndarray, np.ndarray]:
+    """A photo at so much of its size, shrunk by `scale` and cut to a multiple of it."""
+    from PIL import Image
+
+    pixels = photo(name)
+    if zoom != 1:
+        size = round(pixels.shape[1] * zoom), round(pixels.shape[0] * zoom)
+        pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+    height, width = (n - n % scale for n in pixels.shape[:2])
+    pixels = pixels[:height, :width]
+    return shrunk(pixels, scale), pixels
+
+
 def _example(pixels: np.ndarray, scale: int) -> dict[str, np.ndarray]:
     small = shrunk(pixels, scale)
     return {"images": small.astype("f") / 255, "target": pixels.astype("f") / 255}
@@ -75,7 +89,7 @@ class Photos:
 
 @dataclass(frozen=True)
 class PhotoPatches:
-    """Square patches of a photo, flipped and turned, and the same shrunk by bicubic averaging.
+    """Square patches of a photo, flipped and turned, and the same places of the shrunk photo.
 
     Examples are `images [size, size, 3]` and `target [size * scale, size * scale, 3]`, float32
     in [0, 1].
@@ -87,6 +101,11 @@ class PhotoPatches:
       scale: how much larger the target is.
       seed: other seeds give other patches.
       turn: flip and turn patches at random.
+      zooms: the photo also as if it were taken from further away, shrunk to so much of its size;
+        patches come from all of them, as often as each has pixels. Shrunk photos are sharper: they
+        show what a photo's own pixels are too blurred to show.
+      recolour: channels in any order, each at random brighter or darker, weaker or inverted, alike
+        in both images: one photo has not the colours of all.
     """
 
     count: int
@@ -95,16 +114,29 @@ class PhotoPatches:
     scale: int = 2
     seed: int = 0
     turn: bool = True
+    zooms: tuple[float, ...] = (1.0,)
+    recolour: bool = False
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng((self.seed, index))
-        pixels, side = photo(self.name), self.size * self.scale
-        top, left = (int(rng.integers(n - side + 1)) for n in pixels.shape[:2])
-        patch = pixels[top : top + side, left : left + side]
+        pairs = [_pair(self.name, zoom, self.scale) for zoom in self.zooms]
+        pixels = np.array([target.size for _, target in pairs])
+        small, large = pairs[rng.choice(len(pairs), p=pixels / pixels.sum())]
+        top, left = (int(rng.integers(n - self.size + 1)) for n in small.shape[:2])
+        images, target = (
+            x[top * s : (top + self.size) * s, left * s : (left + self.size) * s]
+            for x, s in ((small, 1), (large, self.scale))
+        )
         if self.turn:
-            patch = np.rot90(patch, int(rng.integers(4)))
-            patch = patch[:, ::-1] if rng.integers(2) else patch
-        return _example(patch, self.scale)
+            turns, flip = int(rng.integers(4)), int(rng.integers(2))
+            images, target = (np.rot90(x, turns)[:, :: -1 if flip else 1] for x in (images, target))
+        images, target = (x.astype("f") / 255 for x in (images, target))
+        if self.recolour:
+            order, inverted = rng.permutation(3), rng.integers(2, size=3)
+            ends = np.stack([rng.uniform(0, 0.35, 3), rng.uniform(0.65, 1, 3)]).astype("f")
+            black, white = np.where(inverted, ends[::-1], ends)
+            images, target = (black + (white - black) * x[..., order] for x in (images, target))
+        return {"images": images, "target": target}
