@@ -198,7 +198,9 @@ def measure(lengths: list[int], kinds: list[str], repeats: int, dense: int) -> d
 def order(of: dict[int, tuple[float, int]], which: int) -> float:
     """Slope of the logarithm of time (0) or memory (1) between the two longest texts."""
     (a, x), (b, y) = sorted(of.items())[-2:]
-    return math.log(max(y[which], 1) / max(x[which], 1)) / math.log(b / a)
+    if not (x[which] and y[which]):  # a program that allocates nothing
+        return 0.0
+    return math.log(y[which] / x[which]) / math.log(b / a)
 
 
 def main() -> None:

@@ -6,9 +6,15 @@ keys that a mask hides from a whole block are not read. A problem that fits into
 loop at all. Both passes are ordinary differentiable code: derivatives of any order and mode work,
 and blocks are formed again for them, too.
 
-Numbers that are not finite stay where they are seen. A key whose value is not finite gets a score
-that is NaN, and its value counts as zero, so that the rows that see it are NaN and all others are
-not (zero times infinity would be).
+Scores of hidden keys are lowered by a minimum, not by a selection: XLA for CPUs runs products,
+minimum, softmax and sums as one library call, but stops at a selection (a causal forward pass of
+4 x 256 tokens takes a third of the time so).
+
+Numbers that are not finite stay where they are seen (zero times infinity would be NaN). They count
+as zero, as do numbers whose products may overflow (over 7e16 in float32), and rows that see one
+become NaN at the end; in the backward pass so do the gradients of what such rows see. Where that
+costs more than it brings (`exact`: few queries, whose cache is not copied for it, and gradients of
+bias, slopes or modifiers), a selection keeps scores that are NaN from those who do not see them.
 
 Letters: c b batch (example `c * len(b) + b` uses row b of the bias), n kv heads, g query heads of
 one kv head, q queries, k keys, d head width. Axes b and g are left out where they are one: XLA for
@@ -32,6 +38,7 @@ from kernels_pallas.scores import EMPTY, MASKED, distance, dropout_factor, modif
 CPU_BLOCK_BYTES = 16 << 20
 ACCELERATOR_BLOCK_BYTES = 512 << 20
 MIN_SCORES = 256 * 256  # of one head: smaller blocks make slow matrix products
+TWO_BLOCKS = 256  # queries, from which two blocks are faster than one if a mask hides keys of them
 FEW_QUERIES = 8  # of a decoding step, whose scores are fewer than its cache's numbers
 
 
@@ -56,10 +63,19 @@ def plan(problem: Problem, scores_per_row: int, queries: int, keys: int, block_b
         scores_per_row = 1
     rows = max(1, MIN_SCORES // keys, block_bytes // (4 * scores_per_row * keys))
     count = math.ceil(queries / rows)
+    if count == 1 and block_bytes == CPU_BLOCK_BYTES and min(queries, keys) >= TWO_BLOCKS:
+        halves, groups = split(problem, 2, queries, keys)
+        if sum(g.width * len(g.starts) for g in groups) <= 1.8 * keys:
+            return halves, groups
+    if count == 1:
+        return queries, [Group(0, np.zeros(1, int), keys)]
+    return split(problem, count, queries, keys)
+
+
+def split(problem: Problem, count: int, queries: int, keys: int):
+    """`(block, groups)` of about `count` blocks, each with the keys that it sees."""
     block = math.ceil(queries / count)
     count = math.ceil(queries / block)
-    if count == 1:
-        return block, [Group(0, np.zeros(1, int), keys)]
     step = 16 if keys >= 256 else keys
     some, _ = block_table(problem.table_mask, queries, keys, block, step)
     low = some.argmax(1) * step
@@ -77,7 +93,7 @@ def plan(problem: Problem, scores_per_row: int, queries: int, keys: int, block_b
 class _Blocks:
     """The operands in grouped shapes, and the finished scores of any block of them."""
 
-    def __init__(self, problem: Problem, x: Operands, block_bytes: int):
+    def __init__(self, problem: Problem, x: Operands, block_bytes: int, exact: bool):
         batch, heads, self.queries, _ = x.query.shape
         kv_heads, self.keys = x.key.shape[1:3]
         static = problem if x.offsets is None else replace(problem, mask=None)
@@ -93,8 +109,10 @@ class _Blocks:
         self.by_key = f"{lead}qd,{kv}kd->{lead}qk"
         self.by_value = f"{lead}qk,{kv}kd->{lead}qd"
         self.by_rows = f"{lead}qk,{lead}qd->{kv}kd"
+        self.lead, self.kv = lead, kv
         self.wide = jnp.promote_types(x.value.dtype, jnp.float32)
         self.guarded = hides(problem, x)
+        self.exact = exact
         self.q = self.by_query(x.query)
         # of queries, which are few, not of scores; 16-bit queries would be rounded once more
         self.query_scale, self.score_scale = 1.0, problem.scale
@@ -104,12 +122,15 @@ class _Blocks:
         self.k, self.v = (t.reshape(*self.batch, *t.shape[1:]) for t in (x.key, x.value))
         self.q_clean, self.k_clean, self.finite = self.q, self.k, None
         if self.guarded:
-            finite = jnp.isfinite(self.v).all(-1, keepdims=True)
-            self.q_clean, self.k_clean = (
-                jnp.where(jnp.isfinite(t), t, 0) for t in (self.q, self.k)
-            )
+            good = jnp.isfinite if exact else usable
+            self.q_clean, self.k_clean = (jnp.where(good(t), t, 0) for t in (self.q, self.k))
+            finite = good(self.v).all(-1, keepdims=True)
             self.v = jnp.where(finite, self.v, 0)
-            if isinstance(self.queries, int) and self.queries <= FEW_QUERIES:
+            if not exact:
+                self.bad_q = ~good(self.q).all(-1, keepdims=True)
+                self.bad_k = ~(good(self.k).all(-1, keepdims=True) & finite)
+                self.q, self.k = self.q_clean, self.k_clean
+            elif few(x):
                 by_keys = finite.swapaxes(-1, -2)
                 self.finite = by_keys[..., None, :, :] if group > 1 else by_keys
             else:
@@ -205,25 +226,53 @@ class _Blocks:
         at_q, at_k = self.indices(i, start, width)
         return distance(at_q + self.offset + self.problem.place, at_k)
 
-    def finish(self, s, i, start, width):
-        """Modified scores with bias, and `MASKED` where the key is not seen."""
+    def visible(self, i, start, width):
+        """Which keys of a block are seen, of a shape that broadcasts; None: all of them."""
         visible = None
         if self.bias is not None:
             bias = self.columns(self.rows(self.bias, i), start, width, axis=-1)
-            if bias.dtype == bool:
-                visible = bias
-            else:
-                visible = bias > MASKED
-                s = s + bias.astype(s.dtype)
+            visible = bias if bias.dtype == bool else bias > MASKED
         if self.problem.mask is not None:
             at_q, at_k = self.indices(i, start, width)
             visible = _both(visible, self.problem.mask(at_q + self.offset, at_k))
         if self.q_segments is not None:
             k_segments = self.columns(self.k_segments, start, width, axis=-1)
             visible = _both(visible, self.rows(self.q_segments, i) == k_segments)
+        return visible
+
+    def finish(self, s, i, start, width):
+        """Modified scores with bias, and `MASKED` where the key is not seen."""
+        if self.bias is not None and self.bias.dtype != bool:
+            s = s + self.columns(self.rows(self.bias, i), start, width, axis=-1).astype(s.dtype)
         if self.problem.score.modify is not None:
             s = jnp.maximum(s, MASKED)
-        return s if visible is None else jnp.where(visible, s, MASKED)
+        visible = self.visible(i, start, width)
+        if visible is None:
+            return s
+        if self.exact:
+            return jnp.where(visible, s, MASKED)
+        return jnp.minimum(s, jnp.where(visible, jnp.inf, MASKED).astype(s.dtype))
+
+    def reached(self, i, start, width):
+        """`(rows that see a number that is not finite, keys that such rows see)`."""
+        bad_q, bad_k = self.rows(self.bad_q, i), self.columns(self.bad_k, start, width)
+        visible = self.visible(i, start, width)
+        visible = jnp.broadcast_to(visible, (*visible.shape[:-2], bad_q.shape[-2], width))
+        axes = [n for n in range(2 - visible.ndim, 0) if _several(visible.shape[n - 2])]
+        letters = "".join(self.lead[n] for n in axes) + "qk"
+        visible = visible.reshape(*(visible.shape[n - 2] for n in axes), *visible.shape[-2:])
+        visible = visible.astype(self.wide)
+        alike = "g" in self.lead and "g" not in letters  # every query head sees the same
+        lead = self.kv if alike else self.lead
+
+        def by_key(of):
+            rows = jnp.einsum(f"{letters},{self.kv}k->{lead}q", visible, of.astype(self.wide)) > 0
+            return (rows[..., None, :] if alike else rows)[..., None]
+
+        rows = by_key(bad_k[..., 0]) | (bad_q & by_key(jnp.ones(bad_k.shape[:-1])))
+        bad_rows = rows[..., 0].astype(self.wide)
+        keys = jnp.einsum(f"{letters},{self.lead}q->{self.kv}k", visible, bad_rows)
+        return rows, keys[..., None] > 0
 
     def product(self, letters, a, b):
         """A matrix product with a float32 result (float64 of float64)."""
@@ -254,10 +303,22 @@ def _join_blocks(t):
     return t.reshape(*t.shape[:-3], -1, t.shape[-1])
 
 
+def usable(t):
+    """Where numbers are finite, and small enough that their products are."""
+    return jnp.abs(t) < float(jnp.finfo(jnp.promote_types(t.dtype, jnp.float32)).max) ** 0.5 / 256
+
+
+def few(x: Operands) -> bool:
+    """Whether queries are those of a decoding step."""
+    queries = x.query.shape[2]
+    return isinstance(queries, int) and queries <= FEW_QUERIES
+
+
 @partial(jax.jit, static_argnums=(0, 2), inline=True)
 def forward(problem: Problem, x: Operands, block_bytes: int = ACCELERATOR_BLOCK_BYTES):
     """Output in the value's type and log-sum-exp in float32 (zeros where there is none)."""
-    blocks = _Blocks(problem, x, block_bytes)
+    exact = few(x) or problem.score.modify is not None
+    blocks = _Blocks(problem, x, block_bytes, exact)
     score, dtype = problem.score, x.value.dtype
 
     def body(carry, i, start, width):
@@ -269,13 +330,11 @@ def forward(problem: Problem, x: Operands, block_bytes: int = ACCELERATOR_BLOCK_
             top = jax.lax.stop_gradient(s.max(-1, keepdims=True))
             if blocks.guarded:
                 top = jnp.maximum(top, EMPTY)
-            w = jnp.exp(s - top)
-            if blocks.guarded:
-                w = jnp.where(s <= EMPTY, 0.0, w)  # also where a row that sees NaN is NaN
+            w = jnp.exp(s - top)  # zero in a row that sees no key, as EMPTY is above MASKED
             total = w.sum(-1, keepdims=True)
-            lse = top + jnp.log(jnp.maximum(total, 1e-37) if blocks.guarded else total)
             if blocks.guarded:
-                total = jnp.where(total > 0, total, 1.0)
+                total = jnp.maximum(total, 1e-37)
+            lse = top + jnp.log(total)
             if score.clipped:
                 w, total = score.weight(s, lse), 1.0
         else:
@@ -284,8 +343,11 @@ def forward(problem: Problem, x: Operands, block_bytes: int = ACCELERATOR_BLOCK_
         if problem.dropout:
             at_q, at_k = blocks.indices(*at)
             w = w * dropout_factor(problem.dropout, blocks.seeds, at_q, at_k, w.dtype)
-        out = blocks.product(blocks.by_value, w.astype(dtype), v) / total
-        return carry, (out.astype(dtype), lse)
+        out = (blocks.product(blocks.by_value, w.astype(dtype), v) / total).astype(dtype)
+        if blocks.guarded and not blocks.exact:
+            rows, _ = blocks.reached(*at)
+            out, lse = (jnp.where(rows, jnp.nan, t) for t in (out, lse))
+        return carry, (out, lse)
 
     _, (out, lse) = blocks.over(body, ())
     lse = lse.reshape(x.query.shape[:3])
@@ -306,18 +368,25 @@ def backward(
 ) -> Gradients:
     """Gradients in the operands' types; sums over queries and examples are at least float32."""
     x, d_out = apart(problem, x, d_out)
-    blocks = _Blocks(problem, x, block_bytes)
-    score, dtype, wide = problem.score, x.value.dtype, blocks.wide
+    score, float_bias = problem.score, x.bias is not None and x.bias.dtype != bool
+    exact = float_bias or score.cap is not None or score.modify is not None or score.clipped
+    exact = exact or x.slopes is not None or x.captured is not None
+    if hides(problem, x) and not exact:
+        good = usable(d_out)
+        query = jnp.where(good.all(-1, keepdims=True), x.query, jnp.nan)
+        x, d_out = x._replace(query=query), jnp.where(good, d_out, 0)
+    blocks = _Blocks(problem, x, block_bytes, exact)
+    dtype, wide, selected = x.value.dtype, blocks.wide, blocks.guarded and exact
     if blocks.guarded and score.normalised:
         d_out = jnp.where((lse <= EMPTY)[..., None], 0, d_out)
     do = blocks.by_query(d_out)
-    delta = (d_out.astype(wide) * out.astype(wide)).sum(-1)
-    delta = blocks.by_query((delta - d_lse)[..., None])
-    d_lse = blocks.by_query(d_lse[..., None])
+    delta = (d_out.astype(wide) * out.astype(wide)).sum(-1) - d_lse
     if blocks.guarded:
         lse = jnp.where(lse <= EMPTY, 0.0, lse)
+        if not exact:
+            lse, delta = (jnp.where(jnp.isfinite(t), t, 0.0) for t in (lse, delta))
+    delta, d_lse = (blocks.by_query(t[..., None]) for t in (delta, d_lse))
     lse = blocks.by_query(lse[..., None], fill=-MASKED)
-    float_bias = blocks.bias is not None and blocks.bias.dtype != bool
     looped = blocks.count > 1
 
     def body(carry, i, start, width):
@@ -336,7 +405,7 @@ def backward(
         q, do_i, lse_i = (blocks.rows(t, i) for t in (blocks.q_clean, do, lse))
         k, v = (blocks.columns(t, start, width) for t in (blocks.k_clean, blocks.v))
         w = score.weight(s, lse_i)
-        if blocks.guarded:  # a row that sees what is not finite is NaN where it sees, only
+        if selected:  # a row that sees what is not finite is NaN where it sees, only
             hidden = s <= EMPTY
             w = jnp.where(hidden, 0.0, w)
         dw = blocks.product(blocks.by_key, do_i, v)
@@ -346,7 +415,7 @@ def backward(
             w_kept, dw = w * factor, dw * factor
         else:
             w_kept = w
-        if blocks.guarded:  # products with what is hidden may be infinite
+        if selected:  # products with what is hidden may be infinite
             dw = jnp.where(hidden, 0.0, dw)
         if score.clipped:
             p, g = score.unclipped(s, lse_i, dw)
@@ -354,11 +423,11 @@ def backward(
         else:
             delta_i = blocks.rows(delta, i)
         ds = score.gradient(s, lse_i, dw, delta_i)
-        ds = jnp.where(hidden, 0.0, ds) if blocks.guarded else ds
+        ds = jnp.where(hidden, 0.0, ds) if selected else ds
         d_raw = ds
         if pull is not None:
             d_raw, *more = pull(ds)
-            if blocks.guarded:
+            if selected:
                 d_raw = jnp.where(hidden, 0.0, d_raw)
             if more:
                 d_captured = jax.tree.map(_sum_floats, d_captured, more[0])
@@ -366,6 +435,10 @@ def backward(
         dq = (blocks.product(blocks.by_value, d_raw, k) * blocks.query_scale).astype(dtype)
         dk_i = blocks.product(blocks.by_rows, d_raw, q)
         dv_i = blocks.product(blocks.by_rows, w_kept.astype(dtype), do_i)
+        if blocks.guarded and not exact:
+            rows, keys = blocks.reached(*at)
+            dq = jnp.where(rows, jnp.nan, dq)
+            dk_i, dv_i = (jnp.where(keys, jnp.nan, t) for t in (dk_i, dv_i))
         dk, dv = (_add(t, t_i, start, looped) for t, t_i in ((dk, dk_i), (dv, dv_i)))
         if d_slopes is not None:
             d_slopes = d_slopes - (ds * blocks.distance(*at)).sum(
