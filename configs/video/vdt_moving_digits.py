@@ -4,8 +4,10 @@
 
 Eight frames of 24x24 pixels; each training clip has a mask of a kind drawn anew, held-out ones ask
 for the last four frames. See `sample_mse` beside `last_frame_mse` in the table, and `samples.gif`
-in the run directory. Neither figure has been measured to the end yet: 32 clips at once take a
-second a step on two busy CPU cores.
+in the run directory. Measured after these 1,500 steps of eight clips, five minutes of a busy CPU
+core: 0.424 beside 0.436, so the one clip that is drawn for each beginning is hardly nearer to the
+truth than its last frame repeated. The denoising `error` of the held-out clips is 0.163 where that
+of answering zeros is 0.932.
 """
 
 from zoo.data import Data
