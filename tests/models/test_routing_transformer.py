@@ -1,8 +1,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from model_helpers import assert_trees_close, documented_shapes, feature_shapes, filled
+from model_helpers import (
+    assert_trees_close,
+    documented_shapes,
+    feature_shapes,
+    filled,
+    learn,
+)
 
 import zoo
 from zoo.layers.attention import attention_weights
@@ -124,6 +131,53 @@ def test_the_first_step_of_training_places_the_means():
     assert_trees_close(means(first), means(placed(start)), 1e-2)  # and one step
     assert_trees_close(means(step(first)), means(first), 1e-2)
     assert np.abs(means(start) - means(first)).max() > 0.5
+
+
+@pytest.mark.slow
+def test_a_far_key_is_found_by_routing_heads_and_not_by_local_ones():
+    """The word before the first mark, one of 16, is asked for at marks at least 137 places on."""
+
+    def draw(key):
+        keys = jax.random.split(key, 3)
+        label = jax.random.randint(keys[0], (8,), 0, 16)
+        place = jax.random.randint(keys[1], (8,), 0, 63)
+        x = jax.random.randint(keys[2], (8, 256), 0, 16)
+        x = x.at[:, 200::8].set(32)
+        rows = jnp.arange(8)
+        return x.at[rows, place].set(16 + label).at[rows, place + 1].set(32), label
+
+    def create(local_heads):
+        return zoo.create(
+            "routing_transformer_test", vocab_size=33, embed_dim=64, depth=1, max_length=256,
+            head_dim=32, local_heads=local_heads, window=32, local_window=32,
+            memory_slots=0, shift_tokens=True, decay=0.99,
+        )  # fmt: skip
+
+    def loss(variables, batch):
+        x, label = batch
+        out, changed = model.apply(
+            variables, x, train=True, method="features", mutable="batch_stats"
+        )
+        said = out["logits"][:, 200::8]
+        labels = jnp.broadcast_to(label[:, None], said.shape[:2])
+        cost = optax.softmax_cross_entropy_with_integer_labels(said, labels).mean()
+        return cost + out["aux_loss"], changed
+
+    x, _ = draw(jax.random.key(0))
+    model = create(0)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
+    variables, _ = learn(loss, variables, draw, steps=350)
+    call, right = jax.jit(model.apply), []
+    for key in jax.random.split(jax.random.key(2), 8):
+        tokens, label = draw(key)
+        right.append(call(variables, tokens)[:, 200::8].argmax(-1) == label[:, None])
+    assert np.mean(right) > 0.9
+
+    local = create(4)  # says the same whatever the word is
+    variables, call = jax.jit(local.init)(jax.random.key(0), x), jax.jit(local.apply)
+    other = jnp.where(x == 32, x, jnp.where(x < 16, x, 47 - x))
+    assert (x != other).any(1).all()
+    assert_trees_close(call(variables, other)[:, 200::8], call(variables, x)[:, 200::8], 0)
 
 
 @pytest.mark.parametrize(
