@@ -39,6 +39,7 @@ CPU_BLOCK_BYTES = 16 << 20
 ACCELERATOR_BLOCK_BYTES = 512 << 20
 MIN_SCORES = 256 * 256  # of one head: smaller blocks make slow matrix products
 TWO_BLOCKS = 256  # queries, from which two blocks are faster than one if a mask hides keys of them
+MIN_BLOCK = 128  # queries: blocks of fewer are not split any more
 FEW_QUERIES = 8  # of a decoding step, whose scores are fewer than its cache's numbers
 
 
@@ -63,13 +64,23 @@ def plan(problem: Problem, scores_per_row: int, queries: int, keys: int, block_b
         scores_per_row = 1
     rows = max(1, MIN_SCORES // keys, block_bytes // (4 * scores_per_row * keys))
     count = math.ceil(queries / rows)
-    if count == 1 and block_bytes == CPU_BLOCK_BYTES and min(queries, keys) >= TWO_BLOCKS:
-        halves, groups = split(problem, 2, queries, keys)
-        if sum(g.width * len(g.starts) for g in groups) <= 1.8 * keys:
-            return halves, groups
-    if count == 1:
-        return queries, [Group(0, np.zeros(1, int), keys)]
-    return split(problem, count, queries, keys)
+    found = queries, [Group(0, np.zeros(1, int), keys)]
+    if count > 1:
+        found = split(problem, count, queries, keys)
+    if block_bytes != CPU_BLOCK_BYTES or min(queries, keys) < TWO_BLOCKS:
+        return found
+    while found[0] > MIN_BLOCK:  # smaller blocks, as long as they read much fewer keys
+        smaller = split(problem, 2 * count, queries, keys)
+        if read(smaller) > (0.9 if count == 1 else 0.7) * read(found):
+            break
+        found, count = smaller, 2 * count
+    return found
+
+
+def read(found) -> int:
+    """Scores of all blocks of a plan."""
+    block, groups = found
+    return sum(block * g.width * len(g.starts) for g in groups)
 
 
 def split(problem: Problem, count: int, queries: int, keys: int):
