@@ -12,7 +12,7 @@ def plain(block_bytes: int) -> Body:
     """The plain JAX body with blocks of scores of about that size."""
 
     def forward(problem, x, keep):
-        return xla.forward(problem, x, block_bytes), ()
+        return xla.forward(problem, x, block_bytes, keep), ()
 
     def backward(problem, x, results, saved, cotangents):
         return xla.backward(problem, x, *results, *cotangents, block_bytes)

@@ -314,6 +314,14 @@ def _join_blocks(t):
     return t.reshape(*t.shape[:-3], -1, t.shape[-1])
 
 
+def selects(problem: Problem, x: Operands) -> bool:
+    """Whether the backward pass has more to find than gradients of query, key and value."""
+    score = problem.score
+    by_score = score.cap is not None or score.modify is not None or score.clipped
+    float_bias = x.bias is not None and x.bias.dtype != bool
+    return by_score or float_bias or x.slopes is not None or x.captured is not None
+
+
 def usable(t):
     """Where numbers are finite, and small enough that their products are."""
     return jnp.abs(t) < float(jnp.finfo(jnp.promote_types(t.dtype, jnp.float32)).max) ** 0.5 / 256
@@ -325,10 +333,18 @@ def few(x: Operands) -> bool:
     return isinstance(queries, int) and queries <= FEW_QUERIES
 
 
-@partial(jax.jit, static_argnums=(0, 2), inline=True)
-def forward(problem: Problem, x: Operands, block_bytes: int = ACCELERATOR_BLOCK_BYTES):
-    """Output in the value's type and log-sum-exp in float32 (zeros where there is none)."""
-    exact = few(x) or problem.score.modify is not None
+@partial(jax.jit, static_argnums=(0, 2, 3), inline=True)
+def forward(
+    problem: Problem,
+    x: Operands,
+    block_bytes: int = ACCELERATOR_BLOCK_BYTES,
+    keep: bool = False,
+):
+    """Output in the value's type and log-sum-exp in float32 (zeros where there is none).
+
+    With `keep` a backward pass follows. Log-sum-exps then end the one library call anyway.
+    """
+    exact = few(x) or problem.score.modify is not None or (keep and selects(problem, x))
     blocks = _Blocks(problem, x, block_bytes, exact)
     score, dtype = problem.score, x.value.dtype
 
@@ -379,9 +395,7 @@ def backward(
 ) -> Gradients:
     """Gradients in the operands' types; sums over queries and examples are at least float32."""
     x, d_out = apart(problem, x, d_out)
-    score, float_bias = problem.score, x.bias is not None and x.bias.dtype != bool
-    exact = float_bias or score.cap is not None or score.modify is not None or score.clipped
-    exact = exact or x.slopes is not None or x.captured is not None
+    score, exact = problem.score, selects(problem, x)
     if hides(problem, x) and not exact:
         good = usable(d_out)
         query = jnp.where(good.all(-1, keepdims=True), x.query, jnp.nan)
@@ -398,6 +412,7 @@ def backward(
             lse, delta = (jnp.where(jnp.isfinite(t), t, 0.0) for t in (lse, delta))
     delta, d_lse = (blocks.by_query(t[..., None]) for t in (delta, d_lse))
     lse = blocks.by_query(lse[..., None], fill=-MASKED)
+    float_bias = blocks.bias is not None and blocks.bias.dtype != bool
     looped = blocks.count > 1
 
     def body(carry, i, start, width):
