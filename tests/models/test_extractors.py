@@ -2,7 +2,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_helpers import assert_trees_close, documented_shapes, feature_shapes, filled
+from model_helpers import (
+    Characters,
+    assert_trees_close,
+    documented_shapes,
+    feature_shapes,
+    filled,
+)
 
 import zoo
 from zoo.models.language import extractors
@@ -104,6 +110,23 @@ def test_weights_are_as_many_as_the_paper_says():
     ):
         shapes = jax.eval_shape(Extractor(kind).init, jax.random.key(0), jnp.zeros((1, 4, 128)))
         assert sum(p.size for p in jax.tree.leaves(shapes)) == count
+
+
+@pytest.mark.slow
+def test_text_is_learned_sooner_than_with_attention():
+    """Characters, 16 at a time, in 400 steps: 2.0 nats with SHE, 2.3 with attention of that width.
+
+    The frequencies of the characters alone give 3.25.
+    """
+    text = Characters(16)
+
+    def loss(name, **fields):
+        model = zoo.create(name, vocab_size=text.count, **fields)
+        return text.held_out_loss(model, steps=400, rate=8e-3, batch=32)
+
+    she = loss("extractors_test", kind="she", max_length=16, scale=False)
+    attention = loss("gpt2_test", embed_dim=32, depth=2, num_heads=4, max_positions=16, dropout=0.0)
+    assert she + 0.1 < attention < text.entropy - 0.5
 
 
 @pytest.mark.parametrize(
