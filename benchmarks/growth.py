@@ -89,9 +89,11 @@ def measure(name: str, axes: Axes, rounds: int, **at: int) -> dict[str, float]:
     return {"ms": statistics.median(times[1:]), "bytes": memory}
 
 
-def order(points: dict[int, dict[str, float]], which: str) -> float:
-    """Slope of the logarithm between the two largest sizes."""
+def order(points: dict[int, Any], which: Any) -> float:
+    """Slope of the logarithm of the figure `which` between the two largest sizes."""
     (a, x), (b, y) = sorted(points.items())[-2:]
+    if not (x[which] and y[which]):  # a program that allocates nothing
+        return 0.0
     return math.log(y[which] / x[which]) / math.log(b / a)
 
 

@@ -15,7 +15,6 @@ than ten minutes on two cores, most of it to compile.
 
 import argparse
 import json
-import math
 import os
 import platform
 import statistics
@@ -29,6 +28,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jax.numpy as jnp
+from growth import order
 
 import kernels_pallas
 from zoo.models.language import combiner, linformer, longformer, nprf, performer, reformer
@@ -193,14 +193,6 @@ def measure(lengths: list[int], kinds: list[str], repeats: int, dense: int) -> d
             found[kind][length] = (statistics.median(times[kind]), size)
         print(f"{length:,} tokens measured", file=sys.stderr, flush=True)
     return found
-
-
-def order(of: dict[int, tuple[float, int]], which: int) -> float:
-    """Slope of the logarithm of time (0) or memory (1) between the two longest texts."""
-    (a, x), (b, y) = sorted(of.items())[-2:]
-    if not (x[which] and y[which]):  # a program that allocates nothing
-        return 0.0
-    return math.log(y[which] / x[which]) / math.log(b / a)
 
 
 def main() -> None:

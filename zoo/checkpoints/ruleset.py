@@ -169,10 +169,13 @@ def matches(patterns: Iterable[str], name: str) -> bool:
     return any(compile_pattern(p).match(name) is not None for p in patterns)
 
 
-def dense_rules(theirs: str, ours: str) -> list[Rule]:
-    """The two rules of a PyTorch `Linear` called `theirs` and a Linen `Dense` at `ours`."""
+def dense_rules(theirs: str, ours: str, kernel: Transform = linear) -> list[Rule]:
+    """The two rules of a PyTorch `Linear` called `theirs` and a Linen `Dense` at `ours`.
+
+    Another `kernel` is for maps that are stored as something else, such as convolutions of width 1.
+    """
     return [
-        Rule(f"{theirs}.weight", f"{ours}/kernel", linear),
+        Rule(f"{theirs}.weight", f"{ours}/kernel", kernel),
         Rule(f"{theirs}.bias", f"{ours}/bias"),
     ]
 

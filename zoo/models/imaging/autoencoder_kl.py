@@ -58,6 +58,7 @@ from zoo.checkpoints.rules import (
     Transform,
     chain,
     conv_rules,
+    dense_rules,
     linear,
     norm_rules,
     squeeze,
@@ -365,10 +366,7 @@ def _attention_rules(names: tuple[str, ...], ours: str, kernel: Transform) -> li
     return [
         rule
         for theirs, part in zip(names, ("query", "key", "value", "out"), strict=True)
-        for rule in (
-            Rule(f"{theirs}.weight", f"{ours}/{part}/kernel", kernel),
-            Rule(f"{theirs}.bias", f"{ours}/{part}/bias"),
-        )
+        for rule in dense_rules(theirs, f"{ours}/{part}", kernel)
     ]
 
 

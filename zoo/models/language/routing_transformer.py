@@ -247,10 +247,10 @@ class RoutingAttention(nn.Module):
         apart = "key" in maps  # else a query is its key
         x = unit(jnp.concatenate([query, maps["key"]], 2)) if apart else unit(query)
         fixed = jax.lax.stop_gradient(x)
-        changes = self.is_mutable_collection("batch_stats") and not self.is_initializing()
+        changes = train and self.is_mutable_collection("batch_stats") and not self.is_initializing()
         if context["place"]:
             means.value = place(fixed, self.clusters)
-        elif train and changes:
+        elif changes:
             means.value = jax.lax.cond(
                 jnp.linalg.norm(means.value.astype(jnp.float32), axis=-1).max() > 1.01,
                 lambda: place(fixed, self.clusters).astype(means.value.dtype),
@@ -264,7 +264,7 @@ class RoutingAttention(nn.Module):
         if apart:
             size = min(self.window, x.shape[2] - length)
             k_at = members(fixed[:, :, length:], centres, size)
-        if train and changes:
+        if changes:
             step = kmeans_step(fixed, centres)
             means.value = (self.decay * centres + (1 - self.decay) * step).astype(self.param_dtype)
         wide = (heads, self.clusters, self.memory_slots, self.head_dim)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from zoo.checkpoints.rules import Rule
+from zoo.checkpoints.rules import Rule, dense_rules
 from zoo.layers.mlp import gelu
 from zoo.layers.partition import constrain
 from zoo.layers.patch import torch_default_init
@@ -280,10 +280,7 @@ def read_out(
 
 def pointwise_rules(theirs: str, ours: str) -> list[Rule]:
     """Those of a convolution of width 1."""
-    return [
-        Rule(f"{theirs}.weight", f"{ours}/kernel", pointwise),
-        Rule(f"{theirs}.bias", f"{ours}/bias"),
-    ]
+    return dense_rules(theirs, ours, pointwise)
 
 
 def stored_system(name: str, order: int, theta: float, length: int) -> np.ndarray:
