@@ -1,5 +1,6 @@
 """What a rule and a layout's rules are."""
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -50,26 +51,37 @@ class Rule:
     transform: Transform | Callable[[nn.Module], Transform] = identity
     when: Callable[[nn.Module], bool] | None = None
 
-    def __post_init__(self) -> None:
-        patterns = [*self.sources, *self.targets]
-        for pattern in patterns:
+    @functools.cached_property
+    def _patterns(self) -> tuple[tuple[Pattern, ...], tuple[Pattern, ...]]:
+        """Sources and targets, compiled and compared when first used, as patterns are."""
+        sources, targets = _compiled(self.source), _compiled(self.target)
+        for pattern in (*sources, *targets):
             if pattern.wild:
                 raise ValueError(f"A rule's pattern cannot hold '*': {pattern.text!r}.")
-            if pattern.names != patterns[0].names:
+            if pattern.names != sources[0].names:
                 raise ValueError(
                     f"All patterns of a rule need the same indices: {pattern.text!r} differs from "
-                    f"{patterns[0].text!r}."
+                    f"{sources[0].text!r}."
                 )
+        return sources, targets
 
     @property
     def sources(self) -> tuple[Pattern, ...]:
-        """The compiled source patterns."""
-        return _compiled(self.source)
+        """The compiled source patterns.
+
+        Raises:
+          ValueError: if the rule's patterns have different indices, or a `*`.
+        """
+        return self._patterns[0]
 
     @property
     def targets(self) -> tuple[Pattern, ...]:
-        """The compiled target patterns."""
-        return _compiled(self.target)
+        """The compiled target patterns.
+
+        Raises:
+          ValueError: as `sources` does.
+        """
+        return self._patterns[1]
 
     def suits(self, model: nn.Module) -> bool:
         """Whether the rule is one of this model's."""
