@@ -2,28 +2,33 @@
 
 A network has hundreds of leaves, of a few dozen shapes. In one program XLA compiles a kernel for
 each leaf: its random numbers, the zeros of its moments. Run one operation after the other, those of
-equal shapes are compiled once. What takes longest to compile is the generator of random bits, and a
-bit depends on the key and on its place among all bits, not on the shape that they are drawn in: it
-is compiled for blocks of `BLOCKS` places, and leaves of every shape are made of such blocks.
+equal shapes are compiled once. A random number depends on the key and on its place among all
+numbers, not on the shape that they are drawn in: what draws is compiled for blocks of `BLOCKS`
+places, and leaves of every shape are made of such blocks. On a CPU, NumPy joins the blocks, fills
+the constants and multiplies by the scale, for which nothing need be compiled.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from jax.extend.random import threefry2x32_p
 from jax.interpreters import partial_eval
-from jaxtyping import Array, UInt32
+from jaxtyping import Array, Shaped, UInt32
 
 BLOCKS = (1 << 20, 1 << 17, 1 << 14)
-"""How many bits (of 32) are drawn at once; a shape is filled with large blocks first."""
+"""How many numbers are drawn at once; a shape is filled with large blocks first."""
 
-Draw = tuple[int, tuple[int, ...]]
-"""Which argument of a function is the key, and the shape of what is drawn with it."""
+ELEMENTWISE = frozenset(
+    "add bitcast_convert_type broadcast_in_dim convert_element_type div erf erf_inv lt log log1p "
+    "max min mul neg nextafter or shift_right_logical sqrt stop_gradient sub xor".split()
+)
+"""Operations between random bits and what is drawn, each number by itself."""
 
 
 def one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -36,7 +41,7 @@ def one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
         closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
         jaxpr, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
         given = [arg for arg, needed in zip(jax.tree.leaves(args), used, strict=True) if needed]
-        outputs = jax.device_put(_evaluate(ClosedJaxpr(jaxpr, closed.consts), given))
+        outputs = _evaluate(ClosedJaxpr(jaxpr, closed.consts), given)
         taken = {_buffer(x) for x in jax.device_put([*closed.consts, *given])}
         return jax.tree.unflatten(
             jax.tree.structure(shapes), [_alone(output, taken) for output in outputs]
@@ -46,21 +51,38 @@ def one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _evaluate(closed: ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
-    """The outputs, operation by operation; functions that draw get their bits from `_bits`."""
-    compiled: dict[str, Callable[..., Any]] = {}
+    """The outputs, operation by operation."""
+    on_cpu = jax.default_backend() == "cpu"
+    compiled: dict[tuple[str, int], Callable[..., Array]] = {}
 
-    def call(eqn: JaxprEqn, values: list[Any]) -> list[Any]:
-        if not (_is_call(eqn) and (draws := _draws(eqn.params["jaxpr"].jaxpr))):
-            return _plainly(eqn, values)
-        if not all(_is_threefry(values[index]) for index, _ in draws):
-            return _plainly(eqn, values)
-        blocks = [_bits(values[index], shape) for index, shape in draws]
-        inner = eqn.params["jaxpr"]
-        name = str(inner)
-        if name not in compiled or inner.consts:
-            shapes = [shape for _, shape in draws]
-            compiled[name] = jax.jit(partial(_drawn, inner, shapes))
-        return compiled[name](values, blocks)
+    def draw(eqn: JaxprEqn, values: list[Any]) -> Any:
+        """What a call draws, made of blocks; calls that differ in their shape share programs."""
+        inner, shape = eqn.params["jaxpr"], eqn.outvars[0].aval.shape
+        block = partial(_block, inner)
+        name = str(jax.make_jaxpr(block, static_argnums=0)(BLOCKS[-1], jnp.uint32(0), values))
+        size, start, blocks = math.prod(shape), 0, []
+        while start < size:
+            length = next((b for b in BLOCKS if b <= size - start), BLOCKS[-1])
+            if (name, length) not in compiled:
+                compiled[name, length] = jax.jit(partial(block, length))
+            blocks.append(compiled[name, length](jnp.uint32(start), values))
+            start += length
+        if on_cpu:
+            return np.concatenate([np.asarray(x) for x in blocks])[:size].reshape(shape)
+        return jnp.concatenate(blocks)[:size].reshape(shape)
+
+    def call(eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
+        operation, (out, *_) = eqn.primitive.name, eqn.outvars
+        if _is_call(eqn):
+            if _draws_each(eqn) and _is_threefry(values[0]):
+                return [draw(eqn, values)]
+            if _calls_draws(eqn):
+                return _walk(eqn.params["jaxpr"], values, call)
+        if on_cpu and operation == "broadcast_in_dim" and np.size(values[0]) == 1:
+            return [np.full(out.aval.shape, np.reshape(values[0], ()), out.aval.dtype)]
+        if on_cpu and operation == "mul" and any(isinstance(x, np.ndarray) for x in values):
+            return [np.multiply(*values, dtype=out.aval.dtype)]
+        return _plainly(eqn, values)
 
     return _walk(closed, args, call)
 
@@ -92,43 +114,39 @@ def _is_call(eqn: JaxprEqn) -> bool:
     return eqn.primitive.name in ("jit", "pjit")
 
 
-def _draws(jaxpr: Jaxpr) -> list[Draw]:
-    """What a function draws, in order; nothing if any of it cannot come from blocks."""
-    found: list[Draw | None] = []
+def _draws_each(eqn: JaxprEqn) -> bool:
+    """Whether a call draws, from its first argument, an array of numbers each by itself."""
+    closed = eqn.params["jaxpr"]
+    if len(eqn.outvars) != 1 or not eqn.invars or closed.consts:
+        return False
+    shape, drawn = eqn.outvars[0].aval.shape, []
 
-    def look(jaxpr: Jaxpr, places: dict[Any, int]) -> None:
+    def each(jaxpr: Jaxpr, key: Any) -> bool:
         for eqn in jaxpr.eqns:
-            if eqn.primitive.name == "random_bits":
-                index, shape = places.get(eqn.invars[0]), tuple(eqn.params["shape"])
-                simple = eqn.params["bit_width"] == 32 and eqn.invars[0].aval.shape == ()
-                found.append((index, shape) if simple and index is not None else None)
+            operation = eqn.primitive.name
+            if any(x.aval.shape != shape and x.aval.size != 1 for x in eqn.outvars):
+                return False
+            if operation == "random_bits":
+                drawn.append(eqn)
+                if eqn.invars[0] is not key or eqn.params["bit_width"] != 32:
+                    return False
             elif _is_call(eqn):
                 inner = eqn.params["jaxpr"].jaxpr
-                pairs = zip(inner.invars, eqn.invars, strict=True)
-                known = {a: b for a, b in pairs if not isinstance(b, Literal)}
-                look(inner, {a: places[b] for a, b in known.items() if b in places})
+                passed = [a for a, b in zip(inner.invars, eqn.invars, strict=True) if b is key]
+                if not each(inner, passed[0] if passed else None):
+                    return False
+            elif operation not in ELEMENTWISE:
+                return False
+        return True
 
-    look(jaxpr, {var: i for i, var in enumerate(jaxpr.invars)})
-    return [] if None in found else found
+    scalars = math.prod(shape) > 1 and all(x.aval.size == 1 for x in eqn.invars[1:])
+    return scalars and each(closed.jaxpr, closed.jaxpr.invars[0]) and len(drawn) == 1
 
 
-def _drawn(
-    closed: ClosedJaxpr, shapes: list[tuple[int, ...]], args: list[Any], blocks: list[list[Array]]
-) -> list[Any]:
-    """What such a function gives with these bits."""
-
-    def joined() -> Iterator[Array]:
-        for shape, parts in zip(shapes, blocks, strict=True):
-            yield jnp.concatenate(parts)[: math.prod(shape)].reshape(shape)
-
-    bits = joined()
-
-    def call(eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
-        if eqn.primitive.name == "random_bits":
-            return [next(bits)]
-        return _walk(eqn.params["jaxpr"], values, call) if _is_call(eqn) else _plainly(eqn, values)
-
-    return _walk(closed, args, call)
+def _calls_draws(eqn: JaxprEqn) -> bool:
+    """Whether a call, or one within it, calls what draws in such a way."""
+    calls = [inner for inner in eqn.params["jaxpr"].jaxpr.eqns if _is_call(inner)]
+    return any(_draws_each(inner) or _calls_draws(inner) for inner in calls)
 
 
 def _is_threefry(key: Array) -> bool:
@@ -136,30 +154,34 @@ def _is_threefry(key: Array) -> bool:
     return name == "threefry2x32" and jax.config.jax_threefry_partitionable
 
 
-def _bits(key: Array, shape: tuple[int, ...]) -> list[UInt32[Array, "block"]]:
-    """Blocks of the bits of this shape; the last is longer than what is left."""
-    words, start, size, blocks = jax.random.key_data(key), 0, math.prod(shape), []
-    while start < size:
-        length = next((b for b in BLOCKS if b <= size - start), BLOCKS[-1])
-        blocks.append(_block(words, jnp.uint32(start), length))
-        start += length
-    return blocks
-
-
-@partial(jax.jit, static_argnums=2)
-def _block(words: UInt32[Array, "2"], start: UInt32[Array, ""], length: int) -> Array:
-    """Bits at `start` and behind, as `jax.random.bits` has them."""
+def _block(
+    closed: ClosedJaxpr, length: int, start: UInt32[Array, ""], args: list[Any]
+) -> Shaped[Array, "length"]:
+    """Numbers at `start` and behind of what such a call draws."""
+    key, *others = args
+    words = jax.random.key_data(key)
     places = start + jax.lax.iota(jnp.uint32, length)
     high, low = threefry2x32_p.bind(words[0], words[1], jnp.zeros_like(places), places)
-    return high ^ low
+
+    def call(eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
+        if eqn.primitive.name == "random_bits":
+            return [high ^ low]
+        if eqn.primitive.name == "broadcast_in_dim":  # a number stays one, whatever the rank
+            return values
+        return _walk(eqn.params["jaxpr"], values, call) if _is_call(eqn) else _plainly(eqn, values)
+
+    [numbers] = _walk(closed, [key, *(jnp.reshape(x, ()) for x in others)], call)
+    return numbers
 
 
 def _buffer(x: jax.Array) -> int:
     return x.addressable_data(0).unsafe_buffer_pointer()
 
 
-def _alone(x: jax.Array, taken: set[int]) -> jax.Array:
+def _alone(x: Any, taken: set[int]) -> jax.Array:
     """`x` in memory of its own: a step that is given the state uses each part up."""
+    if not isinstance(x, jax.Array):
+        return jax.device_put(x, may_alias=False)
     if _buffer(x) in taken:
         x = jnp.array(x, copy=True)
     taken.add(_buffer(x))

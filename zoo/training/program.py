@@ -116,7 +116,9 @@ class Program:
         self.adapted = trained_networks(config, self.base)
         try:
             self.networks = self._wrapped()
-            shapes = jax.eval_shape(self._variables, jax.eval_shape(lambda: self._key(0)))
+            self._initial = jax.jit(self._variables)  # traced once, used by all that follows
+            with self.context():
+                shapes = jax.eval_shape(self._initial, jax.eval_shape(lambda: self._key(0)))
         except ValueError as error:
             if not config.methods:
                 raise
@@ -213,7 +215,7 @@ class Program:
 
     def _init(self, seed: jax.Array) -> State:
         """The first state from a seed's key data."""
-        return self._begin(self._variables(seed), seed)
+        return self._begin(self._initial(seed), seed)
 
     def _begin(self, variables: Any, seed: jax.Array) -> State:
         """The state of step 0 with these variables."""
@@ -236,7 +238,8 @@ class Program:
         return jnp.arange(self.config.data.batch_size)
 
     def _abstract_state(self) -> State:
-        shapes = jax.eval_shape(self._init, jax.eval_shape(lambda: self._key(0)))
+        with self.context():
+            shapes = jax.eval_shape(self._init, jax.eval_shape(lambda: self._key(0)))
         whole = join(shapes.params, shapes.frozen)
         rules = groups.partition_rules(self.base)
         params = partition.shardings(whole, self.mesh, self.config.partition, rules)
