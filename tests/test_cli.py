@@ -163,6 +163,11 @@ def test_what_cannot_be_converted_leaves_nothing_behind(
 # --------------------------------------------------------------------------------- verify
 
 
+def test_verify_fills_a_batch_norm_with_variances_that_have_a_root():
+    filled = verify.fill(shapes(zoo.create("patchtst_test"))[0])
+    assert filled["batch_stats"]["norm"]["var"].min() > 0
+
+
 @pytest.fixture
 def one_case(monkeypatch):
     case = ROOT / "tests" / "golden" / "vit" / "tiny_rect_dim48.npz"

@@ -43,17 +43,22 @@ def verify(name: str, overrides: Mapping[str, Any], weights: str | None = None) 
 
 
 def fill(variables: Any) -> Any:
-    """Numbers of ordinary size for every leaf: all differ, unlike at initialisation."""
+    """Numbers of ordinary size for every leaf: all differ, unlike at initialisation.
+
+    Variances, which batch norms take the root of, are positive.
+    """
     import jax
     import numpy as np
 
     rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda leaf: jax.numpy.asarray(
-            rng.standard_normal(leaf.shape, np.float32) * 0.05 + 0.01, leaf.dtype
-        ),
-        variables,
-    )
+
+    def numbers(path: tuple, leaf: Any) -> jax.Array:
+        values = rng.standard_normal(leaf.shape, np.float32) * 0.05 + 0.01
+        if path[-1].key == "var":
+            values = 1 + np.abs(values)
+        return jax.numpy.asarray(values, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(numbers, variables)
 
 
 def check_layouts(model: "nn.Module", variables: Any) -> Iterator[Check]:
