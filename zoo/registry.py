@@ -79,6 +79,7 @@ SYSTEMS: dict[str, tuple[str, ...]] = {
     "zoo.models.timeseries.gateformer": ("gateformer_*",),
     "zoo.models.timeseries.patchtst": ("patchtst_*",),
     "zoo.models.timeseries.patchtst_original": ("original_patchtst_*",),
+    "zoo.models.timeseries.patchtst_transformers": ("transformers_patchtst_*",),
     "zoo.models.control.ebwm": ("ebt_*",),
     "zoo.models.graph.graphgps": ("graphgps_*",),
     "zoo.models.graph.gps": ("gps_*",),

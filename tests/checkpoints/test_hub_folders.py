@@ -81,7 +81,7 @@ def test_images_are_fed_as_the_folder_says(tmp_path, capsys):
 
 def test_a_folder_that_does_not_say_what_it_is_needs_a_name(tmp_path):
     source = folder(tmp_path, zoo.create("gpt2_test"), {"model_type": "unheard"})
-    with pytest.raises(ValueError, match=r"does not say which model"):
+    with pytest.raises(ValueError, match=r"known here \(it says 'unheard'\); known are"):
         zoo.load(source)
     with pytest.raises(ValueError, match="needs the file or folder"):
         zoo.load("gpt2_test")

@@ -212,6 +212,46 @@ def _graphormer(config: Config) -> dict[str, Any]:
     return {"max_distance": config.get("spatial_pos_max", 1024) - 1, "masked_pooler": False}
 
 
+_PATCHTST_HEADS = {
+    "ForPrediction": "forecast",
+    "ForPretraining": "patches",
+    "ForClassification": "classes",
+    "ForRegression": "numbers",
+}
+
+
+def _patchtst(config: Config) -> dict[str, Any]:
+    architecture = " ".join(config.get("architectures") or ["PatchTSTForPrediction"])
+    heads = [head for end, head in _PATCHTST_HEADS.items() if end in architecture]
+    head = heads[0] if heads else "none"
+    if head in ("forecast", "numbers") and config.get("loss", "mse") != "mse":
+        raise ValueError(
+            f"config.json says loss={config['loss']!r}: this {architecture} gives a distribution "
+            f"({config.get('distribution_output', 'student_t')}), and the zoo's PatchTST gives "
+            "numbers. Run it with transformers, or bring one that was trained with loss='mse'."
+        )
+    scaling = config.get("scaling", "std")
+    reach = config.get("output_range")
+    return {
+        "head": head,
+        "num_classes": config.get("num_targets", 1) if head in ("classes", "numbers") else 0,
+        "number_range": tuple(map(float, reach)) if reach and head == "numbers" else None,
+        "norm": "layer" if config.get("norm_type") == "layernorm" else "batch",
+        "learned_positions": config.get("positional_encoding_type") == "random",
+        "scaling": "mean" if scaling is True else scaling or "none",
+        "pooling": config.get("pooling_type", "mean") or "none",
+        "individual_embedding": not config.get("share_embedding", True),
+        "activation": config.get("activation_function", "gelu"),
+        "epsilon": config.get("norm_eps", 1e-5),
+        "pre_norm": config.get("pre_norm", True),
+        "variate_attention": config.get("channel_attention", False),
+        "class_token": config.get("use_cls_token", False),
+        "mlp_bias": config.get("bias", True),
+        "mask_value": float(config.get("mask_value", 0)),
+        "num_heads": config.get("num_attention_heads", 4),
+    }
+
+
 _TRANSFORMER = {"num_attention_heads": "num_heads"}
 _WIDE = {
     "vocab_size": "vocab_size",
@@ -416,13 +456,50 @@ KINDS: dict[str, Kind] = {
         {},
         _mamba2,
     ),
+    "patchtst": Kind(
+        "transformers_patchtst_512_96",
+        {},
+        {
+            "num_input_channels": "variates",
+            "context_length": "context_length",
+            "prediction_length": "horizon",
+            "patch_length": "patch_length",
+            "patch_stride": "stride",
+            "num_hidden_layers": "depth",
+            "d_model": "embed_dim",
+            "ffn_dim": "mlp_dim",
+        },
+        {"share_projection": (True,)},
+        _patchtst,
+    ),
     "longformer": Kind("longformer_base_4096", _BERT_FIELDS, _BERT_SHOWN, {}, _longformer),
 }
 """`model_type` -> how it becomes a model."""
 
+_PROBABILISTIC = (
+    "config.json says model_type={kind!r}: this model of transformers draws a forecast from a "
+    "distribution, given values at set lags, static features and ages; {ours}. Run it with "
+    "transformers."
+)
+_OURS = (
+    "the zoo's {name} is that of {code}, which forecasts numbers (its files load, and "
+    "configs/timeseries/{config}.py trains it)"
+)
+REFUSED: dict[str, str] = {
+    "informer": _OURS.format(
+        name="Informer", code="github.com/zhouhaoyi/Informer2020", config="informer"
+    ),
+    "autoformer": _OURS.format(
+        name="Autoformer", code="github.com/thuml/Autoformer", config="autoformer"
+    ),
+    "time_series_transformer": "the zoo's forecasters (zoo list --task forecasting) give numbers",
+}
+"""`model_type` of another model than the one of that name here -> what is here."""
+
 _SHOWN = {"num_classes", "mlp_ratio", "distilled", "distilled_head", "num_registers", "word_dim"}
 _SHOWN |= {"qkv_bias", "out_bias", "mlp_bias", "use_bias", "groups", "head", "pooler"}
-_SHOWN |= {"layer_scale", "norm_affine", "masked_pooler"}
+_SHOWN |= {"layer_scale", "norm_affine", "masked_pooler", "class_token", "individual_embedding"}
+_SHOWN |= {"variate_attention"}
 
 
 @dataclass(frozen=True)
@@ -438,6 +515,7 @@ class Beside:
       architecture: the class of transformers that was saved, if the folder says it.
       classes: their names, by number.
       stops: tokens that end a text.
+      model_type: the kind of model, as the folder says it.
     """
 
     base: str | None = None
@@ -448,6 +526,7 @@ class Beside:
     architecture: str = ""
     classes: tuple[str, ...] = ()
     stops: tuple[int, ...] = ()
+    model_type: str = ""
 
 
 def read(source: str | os.PathLike) -> Beside:
@@ -477,9 +556,12 @@ def read(source: str | os.PathLike) -> Beside:
                 said.get("interpolation", "bicubic"),
             )
         return Beside(config["architecture"], hidden, shown, preprocessing, notes)
-    kind = KINDS.get(config.get("model_type", ""))
+    model_type = config.get("model_type", "")
+    if model_type in REFUSED:
+        raise ValueError(_PROBABILISTIC.format(kind=model_type, ours=REFUSED[model_type]))
+    kind = KINDS.get(model_type)
     if kind is None:
-        return Beside(None, hidden, shown, preprocessing, notes)
+        return Beside(None, hidden, shown, preprocessing, notes, model_type=str(model_type))
     for key, values in kind.only.items():
         if config.get(key) not in (*values, None):
             raise ValueError(

@@ -222,6 +222,8 @@ def _task_of_folder(network: nn.Module, beside: Beside, folder: str | os.PathLik
 
 
 _FOLDERS: dict[str, Task] = {
+    "PatchTSTForPrediction": Forecasting(),
+    "PatchTSTForClassification": Classification(),
     "ForImageClassification": Classification(),
     "ForImageClassificationWithTeacher": Classification(),
     "ForVideoClassification": Classification(),
