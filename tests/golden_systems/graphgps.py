@@ -16,6 +16,33 @@ LOCAL = {
     "GINE": "gine", "GIN": "gin", "GCN": "gcn", "CustomGatedGCN": "gated", "GAT": "gat",
     "GENConv": "gen", "PNA": "pna", "None": "none",
 }  # fmt: skip
+ATTENTION = {
+    "Transformer": "softmax", "Performer": "performer", "BigBird": "bigbird", "None": "none",
+}  # fmt: skip
+
+
+def bigbird_fields(config: golden.Config) -> dict[str, Any]:
+    """Fields of the entries of `gt.bigbird`, in a dictionary of their own or among the others."""
+    nested = config.take("bigbird") or config.take("bigbird_cfg") or {}
+    names = {
+        "block_size": "block_size", "num_random_blocks": "random_blocks",
+        "use_bias": "bigbird_bias", "hidden_act": "bigbird_activation",
+    }  # fmt: skip
+    fixed = {
+        "attention_type": "block_sparse", "is_decoder": False, "add_cross_attention": False,
+        "layer_norm_eps": 1e-6,
+    }  # fmt: skip
+    free = ("chunk_size_feed_forward", "max_position_embeddings", "dim_hidden", "n_heads", "layers",
+            "dropout")  # fmt: skip
+    config.ignore(*free)
+    config.expect(**fixed)
+    fields = config.rename(**{ours: theirs for theirs, ours in names.items()})
+    for name, value in nested.items():
+        if name in names:
+            fields[names[name]] = value
+        elif value != fixed.get(name, value) or name not in (*fixed, *free):
+            raise golden.Unsupported(f"its BigBird has {name}={value!r}")
+    return fields
 
 
 def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
@@ -33,10 +60,10 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     head = [n for n in case.shapes if ".FC_layers." in n and n.endswith("weight")]
     fields["head_layers"] = len(head) - 1
     local, _, attention = config.take("layer_type", "GINE+Transformer").partition("+")
-    if local not in LOCAL or attention not in ("Transformer", "Performer", "None"):
+    if local not in LOCAL or attention not in ATTENTION:
         raise golden.Unsupported(f"its layers are of {local} and {attention}")
-    fields |= {"local": LOCAL[local], "attend": attention != "None"}
-    fields |= {"performer": attention == "Performer"}
+    fields |= {"local": LOCAL[local], "attention": ATTENTION[attention]}
+    fields |= bigbird_fields(config)
     fields |= {"degrees": tuple(config.take("pna_degrees") or ())}
     fields["position_norm"] = str(config.take("raw_norm_type", "BatchNorm")).lower() != "none"
     if str(config.take("pe_model", "Linear")).lower() == "mlp":

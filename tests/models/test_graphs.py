@@ -7,6 +7,7 @@ import pytest
 from model_helpers import documented_shapes, feature_shapes, filled
 
 import zoo
+from zoo.layers.bigbird import BigBirdLayer, random_blocks, seen_blocks
 from zoo.layers.graph import sum_at_nodes
 from zoo.layers.graph_positions import laplacian_eigenvectors, return_chances
 from zoo.layers.messages import (
@@ -99,9 +100,11 @@ def test_chances_of_return_on_a_ring():
     np.testing.assert_allclose(chances, np.tile([0, 1 / 2, 0, 3 / 8], (5, 1)), atol=1e-7)
 
 
-@pytest.mark.parametrize("local, attend", [("none", True), ("gine", False), ("gated", False)])
-def test_either_half_alone_is_a_network(local, attend):
-    model = zoo.create("graphgps_test", local=local, attend=attend)
+@pytest.mark.parametrize(
+    "local, attention", [("none", "softmax"), ("gine", "none"), ("gated", "none")]
+)
+def test_either_half_alone_is_a_network(local, attention):
+    model = zoo.create("graphgps_test", local=local, attention=attention)
     variables = filled(model)
     moved = graph(6, 0, model)
     moved["edges"] = np.full_like(moved["edges"], 6)  # without edges
@@ -191,7 +194,7 @@ def test_principal_messages_are_the_mean_maximum_and_sum():
 
 
 def test_attention_of_performer_does_not_look_at_the_order_of_nodes():
-    model = zoo.create("graphgps_test", local="none", performer=True, depth=1)
+    model = zoo.create("graphgps_test", local="none", attention="performer", depth=1)
     variables = filled(model)
     one, order = graph(6, 0, model), np.random.default_rng(1).permutation(6)
     moved = {**one, "nodes": one["nodes"][order], "walks": one["walks"][order]}
@@ -199,6 +202,40 @@ def test_attention_of_performer_does_not_look_at_the_order_of_nodes():
     found, other = run(batch([one])), run(batch([moved]))
     np.testing.assert_allclose(found, other, atol=2e-5 * np.abs(found).max())
     assert "unused_norm_local" in variables["params"]["layers_0"]  # as official files have it
+
+
+def test_bigbird_is_softmax_in_which_a_block_counts_as_often_as_it_is_seen():
+    size, blocks, heads = 2, 12, 2
+    layer = BigBirdLayer(heads, size, random_blocks=2)
+    x = np.random.default_rng(0).normal(size=(2, size * blocks - 1, 4)).astype(np.float32)
+    visible = np.arange(x.shape[1]) < np.array([[23], [9]])
+    variables = layer.init(jax.random.key(0), x, visible)
+    p = jax.tree.map(np.asarray, variables["params"])
+    counts = np.zeros((heads, blocks, blocks))
+    counts[:, [0, -1]] = 1
+    for head, rows in enumerate(seen_blocks(blocks, 2, heads)):
+        for row, seen in enumerate(rows, 1):
+            np.add.at(counts[head, row], seen[seen >= 0], 1)
+    counts = counts.repeat(size, 1).repeat(size, 2)[:, :-1, :-1]
+    query, key, value = (
+        (x @ p[name]["kernel"]).reshape(2, -1, heads, 2) for name in ("query", "key", "value")
+    )
+    weight = np.exp(np.einsum("bqnd,bknd->bnqk", query, key) / np.sqrt(2))
+    weight *= counts * visible[:, None, None]
+    weight /= weight.sum(-1, keepdims=True)
+    y = np.einsum("bnqk,bknd->bqnd", weight, value).reshape(x.shape) @ p["out"]["kernel"]
+    normal = lambda t: (t - t.mean(-1, keepdims=True)) / t.std(-1, keepdims=True)  # noqa: E731
+    x1 = normal(x + y)
+    mlp = np.maximum(x1 @ p["mlp"]["up"]["kernel"], 0) @ p["mlp"]["down"]["kernel"]
+    found = layer.apply(variables, x, visible)
+    np.testing.assert_allclose(found[visible], normal(x1 + mlp)[visible], atol=1e-4)
+
+
+def test_bigbird_says_how_many_blocks_it_needs():
+    with pytest.raises(ValueError, match="pad to at least 10"):
+        BigBirdLayer(2).init(jax.random.key(0), jnp.zeros((1, 9, 4)), jnp.ones((1, 9), bool))
+    with pytest.raises(ValueError, match="draws 5 of 4 blocks"):
+        random_blocks(4, 5, 1)
 
 
 def test_the_transformer_may_see_the_last_nodes_of_a_graph_only():

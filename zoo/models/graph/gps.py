@@ -113,7 +113,7 @@ class GPS(Model):
         edge = jnp.zeros((*edges.shape[:2], 0), x.dtype)
         for i in range(self.depth):
             layer = GPSLayer(
-                "gin", True, self.num_heads, "relu", self.dropout, self.attention_dropout,
+                "gin", "softmax", self.num_heads, "relu", self.dropout, self.attention_dropout,
                 name=f"layers_{i}", **types,
             )  # fmt: skip
             x, _ = layer(x, edge, edges[..., 0], edges[..., 1], real, train)

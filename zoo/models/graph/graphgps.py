@@ -13,9 +13,10 @@ Rampasek et al., "Recipe for a General, Powerful, Scalable Graph Transformer", N
     logits = MLP(sum or mean of x_i)                   widths halve twice
 
 Isotropic messages of GIN leave the edges out; the other kinds are in `zoo.layers.messages`. Norms
-are over the real nodes of a batch. Attention is that of softmax or of Performer's random features,
-where, as in the official code, padding has a part in what is divided by: there a graph's outputs
-depend on the size to which it is padded.
+are over the real nodes of a batch. Attention is that of softmax, of Performer's random features or
+of BigBird's blocks. With the latter two a graph's outputs depend on the size to which it is padded,
+as in the official code: padding has a part in what Performer divides by, and BigBird draws blocks
+by their number.
 
     features            graphgps_zinc
     embed               12  64    for 12 nodes
@@ -25,18 +26,20 @@ depend on the size to which it is padded.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import FrozenDict
 from jaxtyping import Array, Bool, Float, Int
 
 from zoo.checkpoints.rules import Rule, Rules, batch_norm_rules, dense_rules, linear, squeeze
 from zoo.layers.attention import Attention
+from zoo.layers.bigbird import BigBirdLayer, bigbird_rules
 from zoo.layers.dense import Dense
 from zoo.layers.graph import (
     ATOM_NUMBERS,
@@ -84,23 +87,23 @@ class GPSLayer(nn.Module):
 
     Attributes:
       local: kind of messages, or none.
-      attend: whether there is attention.
+      attention: kind of attention, or none.
       num_heads: of it.
       activation: of the MLP, and of that of the messages.
       dropout: rate behind each branch.
       attention_dropout: rate on attention weights.
       norm: kind of the norms behind the branches and the MLP (`NORMS`).
-      performer: whether attention is that of Performer.
+      bigbird: other attributes of BigBird's layer than its heads and dropout.
     """
 
     local: str
-    attend: bool
+    attention: str
     num_heads: int
     activation: str = "relu"
     dropout: float = 0.0
     attention_dropout: float = 0.0
     norm: str = "batch"
-    performer: bool = False
+    bigbird: Mapping[str, Any] = FrozenDict()
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -127,13 +130,13 @@ class GPSLayer(nn.Module):
             else:
                 y = x + drop(y)
             ways.append(norm(name="norm_local")(y, real, train))
-        elif not self.attend:
-            raise ValueError("A layer needs messages, attention or both; set local or attend.")
-        if self.attend:
+        elif self.attention == "none":
+            raise ValueError("A layer needs messages, attention or both; set local or attention.")
+        if self.attention != "none":
             y = x + drop(self._attention(types)(x, real, train))
             ways.append(norm(name="norm_attention")(y, real, train))
-        for way, there in (("local", self.local != "none"), ("attention", self.attend)):
-            if not there:  # official files have this norm, which nothing uses
+        for way, kind in (("local", self.local), ("attention", self.attention)):
+            if kind == "none":  # official files have this norm, which nothing uses
                 norm(name=f"unused_norm_{way}")(x, real)
         x = sum(ways)
         activation = ACTIVATIONS[self.activation]
@@ -143,7 +146,15 @@ class GPSLayer(nn.Module):
 
     def _attention(self, types: dict) -> Callable[[Array, Array, bool], Array]:
         """Between the real nodes of a graph."""
-        if not self.performer:
+        if self.attention == "bigbird":
+            return BigBirdLayer(
+                self.num_heads,
+                **self.bigbird,
+                dropout=self.dropout,
+                name="sparse_attention",
+                **types,
+            )
+        if self.attention == "softmax":
             init = nn.initializers.xavier_uniform()
             return Attention(
                 self.num_heads,
@@ -191,8 +202,12 @@ class GraphGPS(Model):
       num_heads: heads.
       local: kind of messages: `gine`, `gin` and `gcn` (without edges), `gated`, `gat`, `gen`
         (GENConv), `pna`, or `none`.
-      attend: whether there is attention beside the messages.
-      performer: whether it is that of Performer.
+      attention: between all nodes, beside the messages: `softmax`, `performer`, `bigbird`, or
+        `none`.
+      block_size: nodes of a block of BigBird.
+      random_blocks: that it draws for each block.
+      bigbird_bias: whether its queries, keys and values have biases.
+      bigbird_activation: of its MLP.
       norm: of the layers: over the batch, over each graph, or none.
       pool: how nodes become a graph: `add`, `mean` or `max`.
       head_layers: times that the width halves in the head.
@@ -222,8 +237,11 @@ class GraphGPS(Model):
     depth: int = 10
     num_heads: int = 4
     local: Literal["gine", "gin", "gcn", "gated", "gat", "gen", "pna", "none"] = "gine"
-    attend: bool = True
-    performer: bool = False
+    attention: Literal["softmax", "performer", "bigbird", "none"] = "softmax"
+    block_size: int = 3
+    random_blocks: int = 3
+    bigbird_bias: bool = False
+    bigbird_activation: str = "relu"
     norm: Literal["batch", "graph", "none"] = "batch"
     pool: Literal["add", "mean", "max"] = "add"
     head_layers: int = 2
@@ -315,16 +333,22 @@ class GraphGPS(Model):
         embed = SumOfEmbeddings(self.edge_numbers, width, name="embed_edge", **types)
         edge = embed(edge_features)
         out = {"embed": x}
+        bigbird = {
+            "block_size": self.block_size,
+            "random_blocks": self.random_blocks,
+            "qkv_bias": self.bigbird_bias,
+            "activation": self.bigbird_activation,
+        }
         for i in range(self.depth):
             layer = GPSLayer(
                 self.local,
-                self.attend,
+                self.attention,
                 self.num_heads,
                 self.activation,
                 self.dropout,
                 self.attention_dropout,
                 self.norm,
-                self.performer,
+                bigbird,
                 name=f"layers_{i}",
                 **types,
             )
@@ -453,6 +477,7 @@ def _rules(prefix: str = "", atoms: bool = False, eigen: bool = False) -> Rules:
             f"{theirs}.self_attn.fast_attention.projection_matrix",
             f"batch_stats/{ours}/linear_attention/features",
         ),
+        *bigbird_rules(f"{theirs}.self_attn.encoder.layers.0", f"{ours}/sparse_attention"),
         *dense_rules(f"{theirs}.ff_linear1", f"{ours}/mlp/up"),
         *dense_rules(f"{theirs}.ff_linear2", f"{ours}/mlp/down"),
     ]
