@@ -79,6 +79,36 @@ def test_images_are_fed_as_the_folder_says(tmp_path, capsys):
         zoo.load(source)
 
 
+def test_a_reformer_has_the_chunks_and_the_head_that_its_folder_says(tmp_path):
+    config = dict(
+        model_type="reformer", architectures=["ReformerForSequenceClassification"], vocab_size=97,
+        hidden_size=32, attn_layers=["local", "lsh"], num_attention_heads=2, attention_head_size=16,
+        feed_forward_size=64, axial_pos_shape=[8, 8], axial_pos_embds_dim=[12, 20],
+        max_position_embeddings=64, num_buckets=[2, 4], num_hashes=3, lsh_attn_chunk_length=16,
+        local_attn_chunk_length=4, is_decoder=False, id2label={"0": "a", "1": "b", "2": "c"},
+    )  # fmt: skip
+    model = zoo.create(
+        "reformer_test", num_heads=2, head_dim=16, num_buckets=(2, 4), num_hashes=3, lsh_chunk=16,
+        local_chunk=4, causal=False, head="classification", num_classes=3, dropout=0.05,
+    )  # fmt: skip
+    loaded, _ = zoo.load(folder(tmp_path, model, config))
+    assert loaded == model
+
+
+def test_each_choice_is_a_text_with_one_score(tmp_path):
+    model = zoo.create("bert_test", head="classification", num_classes=1)
+    config = dict(
+        model_type="bert", architectures=["BertForMultipleChoice"], num_attention_heads=4,
+        id2label={"0": "a", "1": "b"},
+    )  # fmt: skip
+    config |= dict(
+        vocab_size=model.vocab_size, hidden_size=model.embed_dim, num_hidden_layers=model.depth,
+        intermediate_size=model.mlp_dim, max_position_embeddings=model.max_positions,
+    )  # fmt: skip
+    loaded, _ = zoo.load(folder(tmp_path, model, config, "huggingface_heads"))
+    assert (loaded.head, loaded.num_classes, loaded.pooler) == ("classification", 1, True)
+
+
 def test_a_folder_that_does_not_say_what_it_is_needs_a_name(tmp_path):
     source = folder(tmp_path, zoo.create("gpt2_test"), {"model_type": "unheard"})
     with pytest.raises(ValueError, match=r"known here \(it says 'unheard'\); known are"):

@@ -88,6 +88,7 @@ _BERT_HEADS = {
     "ForPreTraining": "pretraining",
     "ForNextSentencePrediction": "next_sentence",
     "ForSequenceClassification": "classification",
+    "ForMultipleChoice": "classification",
     "ForTokenClassification": "token_classes",
     "ForQuestionAnswering": "span",
 }
@@ -100,7 +101,9 @@ def _bert(config: Config) -> dict[str, Any]:
         if end in architecture:
             fields["head"] = head
             fields["pooler"] = head in ("pretraining", "next_sentence", "classification")
-            if "id2label" in config:
+            if end == "ForMultipleChoice":  # each choice is a text with a score of its own
+                fields["num_classes"] = 1
+            elif "id2label" in config:
                 fields["num_classes"] = len(config["id2label"])
     return fields
 
@@ -116,7 +119,7 @@ def _longformer(config: Config) -> dict[str, Any]:
     fields = {"window": windows[0] if same else windows}
     names = {"token_classes": "token_classification", "span": "question_answering"}
     head = _bert(config)
-    if "head" in head:
+    if "head" in head and "ForMultipleChoice" not in " ".join(config["architectures"]):
         fields |= head | {"head": names.get(head["head"], head["head"]), "pooler": False}
     return fields
 
@@ -210,6 +213,29 @@ def _dinat(config: Config) -> dict[str, Any]:
 def _graphormer(config: Config) -> dict[str, Any]:
     """Its collator compares distances from 1 on with the limit, the authors' from 0 on."""
     return {"max_distance": config.get("spatial_pos_max", 1024) - 1, "masked_pooler": False}
+
+
+_REFORMER_HEADS = {
+    "ForSequenceClassification": "classification",
+    "ForQuestionAnswering": "question_answering",
+    "ForMaskedLM": "language_model",
+    "ModelWithLMHead": "language_model",
+}
+
+
+def _reformer(config: Config) -> dict[str, Any]:
+    architecture = " ".join(config.get("architectures") or ["ReformerModelWithLMHead"])
+    heads = [head for end, head in _REFORMER_HEADS.items() if end in architecture]
+    buckets = config.get("num_buckets")
+    fields = {
+        "head": heads[0] if heads else None,
+        "num_buckets": tuple(buckets) if isinstance(buckets, list) else buckets,
+        "position": "axial" if config.get("axial_pos_embds", True) else "absolute",
+        "causal": config.get("is_decoder", False),
+    }
+    if "classification" in heads:
+        fields["num_classes"] = len(config.get("id2label") or (0, 1))
+    return fields
 
 
 _PATCHTST_HEADS = {
@@ -455,6 +481,34 @@ KINDS: dict[str, Kind] = {
         },
         {},
         _mamba2,
+    ),
+    "reformer": Kind(
+        "reformer_crime_and_punishment",
+        {
+            **_TRANSFORMER,
+            "attention_head_size": "head_dim",
+            "hidden_act": "activation",
+            "layer_norm_eps": "epsilon",
+            "num_hashes": "num_hashes",
+            "lsh_attn_chunk_length": "lsh_chunk",
+            "lsh_num_chunks_before": "lsh_before",
+            "lsh_num_chunks_after": "lsh_after",
+            "local_attn_chunk_length": "local_chunk",
+            "local_num_chunks_before": "local_before",
+            "local_num_chunks_after": "local_after",
+            "pad_token_id": "pad_token",
+        },
+        {
+            "vocab_size": "vocab_size",
+            "hidden_size": "embed_dim",
+            "attn_layers": "attention",
+            "feed_forward_size": "mlp_dim",
+            "axial_pos_shape": "axial_shape",
+            "axial_pos_embds_dim": "axial_dims",
+            "max_position_embeddings": "max_positions",
+        },
+        {},
+        _reformer,
     ),
     "patchtst": Kind(
         "transformers_patchtst_512_96",
