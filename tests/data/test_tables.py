@@ -139,6 +139,58 @@ def test_zones_and_unix_times_are_dates(tmp_path):
     assert str(Table(unix, date_format="s").dates[1]) == "2021-01-01T01:00:00"
 
 
+@pytest.mark.parametrize(
+    ("dates", "forms"),
+    [
+        (["03.01.2021 00:00", "04.01.2021 00:00"], "'%d.%m.%Y %H:%M'."),
+        (["1/2/2021", "1/3/2021"], "'%m/%d/%Y' or '%d/%m/%Y'."),
+        (["1/12/2021", "1/13/2021"], "'%m/%d/%Y'."),
+        (["2021-01", "2021-02", "2021-03"], "'%Y-%m'."),
+        (["202101010000", "202101010100"], "'%Y%m%d%H%M'."),
+        (["2021Q1", "2021Q2"], "as strptime takes it"),
+    ],
+)
+def test_dates_of_another_form_are_refused_with_what_would_read_them(tmp_path, dates, forms):
+    path = plain(tmp_path, [f"{d},{i}" for i, d in enumerate(dates)])
+    with pytest.raises(ValueError) as refused:
+        len(Table(path))
+    assert f"no date; give date_format= {forms}" in str(refused.value)
+    if forms.count("%") and " or " not in forms:
+        assert len(Table(path, date_format=forms.strip("'."))) == len(dates)
+
+
+@pytest.mark.parametrize(
+    ("header", "hint"),
+    [
+        ("Datum,load", "give date='Datum'"),
+        (",load", "give date=''"),
+        ("2020-12-31 23:00:00,7", "put a line with the columns' names above"),
+    ],
+)
+def test_a_table_without_the_column_of_dates_is_told_which_it_is(tmp_path, header, hint):
+    path = plain(tmp_path, [f"{d},{i}" for i, d in enumerate(HOURS)], header)
+    with pytest.raises(ValueError, match=hint):
+        len(Table(path))
+
+
+def test_remarks_above_a_header_are_passed_over(tmp_path):
+    rows = [f"{d},{i}" for i, d in enumerate(HOURS)]
+    table = Table(write(tmp_path / "x.csv", ["# by X", "# unit: MW", "date,load", *rows]))
+    assert table.variates == ("load",) and len(table) == 12
+    assert Table(write(tmp_path / "y.csv", ["#date,load", *rows]), date="#date").values[3, 0] == 3
+
+
+@pytest.mark.parametrize("cell", ["10.5%", "$10", '"1,200.5"'])
+def test_marks_in_numbers_are_named(tmp_path, cell):
+    with pytest.raises(ValueError, match="without marks of thousands, units and percent signs"):
+        len(Table(plain(tmp_path, [f"{HOURS[0]},{cell}"])))
+
+
+def test_the_minus_sign_of_typesetters_is_one(tmp_path):
+    path = plain(tmp_path, [f"{d},\u2212{i}" for i, d in enumerate(HOURS)])
+    assert Table(path).values[3, 0] == -3
+
+
 def test_a_large_file_is_read_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(csv_file, "PIECE", 7)
     rows = [f"{d},{i}" for i, d in enumerate(HOURS)]

@@ -10,6 +10,7 @@ import zoo
 from zoo.checkpoints import files
 from zoo.models.timeseries import patchtst_transformers
 from zoo.prediction import answers, of_model
+from zoo.prediction.answers import Options
 
 NAME = "transformers_patchtst_test"
 CONFIG = dict(
@@ -69,6 +70,11 @@ def test_a_folder_is_the_model_that_its_config_says(tmp_path):
     said = list(answers(of_model(None, tmp_path), [table]))
     assert len(said) == 12 and said[0]["date"] == "2024-01-31 00:00:00"
     assert all(np.isfinite(row["c"]) for row in said)
+    table.write_text("\n".join(["day;a;b;c", *(row.replace(",", ";") for row in rows)]))
+    again = list(answers(of_model(None, tmp_path), [table], Options(table={"date": "day"})))
+    assert [row["c"] for row in again] == [row["c"] for row in said]
+    with pytest.raises(ValueError, match="A table has no field 'dates'; its fields are columns"):
+        next(answers(of_model(None, tmp_path), [table], Options(table={"dates": "day"})))
 
 
 def test_a_pretrained_folder_gets_a_forecasting_head(tmp_path):

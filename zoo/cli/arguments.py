@@ -39,13 +39,13 @@ def add_fields(sub: Parser) -> None:
     )
 
 
-def overrides(assignments: Sequence[str]) -> dict[str, Any]:
+def overrides(assignments: Sequence[str], flag: str = "--set") -> dict[str, Any]:
     """`["num_classes=10", "image_size=(32, 48)"]` -> fields; what is no Python literal is text."""
     fields = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key:
-            raise RequestError(f"--set takes FIELD=VALUE, not {assignment!r}.")
+            raise RequestError(f"{flag} takes FIELD=VALUE, not {assignment!r}.")
         try:
             fields[key.strip().replace("-", "_")] = ast.literal_eval(text.strip())
         except (ValueError, SyntaxError):

@@ -34,6 +34,9 @@ def add(commands: Any) -> None:
     sub.add_argument("--seed", type=int, help="draw tokens with this seed, not the likeliest")
     sub.add_argument("--tokenizer", help="a tokenizer.json, vocab.txt, or vocab.json")
     sub.add_argument("--column", default="text", help="of texts in a CSV file (default: text)")
+    sub.add_argument("--table", action="append", default=[], metavar="FIELD=VALUE",
+                     help="how a CSV file of series is read, a field of zoo.data.series.Table such "
+                     "as date=when; may be repeated")  # fmt: skip
     sub.add_argument("--classes", help="a file with the names of the classes, one a line")
     add_fields(sub)
 
@@ -60,7 +63,8 @@ def run(options: argparse.Namespace) -> int:
             f"{', '.join(outputs.SUFFIXES)}, or give a folder."
         )
     folder = out.parent if is_file and out is not None else out
-    how = Options(options.top, options.steps, folder, options.column, options.seed)
+    table = overrides(options.table, "--table")
+    how = Options(options.top, options.steps, folder, options.column, options.seed, table)
     inputs = list(options.inputs)
     if is_run(options.what):
         changes = {key: str(value) for key, value in overrides(options.set).items()}

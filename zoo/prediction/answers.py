@@ -41,6 +41,7 @@ class Options:
       folder: where pictures and restored images go; None: nowhere, and images are refused.
       column: of texts in a CSV file.
       seed: of sampling; None: the most likely token.
+      table: fields of `zoo.data.series.Table` for CSV files of series.
     """
 
     top: int = 5
@@ -48,6 +49,7 @@ class Options:
     folder: Path | None = None
     column: str = "text"
     seed: int | None = None
+    table: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def answers(
@@ -87,7 +89,7 @@ def _by_kind(
         yield from _restored(predictor, inputs, options)
     elif isinstance(task, Forecasting | AnomalyDetection | Imputation):
         for file in _files(inputs, (".csv", ".zip", ".gz", ".tsv", ".txt")):
-            yield from series.answers(predictor, file, options.folder)
+            yield from series.answers(predictor, file, options.folder, options.table)
     elif kind == "images":
         yield from _batched(predictor, _image_examples(predictor, inputs), options)
     elif kind == "clips":

@@ -1,7 +1,7 @@
 """Answers for tables of series: forecasts past the last row, scores of rows, values filled in."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,23 @@ from zoo.training.fields import TYPE
 Row = dict[str, Any]
 
 
-def answers(predictor: Predictor, file: Path, folder: Path | None) -> Iterator[Row]:
+def answers(
+    predictor: Predictor, file: Path, folder: Path | None, fields: Mapping[str, Any] | None = None
+) -> Iterator[Row]:
     """Rows for one CSV file, in its units.
 
     Args:
       predictor: of a forecaster, a reconstructor or an imputer.
       file: with the columns of the run's table.
       folder: where a picture of it goes; None: nowhere.
+      fields: of `zoo.data.series.Table`, in place of those of the run's table.
 
     Raises:
+      ConfigError: for a field that a table does not have.
       DataError: if the file is not what the run's table is, or too short.
     """
     with reading(str(file)):
-        table = _table(predictor, file)
+        table = _table(predictor, file, fields or {})
         mean, deviation = scale(predictor, table)
         scaled = ((table.values - mean) / deviation).astype(np.float32)
     if isinstance(predictor.task, AnomalyDetection):
@@ -41,7 +45,7 @@ def answers(predictor: Predictor, file: Path, folder: Path | None) -> Iterator[R
         yield from _forecast(predictor, file, table, scaled, mean, deviation, folder)
 
 
-def _table(predictor: Predictor, file: Path) -> Table:
+def _table(predictor: Predictor, file: Path, given: Mapping[str, Any]) -> Table:
     """The file, read as the run's table was."""
     saved = predictor.source.get("table") or {}
     known = {f.name for f in dataclasses.fields(Table)}
@@ -53,7 +57,10 @@ def _table(predictor: Predictor, file: Path) -> Table:
     variates = predictor.facts.get("variates")
     if variates and not fields.get("series"):
         fields |= {"columns": tuple(variates), "target": None}
-    table = Table(file, **fields)
+    own = sorted(known - {"path", "splits"})
+    if strange := [name for name in given if name not in own]:
+        raise ConfigError(f"A table has no field {strange[0]!r}; its fields are {', '.join(own)}.")
+    table = Table(file, **(fields | given))
     if fields.get("labels"):
         from zoo.data.series.csv_file import CsvFile
 

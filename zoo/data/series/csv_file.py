@@ -67,10 +67,15 @@ class CsvFile:
         if "\0" in lines[0]:
             raise ValueError(f"{str(path)!r} is no text; a CSV file was expected.")
         named = re.fullmatch(r'"?sep=(.)"?', lines[0].strip("\ufeff\r\n"))  # as Excel reads it
-        self._above = 0 if named is None else 1  # lines above the header
-        del lines[: self._above]
         delimiter = delimiter or (named and named[1])
-        self.delimiter = delimiter or max(DELIMITERS, key=lambda d: (lines[0].count(d), -ord(d)))
+        self._above = 0 if named is None else 1  # lines above the header
+        first = next((i for i, line in enumerate(lines) if line[0] != "#"), 0)
+        told = lines[first if named is None else 1]
+        self.delimiter = delimiter or max(DELIMITERS, key=lambda d: (told.count(d), -ord(d)))
+        cells = told.count(self.delimiter)
+        while lines[self._above][0] == "#" and lines[self._above].count(self.delimiter) < cells:
+            self._above += 1  # a remark; the header itself may begin with the sign
+        del lines[: self._above]
         rows = list(csv.reader(lines, delimiter=self.delimiter))
         self.header = [name.strip() for name in rows[0]]
         self.decimal = decimal or self._decimal(rows[1:])
@@ -195,6 +200,10 @@ class CsvFile:
         cell = cell.strip()
         if cell.lower() in MISSING:
             return float("nan")
-        if "_" in cell:  # which Python takes for a mark of thousands
-            raise ValueError(f"could not convert string to float: {cell!r}")
-        return float(cell.replace(",", ".") if self.decimal == "," else cell)
+        plain = cell.replace("\u2212", "-")  # the minus sign of typesetters
+        try:
+            if "_" in plain:  # which Python takes for a mark of thousands
+                raise ValueError
+            return float(plain.replace(",", ".") if self.decimal == "," else plain)
+        except ValueError:
+            raise ValueError(f"{cell!r}") from None

@@ -1,12 +1,24 @@
 """Dates of a table's rows: how they are read, and what of them is a feature."""
 
 import datetime
+import re
 from collections.abc import Callable
 
 import numpy as np
 
 DATE_FORMATS = ("%Y/%m/%d %H:%M", "%Y/%m/%d %H:%M:%S", "%Y/%m/%d")
 """Tried after ISO 8601 where a table does not name its own."""
+
+_OTHERS = tuple(
+    day + time
+    for day in (
+        "%d.%m.%Y", "%d.%m.%y", "%m/%d/%Y", "%d/%m/%Y", "%m-%d-%Y", "%d-%m-%Y", "%d-%b-%Y",
+        "%d %b %Y", "%b %d, %Y", "%Y.%m.%d", "%Y%m%d", "%Y-%m", "%Y/%m", "%m/%Y", "%Y", "%m/%d/%y",
+        "%d/%m/%y", "%Y-%m-%d",
+    )
+    for time in ("", " %H:%M", " %H:%M:%S", " %I:%M %p", " %I:%M:%S %p", "%H%M", "%H%M%S")
+)  # fmt: skip
+"""Proposed where they are those of a table's dates: one must say which of several is meant."""
 
 
 def _minute(dates: np.ndarray) -> np.ndarray:
@@ -105,9 +117,7 @@ def parse_dates(
                 date = date.astimezone(datetime.UTC).replace(tzinfo=None)
             dates.append(date)
         except (ValueError, OverflowError, OSError):
-            hint = "as strptime takes it, such as '%d.%m.%Y %H:%M'"
-            if text.isdecimal() and len(text) in (10, 13):
-                hint = f"{'s' if len(text) == 10 else 'ms'!r} for Unix time"
+            hint = _form_of(texts)
             raise ValueError(
                 f"Line {i + 2 if lines is None else lines[i]} has {text!r}, which is no date"
                 f"{f' of the form {date_format!r}' if date_format else ''}; give date_format= "
@@ -120,6 +130,29 @@ def parse_dates(
             )
     parted = any(date.microsecond for date in dates)
     return np.array(dates, "datetime64[us]" if parted else "datetime64[s]")
+
+
+def _form_of(texts: list[str]) -> str:
+    """What to give as the form of dates: what would read them, or an example."""
+    if texts[0].isdecimal() and len(texts[0]) in (10, 13):
+        return f"{'s' if len(texts[0]) == 10 else 'ms'!r} for Unix time"
+    found = []
+    for form in _OTHERS:
+        try:
+            # %d and its kin also read one digit, so that digits alone may be cut in several ways
+            if all(_written(datetime.datetime.strptime(t, form), form, t) for t in texts):
+                found.append(repr(form))
+        except ValueError:
+            continue
+    if found:
+        return f"{' or '.join(found)}"
+    return "as strptime takes it, such as '%d.%m.%Y %H:%M'"
+
+
+def _written(date: datetime.datetime, form: str, text: str) -> bool:
+    """Whether a date of this form is written so, but for zeros in front and small letters."""
+    plain = re.sub(r"\b0", "", date.strftime(form)).lower()
+    return plain == re.sub(r"\b0", "", text).lower()
 
 
 def _unix(seconds: float) -> datetime.datetime:

@@ -8,6 +8,7 @@
 """
 
 import functools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +133,12 @@ class Table:
             if name not in header:
                 close = [h for h in header if h.lower() in (
                     name.lower(), "date", "time", "timestamp", "datetime", "ds")]  # fmt: skip
+                close = close or (self._dated(file) if name == self.date else [])
                 hint = f"; give date={close[0]!r}" if name == self.date and close else ""
+                if any(_parses(text, self.date_format) for text in header):
+                    hint = "; these seem to be a row: put a line with the columns' names above"
+                elif name == self.date and not close:
+                    hint = "; a table needs a column of dates (date= is its name)"
                 raise ValueError(
                     f"{path!r} has no column {name!r}; its columns are "
                     f"{', '.join(header[:20])}{hint}."
@@ -166,6 +172,15 @@ class Table:
             chosen = (*(c for c in chosen if c != self.target), self.target)
         return chosen
 
+    def _dated(self, file: CsvFile) -> list[str]:
+        """Columns that begin with a date."""
+        _, row = next(file.pieces(), [(0, [])])[0]
+        return [
+            name
+            for name, cell in zip(file.header, row, strict=False)
+            if _parses(cell.strip(), self.date_format)
+        ]
+
     def _read(
         self, file: CsvFile, wanted: Sequence[str]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
@@ -183,10 +198,15 @@ class Table:
                 try:
                     numbers.append([file.number(row[i]) for i in places])
                 except ValueError as error:
+                    hint = (
+                        "name the numeric columns with columns=, or the column that names one of "
+                        "several series with series="
+                    )
+                    if re.fullmatch(r"'\W*[\d.,'\s]+\W*'", str(error)):
+                        hint = "write numbers without marks of thousands, units and percent signs"
                     raise ValueError(
-                        f"Line {number} of {str(self.path)!r} is no row of numbers ({error}); name "
-                        "the numeric columns with columns=, or the column that names one of "
-                        "several series with series=."
+                        f"Line {number} of {str(self.path)!r} is no row of numbers ({error}); "
+                        f"{hint}."
                     ) from None
             values.append(np.array(numbers, float).reshape(len(piece), len(places)))
             lines.append(np.array([number for number, _ in piece]))
@@ -400,6 +420,15 @@ class Table:
         stops = np.cumsum(sizes).tolist()
         place = SPLITS.index(split)
         return stops[place] - sizes[place], stops[place]
+
+
+def _parses(text: str, date_format: str | None) -> bool:
+    """Whether a cell is a date and no mere number."""
+    try:
+        parse_dates([text], date_format)
+    except ValueError as error:
+        return "give date_format= '%" in str(error) and not text.isdecimal()
+    return not text.isdecimal()
 
 
 def _ticks(dates: np.ndarray, frequency: str) -> tuple[np.ndarray, str]:
