@@ -17,7 +17,8 @@ LOCAL = {
     "GENConv": "gen", "PNA": "pna", "None": "none",
 }  # fmt: skip
 ATTENTION = {
-    "Transformer": "softmax", "Performer": "performer", "BigBird": "bigbird", "None": "none",
+    "Transformer": "softmax", "BiasedTransformer": "biased", "Performer": "performer",
+    "BigBird": "bigbird", "None": "none",
 }  # fmt: skip
 
 
@@ -43,6 +44,64 @@ def bigbird_fields(config: golden.Config) -> dict[str, Any]:
         elif value != fixed.get(name, value) or name not in (*fixed, *free):
             raise golden.Unsupported(f"its BigBird has {name}={value!r}")
     return fields
+
+
+def eigen_fields(case: golden.Case) -> dict[str, Any]:
+    """Fields of the entries of `posenc_EquivStableLapPE` or `posenc_LapPE`."""
+    config = case.config
+    stable = config.take("posenc_EquivStableLapPE")
+    if stable is not None:
+        normed = str(stable.get("raw_norm_type", "none")).lower() == "batchnorm"
+        return {"eigen_stable": True, "eigen_norm": normed}
+    lap = config.take("posenc_LapPE") or {}
+    fields = {"eigen_layers": lap.get("layers", config.take("lap_layers", 2))}
+    dim = lap.get("dim_pe", config.take("dim_lap"))
+    if dim is not None:
+        fields["eigen_dim"] = dim
+    if str(lap.get("model", config.take("lap_model", "DeepSet"))) == "Transformer":
+        fields["eigen_heads"] = lap.get("n_heads", config.take("lap_heads", 4))
+    config.ignore("lap_heads")
+    fields["eigen_norm"] = str(lap.get("raw_norm_type", "none")).lower() == "batchnorm"
+    fields["eigen_post_layers"] = lap.get("post_layers", 0)
+    return fields
+
+
+def path_fields(case: golden.Case) -> dict[str, Any]:
+    """Fields of `posenc_GraphormerBias`, from the shapes of its tables."""
+    entries = case.config.take("posenc_GraphormerBias") or {}
+    case.config.ignore(*entries, "graphormer")
+    rows = {
+        name: case.shapes[f"encoder.node_encoder.encoder2.{name}_encoder.weight"][0]
+        for name in ("0.spatial", "1.in_degree", "1.out_degree")
+    }
+    return {
+        "path_steps": rows["0.spatial"] - 1,
+        "degree_numbers": (rows["1.in_degree"], rows["1.out_degree"]),
+    }
+
+
+def path_inputs(case: golden.Case, inputs: dict, real: np.ndarray) -> dict[str, np.ndarray]:
+    """Hops and types of edges on paths as given; degrees must be those that the model counts."""
+    hops, paths = case.input("spatial_types"), case.input("shortest_path_types")
+    places = case.input("graph_index")
+    sizes = real.sum(1)
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    first = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    graph = owner[places[0]]
+    at = (graph, *(places - first[graph]))
+    size = real.shape[1]
+    found = {
+        "hops": np.zeros((len(sizes), size, size), np.int32),
+        "paths": np.zeros((len(sizes), size, size, paths.shape[1]), np.int32),
+    }
+    found["hops"][at], found["paths"][at] = hops, paths
+    for name, end in (("in_degrees", 1), ("out_degrees", 0)):
+        counts = np.zeros((len(sizes), size + 1), int)
+        for row, edges in zip(counts, inputs["edges"], strict=True):
+            np.add.at(row, edges[:, end], 1)
+        if name in case.names and (case.input(name) != counts[:, :-1][real]).any():
+            raise golden.Unsupported(f"its {name} are not the numbers of edges")
+    return found
 
 
 def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
@@ -86,11 +145,22 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     config.ignore("class", "sizes", "damp", "dropout", "attn_dropout", "max_freqs")
     inputs, real = padded(case)
     if "EigVecs" in case.names:
-        eigen = np.stack([case.input("EigVecs"), case.input("EigVals").reshape(real.sum(), -1)], -1)
+        vectors = case.input("EigVecs")
+        given = "EigVals" in case.names
+        values = case.input("EigVals") if given else np.zeros_like(vectors)
+        eigen = np.stack([vectors, values.reshape(vectors.shape)], -1)
         inputs["eigen"] = np.full((*real.shape, *eigen.shape[1:]), np.nan, np.float32)
         inputs["eigen"][real] = eigen
-        fields |= {"eigenvectors": eigen.shape[1], "eigen_layers": config.take("lap_layers", 2)}
-        fields["eigen_dim"] = config.take("dim_lap", fields["position_dim"])
+        fields |= eigen_fields(case) | {"eigenvectors": eigen.shape[1]}
+        fields.setdefault("eigen_dim", fields["position_dim"])
+        if "pe" not in case.names:
+            fields["walk_steps"] = 0
+    if "attn_bias" in case.names:
+        shape = (len(real), -1, real.shape[1], real.shape[1])
+        inputs["bias"] = case.input("attn_bias").reshape(shape)
+    elif fields["attention"] == "biased":
+        fields |= path_fields(case)
+        inputs |= path_inputs(case, inputs, real)
         if "pe" not in case.names:
             fields["walk_steps"] = 0
     if "eigvecs_sn" in case.names:

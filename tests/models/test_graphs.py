@@ -9,6 +9,7 @@ from model_helpers import documented_shapes, feature_shapes, filled
 import zoo
 from zoo.layers.bigbird import BigBirdLayer, random_blocks, seen_blocks
 from zoo.layers.graph import sum_at_nodes
+from zoo.layers.graph_bias import PathBias, hops_and_paths
 from zoo.layers.graph_positions import laplacian_eigenvectors, return_chances
 from zoo.layers.messages import (
     AttentiveMessages,
@@ -229,6 +230,39 @@ def test_bigbird_is_softmax_in_which_a_block_counts_as_often_as_it_is_seen():
     mlp = np.maximum(x1 @ p["mlp"]["up"]["kernel"], 0) @ p["mlp"]["down"]["kernel"]
     found = layer.apply(variables, x, visible)
     np.testing.assert_allclose(found[visible], normal(x1 + mlp)[visible], atol=1e-4)
+
+
+def test_paths_are_the_shortest_and_name_the_types_of_their_edges():
+    edges, types = np.array([[0, 1, 2, 0, 3], [1, 2, 3, 3, 4]]), np.array([5, 6, 7, 8, 9])
+    hops, paths = hops_and_paths(edges, types, 5, 3)
+    far = 3  # no path
+    wanted = [[0, 1, 2, 1, 2], [far, 0, 1, 2, 2], [far, far, 0, 1, 2], [far, far, far, 0, 1]]
+    np.testing.assert_array_equal(hops, [*wanted, [far, far, far, far, 0]])  # 1 to 4 is cut
+    np.testing.assert_array_equal(paths[0, 2:], [[5, 6, 0], [8, 0, 0], [8, 9, 0]])
+
+
+def test_bias_of_paths_is_a_sum_over_their_edges():
+    bias = PathBias(num_heads=2, steps=3, edge_types=4)
+    hops, paths = np.array([[[0, 2]]]), np.array([[[[0, 0, 0], [3, 1, 0]]]])
+    variables = bias.init(jax.random.key(0), hops, paths)
+    p = jax.tree.map(np.asarray, variables["params"])
+    steps = sum(p["edge_embedding"][kind] @ p["hop_kernel"][k] for k, kind in enumerate((3, 1, 0)))
+    found = bias.apply(variables, hops, paths)[0, :, 0, 1]
+    np.testing.assert_allclose(found, p["distance_embedding"][2] + steps / 2, rtol=1e-5, atol=1e-7)
+
+
+def test_biased_attention_says_what_it_needs():
+    for fields, message in (
+        ({"attention": "biased"}, "set path_steps, or give one"),
+        ({"attention": "biased", "path_steps": 3}, "make them with hops_and_paths"),
+        ({"eigenvectors": 2, "eigen_stable": True}, "set local"),
+    ):
+        model = zoo.create("graphgps_test", **fields)
+        inputs = batch([graph(6, 0, model)])
+        if "eigenvectors" in fields:
+            inputs["eigen"] = jnp.zeros((1, 6, 2, 2))
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(lambda key, m=model, i=inputs: m.init(key, **i), jax.random.key(0))
 
 
 def test_bigbird_says_how_many_blocks_it_needs():

@@ -73,10 +73,11 @@ class Attention(nn.Module):
         visible: Bool[Array, "batch keys"] | None = None,
         train: bool = False,
         memory: Float[Array, "batch keys width"] | None = None,
+        bias: Float[Array, "#batch #heads length keys"] | None = None,
     ) -> Float[Array, "batch length channels"]:
         """Attend to `memory`, which needs separate projections; without one to `x` itself.
 
-        `visible` says which keys may be seen (padding is False).
+        `visible` says which keys may be seen (padding is False); `bias` is added to the scores.
         """
         batch, length, channels = x.shape
         source = x if memory is None else memory
@@ -112,7 +113,8 @@ class Attention(nn.Module):
         )
         if self.is_mutable_collection("intermediates"):
             later = jnp.triu(jnp.full((1, 1, length, length), -1e30), 1) if self.causal else None
-            weights = attention_weights(query, key, bias=later, visible=visible, scale=self.scale)
+            both = later if bias is None else bias if later is None else later + bias
+            weights = attention_weights(query, key, bias=both, visible=visible, scale=self.scale)
             self.sow("intermediates", "attention", weights)
         dropping = train and self.attention_dropout > 0
         segments = None if visible is None else visible.astype(jnp.int32)
@@ -120,6 +122,7 @@ class Attention(nn.Module):
             query,
             key,
             value,
+            bias=bias,
             # every query, padding included, sees exactly the visible keys
             query_segments=None if segments is None else jnp.ones((batch, length), jnp.int32),
             key_segments=segments,

@@ -21,9 +21,42 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from zoo.checkpoints.rules import Rule, dense_rules, linear, squeeze
 from zoo.layers.dense import Dense
 from zoo.layers.graph import NodeBatchNorm, at_nodes, sum_at_nodes
 from zoo.layers.mlp import ACTIVATIONS, Mlp
+
+
+class DistanceGate(nn.Module):
+    """A factor on the message of an edge, from how far apart the positions of its ends are.
+
+        sigmoid(W2 act(W1 |p_i - p_j|^2))
+
+    Wang et al., "Equivariant and Stable Positional Encoding for More Powerful Graph Neural
+    Networks", ICLR 2022, arXiv 2203.00199.
+
+    Attributes:
+      channels: between the two maps.
+      activation: between them.
+    """
+
+    channels: int
+    activation: str = "relu"
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        place: Float[Array, "batch nodes width"],
+        source: Int[Array, "batch edges"],
+        target: Int[Array, "batch edges"],
+    ) -> Float[Array, "batch edges 1"]:
+        """The factors."""
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        far = jnp.square(at_nodes(place, target) - at_nodes(place, source)).sum(-1, keepdims=True)
+        x = ACTIVATIONS[self.activation](Dense(self.channels, name="up", **types)(far))
+        return nn.sigmoid(Dense(1, name="down", **types)(x))
 
 
 class IsotropicMessages(nn.Module):
@@ -88,6 +121,8 @@ class GatedMessages(nn.Module):
         x' = A x_i + sum_j s B x_j / (sum_j s + 1e-6)
         x = x + relu(BN(x'));   e = e + relu(BN(e'))
 
+    With the `place` of each node s is multiplied by a `DistanceGate`.
+
     Attributes:
       dropout: rate behind both.
       residual: whether x and e are added.
@@ -109,12 +144,16 @@ class GatedMessages(nn.Module):
         target: Int[Array, "batch edges"],
         real: Bool[Array, "batch nodes"],
         train: bool = False,
+        place: Float[Array, "batch nodes width"] | None = None,
     ) -> tuple[Float[Array, "batch nodes channels"], Float[Array, "batch edges channels"]]:
         """The nodes and the edges, renewed."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         a, b, c, d, e = (Dense(x.shape[-1], name=name, **types) for name in "ABCDE")
         gate = at_nodes(d(x), target) + at_nodes(e(x), source) + c(edge)
         share = nn.sigmoid(gate)
+        if place is not None:
+            distance_gate = DistanceGate(x.shape[-1], self.activation, name="gate", **types)
+            share = share * distance_gate(place, source, target)
         total = partial(sum_at_nodes, target=target, size=x.shape[1])
         y = a(x) + total(share * at_nodes(b(x), source)) / (total(share) + 1e-6)
         drop = nn.Dropout(self.dropout, deterministic=not train)
@@ -258,3 +297,33 @@ def max_at_nodes(
     lowest = jnp.finfo(messages.dtype).min
     found = jax.vmap(lambda m, t: jax.ops.segment_max(m, t, size))(messages, target)
     return jnp.maximum(found, lowest)
+
+
+def message_rules(theirs: str, ours: str) -> list[Rule]:
+    """Of all these layers in the names of PyTorch Geometric and GraphGPS."""
+    return [
+        Rule(f"{theirs}.lin.weight", f"{ours}/map/kernel", linear),
+        Rule(f"{theirs}.bias", f"{ours}/bias"),
+        *(
+            Rule(f"{theirs}.att_{short}", f"{ours}/{name}_score", squeeze(0))
+            for short, name in (("src", "source"), ("dst", "target"), ("edge", "edge"))
+        ),
+        Rule(f"{theirs}.lin_edge.weight", f"{ours}/map_edge/kernel", linear),
+        *(
+            rule
+            for name, place in (
+                ("mlp.0", "expand"),
+                ("mlp.4", "reduce"),
+                ("edge_encoder", "embed_edge"),
+                ("pre_nns.0.0", "message"),
+                ("post_nns.0.0", "update"),
+                ("lin", "out"),
+            )
+            for rule in dense_rules(f"{theirs}.{name}", f"{ours}/{place}")
+        ),
+        *dense_rules(f"{theirs}.nn.0", f"{ours}/mlp/up"),
+        *dense_rules(f"{theirs}.nn.2", f"{ours}/mlp/down"),
+        *dense_rules(f"{theirs}.mlp_r_ij.0", f"{ours}/gate/up"),
+        *dense_rules(f"{theirs}.mlp_r_ij.2", f"{ours}/gate/down"),
+        *(rule for name in "ABCDE" for rule in dense_rules(f"{theirs}.{name}", f"{ours}/{name}")),
+    ]

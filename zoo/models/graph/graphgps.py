@@ -12,7 +12,8 @@ Rampasek et al., "Recipe for a General, Powerful, Scalable Graph Transformer", N
     messages of gated GCN  see `GatedMessages`, which also changes e
     logits = MLP(sum or mean of x_i)                   widths halve twice
 
-Isotropic messages of GIN leave the edges out; the other kinds are in `zoo.layers.messages`. Norms
+Isotropic messages of GIN leave the edges out; the other kinds are in `zoo.layers.messages`, the
+positions in `zoo.layers.graph_positions`, the bias by paths in `zoo.layers.graph_bias`. Norms
 are over the real nodes of a batch. Attention is that of softmax, of Performer's random features or
 of BigBird's blocks. With the latter two a graph's outputs depend on the size to which it is padded,
 as in the official code: padding has a part in what Performer divides by, and BigBird draws blocks
@@ -37,7 +38,7 @@ import numpy as np
 from flax.core import FrozenDict
 from jaxtyping import Array, Bool, Float, Int
 
-from zoo.checkpoints.rules import Rule, Rules, batch_norm_rules, dense_rules, linear, squeeze
+from zoo.checkpoints.rules import Rule, Rules, batch_norm_rules, dense_rules, linear
 from zoo.layers.attention import Attention
 from zoo.layers.bigbird import BigBirdLayer, bigbird_rules
 from zoo.layers.dense import Dense
@@ -50,7 +51,15 @@ from zoo.layers.graph import (
     SumOfEmbeddings,
     real_nodes,
 )
-from zoo.layers.graph_positions import EigenPositions, SignPositions
+from zoo.layers.graph_bias import DegreeEmbedding, PathBias, bias_rules
+from zoo.layers.graph_positions import (
+    MAX_LAYERS,
+    EigenPositions,
+    SignPositions,
+    eigen_rules,
+    sign_derived,
+    sign_rules,
+)
 from zoo.layers.messages import (
     AttentiveMessages,
     ConvolvedMessages,
@@ -58,6 +67,7 @@ from zoo.layers.messages import (
     IsotropicMessages,
     PrincipalMessages,
     SoftmaxMessages,
+    message_rules,
 )
 from zoo.layers.mlp import ACTIVATIONS, Mlp
 from zoo.layers.model import Model
@@ -78,7 +88,6 @@ MESSAGES = {
     "gated": lambda layer: partial(GatedMessages, layer.dropout, True, layer.activation),
 }
 """The kinds of messages, each a function of the layer that they are in."""
-MAX_POSITION_LAYERS = 8  # that official files are read with
 PERFORMER_DIM = 64  # of a head of Performer's attention, whatever the channels
 
 
@@ -116,15 +125,21 @@ class GPSLayer(nn.Module):
         target: Int[Array, "batch edges"],
         real: Bool[Array, "batch nodes"],
         train: bool = False,
+        place: Float[Array, "batch nodes width"] | None = None,
+        bias: Float[Array, "batch heads nodes nodes"] | None = None,
     ) -> tuple[Float[Array, "batch nodes channels"], Float[Array, "batch edges channels"]]:
-        """The nodes and the edges after the layer."""
+        """The nodes and the edges after the layer.
+
+        `place` is for the gate of messages by distance, `bias` for `biased` attention.
+        """
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         drop = nn.Dropout(self.dropout, deterministic=not train)
         norm = partial(NORMS[self.norm], **types)
         ways = []
         if self.local != "none":
             messages = MESSAGES[self.local](self)(name="local", **types)
-            y = messages(x, edge, source, target, real, train)
+            more = {} if place is None else {"place": place}
+            y = messages(x, edge, source, target, real, train, **more)
             if self.local == "gated":  # it has added what it got, and dropped out, by itself
                 y, edge = y
             else:
@@ -133,7 +148,7 @@ class GPSLayer(nn.Module):
         elif self.attention == "none":
             raise ValueError("A layer needs messages, attention or both; set local or attention.")
         if self.attention != "none":
-            y = x + drop(self._attention(types)(x, real, train))
+            y = x + drop(self._attention(types, bias)(x, real, train))
             ways.append(norm(name="norm_attention")(y, real, train))
         for way, kind in (("local", self.local), ("attention", self.attention)):
             if kind == "none":  # official files have this norm, which nothing uses
@@ -144,7 +159,7 @@ class GPSLayer(nn.Module):
         x = norm(name="norm2")(x + mlp(x, train), real, train)
         return constrain(x, "batch", "length", "channels"), edge
 
-    def _attention(self, types: dict) -> Callable[[Array, Array, bool], Array]:
+    def _attention(self, types: dict, bias: Array | None) -> Callable[[Array, Array, bool], Array]:
         """Between the real nodes of a graph."""
         if self.attention == "bigbird":
             return BigBirdLayer(
@@ -154,15 +169,16 @@ class GPSLayer(nn.Module):
                 name="sparse_attention",
                 **types,
             )
-        if self.attention == "softmax":
+        if self.attention in ("softmax", "biased"):
             init = nn.initializers.xavier_uniform()
-            return Attention(
+            attention = Attention(
                 self.num_heads,
                 attention_dropout=self.attention_dropout,
                 kernel_init=init,
                 name="attention",
                 **types,
             )
+            return partial(attention, bias=bias if self.attention == "biased" else None)
         attention = PerformerAttention(
             self.num_heads,
             PERFORMER_DIM,
@@ -188,12 +204,21 @@ class GraphGPS(Model):
       position_layers: layers of the MLP that embeds them; 0: a linear map.
       eigenvectors: of the Laplacian that nodes have positions in; 0: none.
       eigen_dim: channels of these.
-      eigen_layers: layers of their MLP.
+      eigen_layers: layers of their MLP, or transformer.
+      eigen_heads: of that transformer; 0: an MLP.
+      eigen_norm: whether they are normalised over the batch.
+      eigen_post_layers: layers of an MLP behind the sum over eigenvectors.
+      eigen_stable: eigenvectors are no positions of the nodes, but say by their distance along an
+        edge how much a message of `gated` counts (the official GINE of that kind cannot be built).
       sign_layers: layers of SignNet's graph network, which reads eigenvectors in place of that MLP;
         0: none.
       sign_width: channels inside it.
       sign_out: channels that it gives for each eigenvector.
       sign_post_layers: layers of the MLP behind it.
+      path_steps: edges of the paths that attention is biased by, and the number for nodes that no
+        path joins; 0: no such bias.
+      degree_numbers: rows of the tables of how many edges come into a node and go out of it, which
+        are added where there are `path_steps`.
       sign_sum: whether that reads the sum over eigenvectors ("DeepSet"), or all of them ("MLP").
       degrees: how many nodes of the training set have 0, 1, 2, ... edges into them; official files
         of `pna` hold its mean, and nothing else depends on it.
@@ -202,8 +227,8 @@ class GraphGPS(Model):
       num_heads: heads.
       local: kind of messages: `gine`, `gin` and `gcn` (without edges), `gated`, `gat`, `gen`
         (GENConv), `pna`, or `none`.
-      attention: between all nodes, beside the messages: `softmax`, `performer`, `bigbird`, or
-        `none`.
+      attention: between all nodes, beside the messages: `softmax`, `biased` (softmax with a bias),
+        `performer`, `bigbird`, or `none`.
       block_size: nodes of a block of BigBird.
       random_blocks: that it draws for each block.
       bigbird_bias: whether its queries, keys and values have biases.
@@ -227,6 +252,12 @@ class GraphGPS(Model):
     eigenvectors: int = 0
     eigen_dim: int = 8
     eigen_layers: int = 2
+    eigen_heads: int = 0
+    eigen_norm: bool = False
+    eigen_post_layers: int = 0
+    eigen_stable: bool = False
+    path_steps: int = 0
+    degree_numbers: tuple[int, int] = (64, 64)
     sign_layers: int = 0
     sign_width: int = 64
     sign_out: int = 64
@@ -237,7 +268,7 @@ class GraphGPS(Model):
     depth: int = 10
     num_heads: int = 4
     local: Literal["gine", "gin", "gcn", "gated", "gat", "gen", "pna", "none"] = "gine"
-    attention: Literal["softmax", "performer", "bigbird", "none"] = "softmax"
+    attention: Literal["softmax", "biased", "performer", "bigbird", "none"] = "softmax"
     block_size: int = 3
     random_blocks: int = 3
     bigbird_bias: bool = False
@@ -267,6 +298,12 @@ class GraphGPS(Model):
         }
         if self.eigenvectors:
             inputs["eigen"] = real((batch_size, self.max_nodes, self.eigenvectors, 2))
+        if self.path_steps:
+            pairs = (batch_size, self.max_nodes, self.max_nodes)
+            inputs |= {"hops": whole(pairs), "paths": whole((*pairs, self.path_steps))}
+        elif self.attention == "biased":
+            shape = (batch_size, self.num_heads, self.max_nodes, self.max_nodes)
+            inputs["bias"] = real(shape)
         return inputs
 
     def __call__(
@@ -277,10 +314,14 @@ class GraphGPS(Model):
         num_nodes: Int[Array, "batch"],
         walks: Float[Array, "batch nodes steps"],
         eigen: Float[Array, "batch nodes wanted 2"] | None = None,
+        hops: Int[Array, "batch nodes nodes"] | None = None,
+        paths: Int[Array, "batch nodes nodes steps"] | None = None,
+        bias: Float[Array, "batch heads nodes nodes"] | None = None,
         train: bool = False,
     ) -> Float[Array, "batch classes"]:
         """The outputs of each graph."""
-        return self.features(nodes, edges, edge_features, num_nodes, walks, eigen, train)["logits"]
+        inputs = (nodes, edges, edge_features, num_nodes, walks, eigen, hops, paths, bias)
+        return self.features(*inputs, train)["logits"]
 
     @nn.compact
     def features(
@@ -291,6 +332,9 @@ class GraphGPS(Model):
         num_nodes: Int[Array, "batch"],
         walks: Float[Array, "batch nodes steps"],
         eigen: Float[Array, "batch nodes wanted 2"] | None = None,
+        hops: Int[Array, "batch nodes nodes"] | None = None,
+        paths: Int[Array, "batch nodes nodes steps"] | None = None,
+        bias: Float[Array, "batch heads nodes nodes"] | None = None,
         train: bool = False,
     ) -> dict[str, Array]:
         """Every named intermediate (see the table above).
@@ -302,14 +346,34 @@ class GraphGPS(Model):
           num_nodes: how many nodes of each graph are real.
           walks: of each node (`zoo.layers.graph_positions.return_chances`).
           eigen: of each node (`laplacian_eigenvectors` there), where the model has `eigenvectors`.
+          hops: between all nodes, and
+          paths: types of the edges in between (`zoo.layers.graph_bias.hops_and_paths`), where the
+            model has `path_steps`.
+          bias: of `biased` attention, where it is not made of paths.
           train: whether to drop out and to normalise by the batch.
         """
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         real = real_nodes(num_nodes, nodes.shape[1])
         source, target = edges[..., 0], edges[..., 1]
         width = self.embed_dim - (self.position_dim if self.walk_steps else 0)
-        width = width - (self.eigen_dim if self.eigenvectors else 0)
+        joined = self.eigenvectors and not self.eigen_stable
+        width = width - (self.eigen_dim if joined else 0)
+        place = None
         x = SumOfEmbeddings(self.node_numbers, width, name="embed_node", **types)(nodes)
+        if self.path_steps:
+            if hops is None or paths is None or paths.shape[3] != self.path_steps:
+                raise ValueError(
+                    f"This GraphGPS takes hops and paths of {self.path_steps} steps; make them "
+                    "with hops_and_paths."
+                )
+            edge_types = self.edge_numbers[0]
+            bias_of = PathBias(self.num_heads, self.path_steps, edge_types, self.param_dtype,
+                               name="path_bias")  # fmt: skip
+            bias = bias_of(hops, paths)
+            degrees = DegreeEmbedding(self.degree_numbers, width, name="embed_degree", **types)
+            x = x + degrees(source, target, real)
+        elif self.attention == "biased" and bias is None:
+            raise ValueError("Biased attention needs a bias; set path_steps, or give one.")
         if self.eigenvectors:
             if eigen is None or eigen.shape[2] != self.eigenvectors:
                 shape = None if eigen is None else eigen.shape
@@ -317,15 +381,25 @@ class GraphGPS(Model):
                     f"This GraphGPS takes eigen of shape (batch, nodes, {self.eigenvectors}, 2), "
                     f"not {shape}; make it with laplacian_eigenvectors."
                 )
-            if self.sign_layers:
+            if self.eigen_stable:
+                if self.local != "gated":
+                    raise ValueError(
+                        f"eigen_stable is for messages of gated, not of {self.local}; set local."
+                    )
+                place = jnp.where(real[..., None] & ~jnp.isnan(eigen[..., 0]), eigen[..., 0], 0)
+                if self.eigen_norm:
+                    place = NodeBatchNorm(name="norm_stable", **types)(place, real, train)
+                place = Dense(self.embed_dim, name="embed_stable", **types)(place)
+            elif self.sign_layers:
                 sizes = (self.eigen_dim, self.sign_layers, self.sign_width, self.sign_out,
                          self.sign_post_layers, self.sign_sum)  # fmt: skip
                 signs = SignPositions(*sizes, name="embed_sign", **types)
-                position = signs(eigen[..., 0], source, target, real, train)
+                x = jnp.concatenate([x, signs(eigen[..., 0], source, target, real, train)], -1)
             else:
-                sizes = (self.eigen_dim, self.eigen_layers)
-                position = EigenPositions(*sizes, name="embed_eigen", **types)(eigen, train)
-            x = jnp.concatenate([x, position], -1)
+                sizes = (self.eigen_dim, self.eigen_layers, self.eigen_heads, self.eigen_norm,
+                         self.eigen_post_layers)  # fmt: skip
+                positions = EigenPositions(*sizes, name="embed_eigen", **types)
+                x = jnp.concatenate([x, positions(eigen, real, train)], -1)
         if self.walk_steps:
             x = jnp.concatenate([x, self._positions(walks, real, train)], -1)
         x = jnp.where(real[..., None], x, 0)
@@ -352,7 +426,7 @@ class GraphGPS(Model):
                 name=f"layers_{i}",
                 **types,
             )
-            x, edge = layer(x, edge, source, target, real, train)
+            x, edge = layer(x, edge, source, target, real, train, place, bias)
             out[f"layer{i}"] = x
         y = out["pooled"] = pooled(x, real, self.pool)
         for i in range(self.head_layers):
@@ -407,7 +481,7 @@ def _rules(prefix: str = "", atoms: bool = False, eigen: bool = False) -> Rules:
     """
     theirs, ours = f"{prefix}layers.{{i}}", "layers_{i}"
     node, edge = f"{prefix}encoder.node_encoder.encoder", f"{prefix}encoder.edge_encoder."
-    walks, signs = f"{node}3" if eigen else f"{node}2", f"{node}2.sign_inv_net"
+    walks = f"{node}3" if eigen else f"{node}2"
     norms = (
         ("norm1_local", "norm_local"),
         ("norm1_attn", "norm_attention"),
@@ -433,36 +507,11 @@ def _rules(prefix: str = "", atoms: bool = False, eigen: bool = False) -> Rules:
         *dense_rules(f"{walks}.pe_encoder", "embed_position"),
         *(
             rule
-            for i in range(MAX_POSITION_LAYERS)
+            for i in range(MAX_LAYERS)
             for rule in dense_rules(f"{walks}.pe_encoder.{2 * i}", f"embed_position_{i}")
         ),
         *(rule for a, b in norms for rule in batch_norm_rules(f"{theirs}.{a}", f"{ours}/{b}")),
-        Rule(f"{theirs}.local_model.lin.weight", f"{ours}/local/map/kernel", linear),
-        Rule(f"{theirs}.local_model.bias", f"{ours}/local/bias"),
-        *(
-            Rule(f"{theirs}.local_model.att_{short}", f"{ours}/local/{name}_score", squeeze(0))
-            for short, name in (("src", "source"), ("dst", "target"), ("edge", "edge"))
-        ),
-        Rule(f"{theirs}.local_model.lin_edge.weight", f"{ours}/local/map_edge/kernel", linear),
-        *(
-            rule
-            for name, place in (
-                ("mlp.0", "expand"),
-                ("mlp.4", "reduce"),
-                ("edge_encoder", "embed_edge"),
-                ("pre_nns.0.0", "message"),
-                ("post_nns.0.0", "update"),
-                ("lin", "out"),
-            )
-            for rule in dense_rules(f"{theirs}.local_model.{name}", f"{ours}/local/{place}")
-        ),
-        *dense_rules(f"{theirs}.local_model.nn.0", f"{ours}/local/mlp/up"),
-        *dense_rules(f"{theirs}.local_model.nn.2", f"{ours}/local/mlp/down"),
-        *(
-            rule
-            for name in "ABCDE"
-            for rule in dense_rules(f"{theirs}.local_model.{name}", f"{ours}/local/{name}")
-        ),
+        *message_rules(f"{theirs}.local_model", f"{ours}/local"),
         Rule(f"{theirs}.self_attn.in_proj_weight", f"{ours}/attention/qkv/kernel", linear),
         Rule(f"{theirs}.self_attn.in_proj_bias", f"{ours}/attention/qkv/bias"),
         *dense_rules(f"{theirs}.self_attn.out_proj", f"{ours}/attention/out"),
@@ -482,13 +531,11 @@ def _rules(prefix: str = "", atoms: bool = False, eigen: bool = False) -> Rules:
         *dense_rules(f"{theirs}.ff_linear2", f"{ours}/mlp/down"),
     ]
     if eigen:
-        names = ["linear_A", *(f"pe_encoder.{2 * i + 1}" for i in range(MAX_POSITION_LAYERS))]
-        for i, name in enumerate(names):
-            rules += dense_rules(f"{node}2.{name}", f"embed_eigen/layers_{i}")
-        for a, b in (("enc.layers.{i}.nn", "layers_{i}"), ("rho", "post")):
-            rules += dense_rules(f"{signs}.{a}.lins.{{k}}", f"embed_sign/{b}/layers_{{k}}")
-            rules += batch_norm_rules(f"{signs}.{a}.bns.{{k}}", f"embed_sign/{b}/norm_{{k}}")
-        rules += batch_norm_rules(f"{signs}.enc.bns.{{i}}", "embed_sign/norms_{i}")
+        rules += eigen_rules(f"{node}2", "embed_eigen")
+        rules += sign_rules(f"{node}2", "embed_sign")
+        rules += batch_norm_rules(f"{node}2.raw_norm", "norm_stable")
+        rules += dense_rules(f"{node}2.linear_encoder_eigenvec", "embed_stable")
+        rules += bias_rules(f"{node}2", "path_bias", "embed_degree")
     derived = {
         **{
             f"{theirs}.{name}.num_batches_tracked": partial(_layer_counter, name)
@@ -502,13 +549,8 @@ def _rules(prefix: str = "", atoms: bool = False, eigen: bool = False) -> Rules:
         },
     }
     if eigen:
-        tracked = "num_batches_tracked"
-        derived |= {
-            f"{signs}.enc.layers.{{i}}.eps": _sign_epsilon,
-            f"{signs}.enc.layers.{{i}}.nn.bns.0.{tracked}": partial(_sign_counter, 0),
-            f"{signs}.enc.bns.{{i}}.{tracked}": partial(_sign_counter, 1),
-            f"{signs}.rho.bns.{{i}}.{tracked}": _post_counter,
-        }
+        derived |= {f"{node}2.raw_norm.num_batches_tracked": _eigen_counter}
+        derived |= sign_derived(f"{node}2")
     head = f"{prefix}post_mp.FC_layers"
     return Rules(
         (*rules, *dense_rules(f"{head}.{{i}}", "head_{i}")),
@@ -519,6 +561,11 @@ def _rules(prefix: str = "", atoms: bool = False, eigen: bool = False) -> Rules:
 
 def _counter(model: GraphGPS) -> np.ndarray | None:
     return np.zeros((), np.int64) if model.walk_steps and model.position_norm else None
+
+
+def _eigen_counter(model: GraphGPS) -> np.ndarray | None:
+    there = model.eigenvectors and model.eigen_norm and not model.sign_layers
+    return np.zeros((), np.int64) if there else None
 
 
 def _layer_counter(name: str, model: GraphGPS, i: int) -> np.ndarray | None:
@@ -537,20 +584,6 @@ def _degree(kind: str, model: GraphGPS, i: int) -> np.ndarray | None:
     degree = np.arange(len(counts))
     value = degree if kind == "lin" else np.log(degree + 1)
     return np.array([(counts * value).sum() / counts.sum()], np.float32)
-
-
-def _sign_epsilon(model: GraphGPS, i: int) -> np.ndarray | None:
-    """Epsilon of SignNet's GIN, which is fixed at 0."""
-    return np.zeros(1, np.float32) if i < model.sign_layers else None
-
-
-def _sign_counter(less: int, model: GraphGPS, i: int) -> np.ndarray | None:
-    return np.zeros((), np.int64) if i < model.sign_layers - less else None
-
-
-def _post_counter(model: GraphGPS, i: int) -> np.ndarray | None:
-    there = model.sign_layers and i < model.sign_post_layers - 1
-    return np.zeros((), np.int64) if there else None
 
 
 def _epsilon(model: GraphGPS, i: int) -> np.ndarray | None:
