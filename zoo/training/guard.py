@@ -5,18 +5,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from zoo.errors import NonFiniteError
 from zoo.tasks.task import Phase
+from zoo.training.reductions import first_not_finite
 
 
 def first_bad(loss: Float[Array, ""], grads: Any) -> Int[Array, ""]:
     """Index in `watched` of the first that is not finite, or -1 if all is."""
-    flags = [jnp.isfinite(x).all() for x in (loss, *jax.tree.leaves(grads))]
-    fine = jnp.stack(flags)
-    return jnp.where(fine.all(), -1, jnp.argmin(fine)).astype(jnp.int32)
+    return first_not_finite([loss, *jax.tree.leaves(grads)])
 
 
 def watched(phases: Sequence[tuple[str, Phase]], assigned: Mapping[str, str | None]) -> list[str]:

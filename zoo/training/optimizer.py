@@ -12,6 +12,7 @@ from zoo.layers.materialize import materialized
 from zoo.tasks.task import Networks
 from zoo.training import groups
 from zoo.training.config import Optimizer
+from zoo.training.reductions import norm
 
 
 def make_schedule(config: Optimizer, num_steps: int) -> Callable[[Any], Any]:
@@ -99,9 +100,9 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     """`optax.clip_by_global_norm`, whose norm XLA for CPU would sum again for every leaf."""
 
     def clip(updates: Any, _: Any) -> Any:
-        norm = materialized(optax.tree.norm(updates))
+        whole = materialized(norm(updates))
         return jax.tree.map(
-            lambda u: jnp.where(norm < limit, u, u / norm.astype(u.dtype) * limit), updates
+            lambda u: jnp.where(whole < limit, u, u / whole.astype(u.dtype) * limit), updates
         )
 
     return optax.stateless(clip)

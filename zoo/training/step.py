@@ -15,6 +15,7 @@ from zoo.tasks.metrics import Mean
 from zoo.tasks.task import Batch, Networks, Phase, Task
 from zoo.training.guard import first_bad
 from zoo.training.precision import Precision
+from zoo.training.reductions import norm
 from zoo.training.state import State
 from zoo.training.tree import join, split
 
@@ -222,7 +223,7 @@ def make_train_step(
                 phase, chosen, join(rest, state.frozen), collections, carry, batch, key
             )
             metrics |= {prefix + name: mean for name, mean in means.items()}
-            norms[prefix] = materialized(optax.tree.norm(grads))
+            norms[prefix] = materialized(norm(grads))
             bad = materialized(first_bad(value, grads))
             bads.append(jnp.where(bad < 0, bad, bad + watched))
             watched += 1 + len(jax.tree.leaves(grads))
@@ -249,9 +250,9 @@ def make_train_step(
         else:
             new = _unless(bad, new, old)
         collections, carry, ema = new
-        norm = norms[""] if len(norms) == 1 else optax.tree.norm(norms)
+        grad_norm = norms[""] if len(norms) == 1 else norm(norms)
         rate = groups[phases[0][1].groups[0]].schedule(state.step)
-        output = StepOutput.pack(metrics, norm, rate, bad)
+        output = StepOutput.pack(metrics, grad_norm, rate, bad)
         state = State(
             state.step + 1, params, state.frozen, collections, carry, opt_state, ema, state.rng
         )
