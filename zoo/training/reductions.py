@@ -1,8 +1,7 @@
 """One number of all leaves of a tree: its norm, and the first leaf that is not finite.
 
 XLA for CPU sums a large array by one call of a library, and a small one by up to four programs of
-its own, which it compiles for every leaf; two of three leaves of a transformer are small. There
-the small leaves are joined and read as one. Elsewhere leaves stay apart, wherever they live.
+its own, which it compiles for every leaf; two of three leaves of a transformer are small. X
 """
 
 import itertools
@@ -32,14 +31,20 @@ def norm(tree: Any) -> Float[Array, ""]:
         parts = _joined(lambda x: x * -x, leaves)
         return jnp.sqrt(-sum(jnp.sum(numbers) for _, numbers in parts))
 
-    return jax.lax.platform_dependent(
-        *leaves, cpu=joined, default=lambda *leaves: optax.tree.norm(leaves)
-    )
+    def apart(*leaves: Array) -> Array:
+        return optax.tree.norm(leaves)
+
+    return jax.lax.platform_dependent(*leaves, cpu=_alone(joined, apart), default=apart)
 
 
 def first_not_finite(leaves: Sequence[Array]) -> Int[Array, ""]:
     """Index of the first leaf with a number that is not finite, or -1 if there is none."""
-    return jax.lax.platform_dependent(*leaves, cpu=_first_of_joined, default=_first)
+    return jax.lax.platform_dependent(*leaves, cpu=_alone(_first_of_joined, _first), default=_first)
+
+
+def _alone(one: Callable[..., Array], spread: Callable[..., Array]) -> Callable[..., Array]:
+    """The first on one device; over a mesh, where joined leaves would travel, the second."""
+    return spread if jax.sharding.get_abstract_mesh().size > 1 else one
 
 
 def _first(*leaves: Array) -> Array:
