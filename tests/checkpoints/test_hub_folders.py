@@ -42,9 +42,9 @@ def test_settings_that_shapes_cannot_show_are_read(tmp_path, capsys):
 
 
 def test_what_the_model_does_not_do_is_refused(tmp_path):
-    config = dict(model_type="bert", position_embedding_type="relative_key")
+    config = dict(model_type="bert", is_decoder=True)
     source = folder(tmp_path, zoo.create("bert_test"), config)
-    with pytest.raises(ValueError, match="position_embedding_type='relative_key'"):
+    with pytest.raises(ValueError, match="is_decoder=True"):
         zoo.load("bert_test", source)
 
 

@@ -42,12 +42,12 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
 def albert_fields(case: golden.Case) -> dict[str, Any]:
     """From `AlbertConfig`."""
     config = case.config
-    config.expect(position_embedding_type=("absolute", None))
+    position_type = config.take("position_embedding_type") or "absolute"
     config.expect(tie_word_embeddings=True)
     config.ignore("classifier_dropout_prob", "down_scale_factor", "gap_size", "net_structure_type")
     config.ignore("num_memory_blocks")
     defaults = dict(vocab_size=30000, word_dim=128, embed_dim=4096, depth=12, groups=1,
-                    num_heads=64, mlp_dim=16384)  # fmt: skip
+                    num_heads=64, mlp_dim=16384, position_type=position_type)  # fmt: skip
     return defaults | config.rename(
         vocab_size="vocab_size",
         word_dim="embedding_size",

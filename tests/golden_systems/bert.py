@@ -48,8 +48,8 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
         causal="is_decoder",
         cross_attention="add_cross_attention",
     )
-    config.expect(position_embedding_type=("absolute", None),
-                  is_encoder_decoder=False, tie_word_embeddings=True,
+    fields["position_type"] = config.take("position_embedding_type") or "absolute"
+    config.expect(is_encoder_decoder=False, tie_word_embeddings=True,
                   pruned_heads=({}, None),
                   pooling=("masked mean over last_hidden_state, then L2 normalise",
                            None))  # fmt: skip

@@ -15,6 +15,7 @@ import zoo
 from zoo.checkpoints import files, rules
 from zoo.checkpoints.rules import CheckpointMismatch
 from zoo.data.text import MaskTokens, Tokenizer
+from zoo.layers.attention import RelativeScores
 from zoo.layers.stack import stack_layers
 from zoo.models.language import bert
 
@@ -58,6 +59,22 @@ def test_shapes_are_those_of_the_docstring():
 
 
 # ------------------------------------------------------------------------------ mechanism
+
+
+@pytest.mark.parametrize("of_keys", [False, True])
+def test_relative_scores_are_products_with_the_vector_of_the_distance(of_keys):
+    rng = np.random.default_rng(0)
+    query, key = rng.normal(size=(2, 1, 3, 2, 4)).astype(np.float32)
+    relative = RelativeScores(5, of_keys)
+    variables = relative.init(jax.random.key(0), query, key)
+    table = np.asarray(variables["params"]["distance_embedding"])
+    wanted = np.zeros((2, 3, 3))
+    for i in range(3):
+        for j in range(3):
+            both = query[0, i] + key[0, j] if of_keys else query[0, i]
+            wanted[:, i, j] = both @ table[i - j + 4] / 2
+    found = relative.apply(variables, query, key)[0]
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6 * np.abs(wanted).max())
 
 
 def test_a_layer_is_that_of_the_paper():

@@ -108,8 +108,12 @@ def _bert(config: Config) -> dict[str, Any]:
     return fields
 
 
+def _bert_with_positions(config: Config) -> dict[str, Any]:
+    return {**_bert(config), "position_type": config.get("position_embedding_type") or "absolute"}
+
+
 def _albert(config: Config) -> dict[str, Any]:
-    return {**_bert(config), "groups": config.get("num_hidden_groups", 1)}
+    return {**_bert_with_positions(config), "groups": config.get("num_hidden_groups", 1)}
 
 
 def _longformer(config: Config) -> dict[str, Any]:
@@ -298,7 +302,7 @@ _BERT_SHOWN = {
     "max_position_embeddings": "max_positions",
     "type_vocab_size": "num_token_types",
 }
-_ABSOLUTE = {"position_embedding_type": ("absolute", None), "is_decoder": (False, None)}
+_ENCODER = {"is_decoder": (False, None)}
 _LLAMA_FIELDS = {
     **_TRANSFORMER,
     "num_key_value_heads": "num_kv_heads",
@@ -405,7 +409,7 @@ KINDS: dict[str, Kind] = {
             "layer_norm_epsilon": (1e-5,),
         },
     ),
-    "bert": Kind("bert_base_uncased", _BERT_FIELDS, _BERT_SHOWN, _ABSOLUTE, _bert),
+    "bert": Kind("bert_base_uncased", _BERT_FIELDS, _BERT_SHOWN, _ENCODER, _bert_with_positions),
     "albert": Kind(
         "albert_base_v2",
         _BERT_FIELDS,

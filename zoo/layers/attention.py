@@ -73,11 +73,12 @@ class Attention(nn.Module):
         visible: Bool[Array, "batch keys"] | None = None,
         train: bool = False,
         memory: Float[Array, "batch keys width"] | None = None,
-        bias: Float[Array, "#batch #heads length keys"] | None = None,
+        bias: Float[Array, "#batch #heads length keys"] | Callable | None = None,
     ) -> Float[Array, "batch length channels"]:
         """Attend to `memory`, which needs separate projections; without one to `x` itself.
 
-        `visible` says which keys may be seen (padding is False); `bias` is added to the scores.
+        `visible` says which keys may be seen (padding is False); `bias` is added to the scores, or
+        is a function of queries and keys that gives what is.
         """
         batch, length, channels = x.shape
         source = x if memory is None else memory
@@ -111,6 +112,7 @@ class Attention(nn.Module):
         query, key, value = (
             constrain(t, "batch", "length", "heads", "head_dim") for t in (query, key, value)
         )
+        bias = bias(query, key) if callable(bias) else bias
         if self.is_mutable_collection("intermediates"):
             later = jnp.triu(jnp.full((1, 1, length, length), -1e30), 1) if self.causal else None
             both = later if bias is None else bias if later is None else later + bias
@@ -136,3 +138,49 @@ class Attention(nn.Module):
             x = jnp.where(sees, x, value.mean(1, keepdims=True))
         x = dense(channels, use_bias=self.out_bias, name="out")(x.reshape(batch, length, channels))
         return nn.Dropout(self.dropout)(x, deterministic=not train)
+
+
+class RelativeScores(nn.Module):
+    """A bias by distance: the product of a query, and of a key where asked, with a learned vector.
+
+        bias_ij = (q_i . t_{i-j} + k_j . t_{i-j}) / sqrt(head width)
+
+    Shaw et al., "Self-Attention with Relative Position Representations", NAACL 2018, arXiv
+    1803.02155; with keys: Huang et al., arXiv 2009.13658. As transformers has it in BERT.
+
+    Attributes:
+      max_positions: longest sequence.
+      of_keys: whether keys take part.
+      scaled: whether the root of the width is there.
+    """
+
+    max_positions: int
+    of_keys: bool = False
+    scaled: bool = True
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        query: Float[Array, "batch length heads head_dim"],
+        key: Float[Array, "batch length heads head_dim"],
+    ) -> Float[Array, "batch heads length length"]:
+        """The bias; there is a vector for each distance, the most negative first."""
+        length, width = query.shape[1], query.shape[-1]
+        shape = (2 * self.max_positions - 1, width)
+        table = self.param(
+            "distance_embedding", nn.initializers.normal(0.02), shape, self.param_dtype
+        )
+        middle = self.max_positions - 1
+        table = table[middle - length + 1 : middle + length].astype(self.dtype)
+        distance = jnp.arange(length)[:, None] - jnp.arange(length) + length - 1
+
+        def picked(x: Array, index: Array) -> Float[Array, "batch heads length length"]:
+            products = jnp.einsum("blnd,rd->bnlr", x, table)
+            return jnp.take_along_axis(products, index[None, None], -1)
+
+        bias = picked(query, distance)
+        if self.of_keys:
+            bias = bias + picked(key, distance.T).swapaxes(2, 3)
+        return bias * width**-0.5 if self.scaled else bias

@@ -8,6 +8,7 @@ with other fields, under the names of Hugging Face's transformers, which we foll
     ALBERT        x = W LN(E_word + E_position + E_type) + b       E of width 128
                   the layers of a group share one set of weights; tanh-GELU
                   masked words: E_word LN(gelu(W x + b)) + c       of width 128, too
+                  scores by distance (`position_type`) are not scaled
     DistilBERT    no segments; no pooler, but heads for whole texts read relu(W x[first] + b)
 
     features             albert_base_v2
@@ -33,6 +34,7 @@ class Albert(Bert):
 
     word_dim: int | None = 128
     groups: int = 1
+    relative_scaled: bool = False
     activation: str = "gelu_new"
     dropout: float = 0.0
     attention_dropout: float = 0.0
@@ -59,6 +61,7 @@ def _embeddings(prefix: str) -> list[Rule]:
     return [
         Rule(f"{names}.word_embeddings.weight", "embed/embedding"),
         Rule(f"{names}.position_embeddings.weight", "position_embedding"),
+        Rule(f"{names}.position_embeddings.weight", "unused_position_embedding"),
         Rule(f"{names}.token_type_embeddings.weight", "token_type_embedding"),
         *norm_rules(f"{names}.LayerNorm", "embed_norm"),
     ]
@@ -66,10 +69,14 @@ def _embeddings(prefix: str) -> list[Rule]:
 
 def _layers(theirs: str, names: dict[str, str], ours: str = "layers_{i}") -> list[Rule]:
     """Rules of layers that call their parts so; what has `norm` in our name is one."""
+    distances = f"{theirs}.attention.distance_embedding.weight"
     return [
-        rule
-        for a, b in names.items()
-        for rule in (norm_rules if "norm" in b else dense_rules)(f"{theirs}.{a}", f"{ours}/{b}")
+        Rule(distances, f"{ours}/relative/distance_embedding"),
+        *(
+            rule
+            for a, b in names.items()
+            for rule in (norm_rules if "norm" in b else dense_rules)(f"{theirs}.{a}", f"{ours}/{b}")
+        ),
     ]
 
 

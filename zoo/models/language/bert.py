@@ -42,7 +42,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from zoo.checkpoints.rules import Rule, Rules, Transform, dense_rules, tied
-from zoo.layers.attention import Attention
+from zoo.layers.attention import Attention, RelativeScores
 from zoo.layers.causal import check_memory, check_tokens
 from zoo.layers.dense import Dense
 from zoo.layers.mlp import ACTIVATIONS, Mlp, gelu
@@ -55,6 +55,9 @@ from zoo.system import File, System, Variant
 init = nn.initializers.truncated_normal(0.02)
 
 
+POSITION_TYPES = ("absolute", "relative_key", "relative_key_query")
+
+
 class BertLayer(nn.Module):
     """Self-attention and MLP, each with a LayerNorm behind its residual sum."""
 
@@ -65,6 +68,7 @@ class BertLayer(nn.Module):
     dropout: float = 0.0
     attention_dropout: float = 0.0
     causal: bool = False
+    relative: Callable[..., nn.Module] | None = None
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -89,7 +93,8 @@ class BertLayer(nn.Module):
             kernel_init=init,
             **types,
         )
-        y = attention(causal=self.causal, name="attention")(x, visible, train)
+        bias = None if self.relative is None else self.relative(name="relative", **types)
+        y = attention(causal=self.causal, name="attention")(x, visible, train, bias=bias)
         x = norm(name="norm1")(x + y)
         if memory is not None:
             y = attention(name="cross_attention")(x, memory_visible, train, memory)
@@ -159,6 +164,10 @@ class Bert(Model):
       embed_dim: channels of the whole encoder.
       mlp_dim: channels in the middle of the MLP.
       max_positions: longest sequence.
+      position_type: `absolute`, a vector for each position that is added to the words; in its place
+        `relative_key` and `relative_key_query`: in each layer a vector for each distance, by which
+        queries, or both queries and keys, are multiplied (`zoo.layers.attention.RelativeScores`).
+      relative_scaled: whether these products are over the root of a head's width, as all scores.
       num_token_types: segments that can be told apart; 0: none (DistilBERT).
       word_dim: width of the embeddings, which a map takes to `embed_dim` (ALBERT); None: that.
       groups: sets of weights that so many layers in a row share (ALBERT); 0: each has its own.
@@ -184,6 +193,8 @@ class Bert(Model):
     num_heads: int = 12
     mlp_dim: int = 3072
     max_positions: int = 512
+    position_type: str = "absolute"
+    relative_scaled: bool = True
     num_token_types: int = 2
     word_dim: int | None = None
     groups: int = 0
@@ -285,6 +296,9 @@ class Bert(Model):
 
     def _positions(self, length: int, positions: Array | None) -> Float[Array, "... channels"]:
         shape = (self.max_positions, self.word_dim or self.embed_dim)
+        if self.position_type != "absolute":  # published files have the table nevertheless
+            self.param("unused_position_embedding", init, shape, self.param_dtype)
+            return jnp.zeros((), self.dtype)
         table = self.param("position_embedding", init, shape, self.param_dtype)
         table = table.astype(self.dtype)
         return table[:length] if positions is None else jnp.take(table, positions, axis=0)
@@ -303,6 +317,10 @@ class Bert(Model):
         *memory: Array | None,
     ) -> list[Array]:
         """What each layer gives; `memory` is one with what of it is visible."""
+        relative = None
+        if self.position_type != "absolute":
+            of_keys = self.position_type == "relative_key_query"
+            relative = partial(RelativeScores, self.max_positions, of_keys, self.relative_scaled)
         layer = partial(
             remat_block(BertLayer, self.remat, static_argnums=(3,), scanned=self.scan_layers),
             self.num_heads,
@@ -312,6 +330,7 @@ class Bert(Model):
             self.dropout,
             self.attention_dropout,
             self.causal,
+            relative,
             self.dtype,
             self.param_dtype,
         )
@@ -376,6 +395,7 @@ class Bert(Model):
         for name, value, known in (
             ("activation", self.activation, tuple(ACTIVATIONS)),
             ("head", self.head, (None, *HEADS)),
+            ("position_type", self.position_type, POSITION_TYPES),
         ):
             if value not in known:
                 raise ValueError(f"{name}={value!r} is none of {', '.join(map(repr, known))}.")
@@ -514,6 +534,11 @@ def _layout(
     encoder = [
         Rule(words, "embed/embedding"),
         Rule(f"{prefix}embeddings.position_embeddings.weight", "position_embedding"),
+        Rule(f"{prefix}embeddings.position_embeddings.weight", "unused_position_embedding"),
+        Rule(
+            f"{theirs}.attention.self.distance_embedding.weight",
+            f"{ours}/relative/distance_embedding",
+        ),
         Rule(f"{prefix}embeddings.token_type_embeddings.weight", "token_type_embedding"),
         *norms(f"{prefix}embeddings.LayerNorm", "embed_norm"),
         *dense_rules(f"{theirs}.attention.self.query", f"{ours}/attention/query"),
@@ -725,4 +750,4 @@ VARIANTS = {
     ),
 }
 
-SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS)
+SYSTEM = System(variants=VARIANTS, layouts=LAYOUTS, frozen=(".*unused_position_embedding",))
