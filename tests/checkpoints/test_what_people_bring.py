@@ -210,6 +210,29 @@ def test_an_adapter_is_called_one():
         convert(LAYOUTS, adapter, Net())
 
 
+def test_a_model_that_peft_wrapped_is_read_once_its_adapter_is_merged():
+    wrapped = {f"base_model.model.{name}": x for name, x in state().items()}
+    assert equal(convert(LAYOUTS, wrapped, Net()), PLAIN)
+    unmerged = dict(wrapped)
+    base = unmerged.pop("base_model.model.blocks.0.fc.weight")
+    unmerged["base_model.model.blocks.0.fc.base_layer.weight"] = base
+    unmerged["base_model.model.blocks.0.fc.lora_A.default.weight"] = np.zeros((2, 6))
+    with pytest.raises(ValueError, match=r"not merged .*merge_and_unload\(\)"):
+        convert(LAYOUTS, unmerged, Net())
+
+
+def test_of_two_models_beside_each_other_one_must_be_named():
+    pair = {f"query_encoder.{name}": x for name, x in state().items()}
+    pair |= {f"key_encoder.{name}": x for name, x in state(1).items()}
+    with pytest.raises(
+        ValueError, match=r"'key_encoder\.' and 'query_encoder\.'; weights='key_enc"
+    ):
+        convert(LAYOUTS, pair, Net())
+    assert equal(convert(LAYOUTS, pair, Net(), weights="query_encoder"), PLAIN)
+    with pytest.raises(ValueError, match="holds no weights 'image'"):
+        convert(LAYOUTS, pair, Net(), weights="image")
+
+
 def test_flax_files_are_read_one_array_at_a_time(tmp_path, monkeypatch):
     tree = {"params": {"w": np.arange(6, dtype=np.float32).reshape(2, 3)}, "step": 3}
     tree["params"]["b"] = jnp.ones(2, jnp.bfloat16)

@@ -12,6 +12,7 @@ from zoo.checkpoints import files
 from zoo.checkpoints.rules import convert, manifest
 from zoo.cli import main
 from zoo.data.transforms import resize_image
+from zoo.prediction import of_model
 from zoo.registry import layouts
 
 LABELS = {"0": "night", "1": "day"}
@@ -117,12 +118,21 @@ def test_texts_are_continued_with_pieces_and_merges_beside_the_weights(tmp_path,
     assert row["continuation"] == bytes_of([pieces[t] for t in tokens[3:]])
 
 
+def test_one_class_is_a_score(tmp_path):
+    model = zoo.create("gpt2_test", depth=1, num_classes=1)
+    config = GPT2 | {"vocab_size": 97, "architectures": ["GPT2ForSequenceClassification"]}
+    variables = folder(tmp_path, model, config | {"id2label": {"0": "reward"}}, None)
+    tokens = np.arange(8)[None]
+    said = of_model(None, tmp_path)({"tokens": tokens, "mask": np.ones_like(tokens)})
+    np.testing.assert_allclose(said["output"], model.apply(variables, tokens), rtol=1e-4, atol=1e-5)
+
+
 def test_a_head_that_the_model_does_not_have_is_said(tmp_path, capsys):
     model = zoo.create("gpt2_test", depth=1)
-    config = GPT2 | {"vocab_size": 97, "architectures": ["GPT2ForSequenceClassification"]}
+    config = GPT2 | {"vocab_size": 97, "architectures": ["GPT2ForTokenClassification"]}
     folder(tmp_path, model, config, None)
     assert main(["predict", str(tmp_path), "a text"]) == 2
-    assert "saved from GPT2ForSequenceClassification" in capsys.readouterr().err
+    assert "saved from GPT2ForTokenClassification" in capsys.readouterr().err
     (tmp_path / "config.json").unlink()
     assert main(["predict", str(tmp_path), "a text"]) == 2
     assert "no config.json" in capsys.readouterr().err

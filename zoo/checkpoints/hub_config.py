@@ -175,6 +175,9 @@ def _llama(config: Config) -> dict[str, Any]:
 def _without_head(config: Config) -> dict[str, Any]:
     """A trunk, or a classifier, has no matrix of logits: the embedding is in its place."""
     architecture = " ".join(config.get("architectures") or [""])
+    classes = _classes(config, "ForSequenceClassification")
+    if classes:
+        return {"tie_embeddings": True, "num_classes": classes}
     return {"tie_embeddings": True} if architecture and "ForCausalLM" not in architecture else {}
 
 
@@ -196,7 +199,12 @@ def _opt(config: Config) -> dict[str, Any]:
         "word_dim": word if word != width else None,
         "norm_affine": config.get("layer_norm_elementwise_affine", True),
         "use_bias": config.get("enable_bias", True),
+        "num_classes": _classes(config, "ForSequenceClassification"),
     }
+
+
+def _gpt2(config: Config) -> dict[str, Any]:
+    return {"num_classes": _classes(config, "ForSequenceClassification")}
 
 
 def _mamba2(config: Config) -> dict[str, Any]:
@@ -447,6 +455,7 @@ KINDS: dict[str, Kind] = {
             "n_inner": "mlp_dim",
         },
         {"add_cross_attention": (False, None)},
+        _gpt2,
     ),
     "llama": Kind("llama2_7b", _LLAMA_FIELDS, _WIDE, {}, _llama),
     "mistral": Kind("mistral_7b", _LLAMA_FIELDS, _WIDE, {}, _mistral),

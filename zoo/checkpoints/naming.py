@@ -79,7 +79,8 @@ def find(
       weights: which set, where the names of several begin differently (`student.`, `teacher.`).
 
     Raises:
-      ValueError: if `weights` names a set that the file does not hold.
+      ValueError: if `weights` names a set that the file does not hold, or names none where there
+        are several models beside each other.
     """
     tensors = _unstacked(tensors)
     plain, scores = _scored(layouts, tensors, leaves)
@@ -113,9 +114,24 @@ def find(
         prefix = choose_set(kinds, weights)
         layout = max((key for key in equals if key[1] == prefix), key=lambda key: scores[key])[0]
         notes.append(set_note(kinds, prefix))
+    elif apart := _apart([p for (_, p), score in scores.items() if score[1] == best[1]]):
+        if weights is None:
+            raise ValueError(
+                f"The file holds several models of this kind, {' and '.join(map(repr, apart))}; "
+                f"weights={apart[0].rstrip('./')!r} takes one."
+            )
+        prefix = choose_set(dict.fromkeys(apart, "raw"), weights)
+        layout = max((key for key in equals if key[1] == prefix), key=lambda key: scores[key])[0]
     elif weights is not None:
         choose_set(kinds, weights)
     return _naming(layouts, layout, prefix, plain, tensors, notes)
+
+
+def _apart(prefixes: Sequence[str]) -> list[str]:
+    """Prefixes of several models beside each other; none where one is within another."""
+    found = sorted(set(prefixes))
+    nested = any(a != b and b.startswith(a) for a in found for b in found)
+    return found if len(found) > 1 and not nested else []
 
 
 def _scored(

@@ -239,10 +239,18 @@ def _check_adapter(
     tensors: Mapping[str, Any], layouts: Mapping[str, Rules], model: nn.Module
 ) -> None:
     """An adapter (LoRA and its kind) holds differences, not a model's weights."""
-    marks = ("lora_", "base_model.model.", "prompt_embeddings", "ia3_", "adapter_")
+    marks = ("lora_", "prompt_embeddings", "ia3_", "adapter_", "lokr_", "hada_", "oft_", "vera_")
     names = [n for n in tensors if any(mark in n for mark in marks)]
+    peft = [n for n in tensors if n.startswith("base_model.model.")]
     adds = any("lora_" in p.text for r in layouts.values() for x in r.rules for p in x.sources)
-    if names and 2 * len(names) > len(tensors) and not adds:
+    if not names or adds:
+        return
+    if any(".base_layer." in n for n in tensors):
+        raise ValueError(
+            f"This file holds a model with an adapter that is not merged ({names[0]!r} beside its "
+            "base). Merge it first (PEFT: model.merge_and_unload(), then save)."
+        )
+    if 2 * len(names) > len(tensors) or len(peft) == len(tensors):
         raise ValueError(
             f"This is an adapter (PEFT or LoRA, {len(tensors)} tensors such as {names[0]!r}), not "
             f"the weights of {type(model).__name__}. Load the base model's file first, add the "

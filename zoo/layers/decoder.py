@@ -181,6 +181,44 @@ def run_blocks(
     return [*list(stacked)[:-1], last], None  # training reads, and so keeps, the last alone
 
 
+def read_out(
+    model: nn.Module,
+    embed: nn.Embed,
+    x: Float[Array, "batch length channels"],
+    context: Context,
+) -> Float[Array, "batch length vocab_size"] | Float[Array, "batch classes"]:
+    """Logits of the next token at each position, or of classes at the last token of each text.
+
+    Called in the compact method of `model`, which gets `head` or `class_head` where it needs one.
+
+    Raises:
+      ValueError: for classes of packed texts.
+    """
+    dense = partial(
+        Dense, use_bias=False, kernel_init=init, dtype=model.dtype, param_dtype=model.param_dtype
+    )
+    if model.num_classes:
+        if context.segments is not None:
+            raise ValueError("Packed texts have no class of their own; give one text a row.")
+        if context.mask is None:
+            x = x[:, -1]
+        else:
+            at = jnp.where(context.mask, jnp.arange(x.shape[1]), 0).max(1)
+            x = jnp.take_along_axis(x, at[:, None, None], axis=1)[:, 0]
+        return dense(model.num_classes, name="class_head")(x)
+    x = embed.attend(x) if model.tie_embeddings else dense(model.vocab_size, name="head")(x)
+    return constrain(x, "batch", "length", "vocab")
+
+
+def check_speaks(model: nn.Module) -> None:
+    """Raise ValueError for a model that tells classes of whole texts and says no tokens."""
+    if getattr(model, "num_classes", 0):
+        raise ValueError(
+            f"This {type(model).__name__} has num_classes={model.num_classes} and says no tokens; "
+            "create it with num_classes=0 to continue texts."
+        )
+
+
 class DecoderBlock(nn.Module):
     """A mixer and a gated MLP, each behind an RMSNorm and a residual connection.
 
@@ -229,9 +267,12 @@ class PositionDecoder(Model):
 
     Attributes:
       packed: whether tasks give `segments` beside the tokens (`zoo.data.packing`).
+      num_classes: logits of so many classes of a text, read off its last token, in place of those
+        of the next token; 0: a language model.
     """
 
     packed: bool = False
+    num_classes: int = 0
 
     def example_inputs(
         self, batch_size: int = 1, length: int = 128
@@ -239,7 +280,8 @@ class PositionDecoder(Model):
         """Shapes of the arguments of `__call__` for sequences of `length` tokens."""
         shape = (batch_size, min(length, self.max_positions))
         tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
-        return {"tokens": tokens} | ({"segments": tokens} if self.packed else {})
+        inputs = {"tokens": tokens} | ({"segments": tokens} if self.packed else {})
+        return inputs | ({"mask": tokens} if self.num_classes else {})
 
     def init_state(self, batch: int, length: int) -> dict[str, Any]:
         """The state before the first token; `length` is the most that attention will see.
@@ -259,8 +301,8 @@ class PositionDecoder(Model):
         positions: Int[Array, "batch length"] | None = None,
         train: bool = False,
         segments: Int[Array, "batch length"] | None = None,
-    ) -> Float[Array, "batch length vocab_size"]:
-        """Logits of the next token at each position.
+    ) -> Float[Array, "batch length vocab_size"] | Float[Array, "batch classes"]:
+        """Logits of the next token at each position, or of classes with `num_classes`.
 
         Args:
           tokens: token numbers.
@@ -380,6 +422,8 @@ class CausalLM(Model):
       depth: layers.
       mlp_dim: width of the gated MLP; None: `multiple_of_256(embed_dim)`.
       tie_embeddings: read the logits off the transposed embedding.
+      num_classes: logits of so many classes of a text, read off its last token, in place of those
+        of the next token; 0: a language model.
       scan_layers: one stacked `layers` instead of `layers_0 ...`, compiled once
         (`zoo.layers.stack` converts the parameters); for models of equal layers, without states.
       remat: recompute layers in the backward pass instead of keeping their activations; True, or
@@ -397,6 +441,7 @@ class CausalLM(Model):
     remat: bool | str = False
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
+    num_classes: int = 0
 
     def mixers(self) -> list[nn.Module]:
         """An unbound mixer for each layer; it has `init_state(batch, channels, length)`."""
@@ -422,7 +467,8 @@ class CausalLM(Model):
         self, batch_size: int = 1, length: int = 128
     ) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of the arguments of `__call__` for sequences of `length` tokens."""
-        return {"tokens": jax.ShapeDtypeStruct((batch_size, length), jnp.int32)}
+        tokens = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
+        return {"tokens": tokens} | ({"mask": tokens} if self.num_classes else {})
 
     def init_state(self, batch: int, length: int) -> dict[str, Any]:
         """The state before the first token; `length` is the most that softmax layers will see."""
@@ -435,8 +481,8 @@ class CausalLM(Model):
         mask: Array | None = None,
         positions: Int[Array, "batch length"] | None = None,
         train: bool = False,
-    ) -> Float[Array, "batch length vocab_size"]:
-        """Logits of the next token at each position.
+    ) -> Float[Array, "batch length vocab_size"] | Float[Array, "batch classes"]:
+        """Logits of the next token at each position, or of classes with `num_classes`.
 
         Args:
           tokens: token numbers.
@@ -529,12 +575,7 @@ class CausalLM(Model):
         x = every[-1] if every else x
         x = nn.RMSNorm(epsilon=self.epsilon, name="norm", **types)(x)
         out["last_hidden_state"] = x
-        if self.tie_embeddings:
-            x = embed.attend(x)
-        else:
-            head = Dense(self.vocab_size, use_bias=False, kernel_init=init, name="head", **types)
-            x = head(x)
-        out["logits"] = constrain(x, "batch", "length", "vocab")
+        out["logits"] = read_out(self, embed, x, context)
         return out, state
 
     def _check(self, state):
@@ -605,6 +646,7 @@ def step(
     model: nn.Module, state: dict[str, Any], tokens: Array, mask: Array | None = None
 ) -> tuple[dict[str, Any], Array]:
     """The `step` of a model: see `CausalLM.step`."""
+    check_speaks(model)
     tokens, mask = check_tokens(model, tokens, mask)
     position, length = state["position"], tokens.shape[1]
     if mask is None:
@@ -620,6 +662,7 @@ def branch(
     model: nn.Module, state: dict[str, Any], tokens: Array, parents: Array
 ) -> tuple[tuple, Array]:
     """The `branch` of a model: see `CausalLM.branch`."""
+    check_speaks(model)
     tokens, _ = check_tokens(model, tokens)
     parents = jnp.asarray(parents)
     if parents.shape != tokens.shape[1:]:

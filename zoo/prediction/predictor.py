@@ -177,6 +177,7 @@ def of_model(
         place = place if place.is_dir() or tokenizer else place.parent
         found = text_tokenizer(place, _longest(network, task), bool(tokenizer))
     of_words = getattr(network, "head", None) in (None, "sentence")
+    of_words &= not beside.architecture.endswith("ForSequenceClassification")
 
     @jax.jit
     def predict(variables: Any, batch: Any) -> Any:
@@ -208,17 +209,18 @@ def _task_of_folder(network: nn.Module, beside: Beside, folder: str | os.PathLik
     Raises:
       ConfigError: if the class has a head that this model does not have.
     """
-    saved = beside.architecture
-    for end, task in _FOLDERS.items():
-        if saved.endswith(end):
-            if end == "ForSequenceClassification" and hasattr(network, "init_state"):
-                raise ConfigError(
-                    f"{os.fspath(folder)} was saved from {saved}, whose classifier "
-                    f"{type(network).__name__} does not have; --feature gives what the trunk says: "
-                    "zoo predict NAME FOLDER TEXT --feature last_hidden_state."
-                )
-            return task
-    return None
+    saved, classes = beside.architecture, getattr(network, "num_classes", 0)
+    decodes = hasattr(network, "init_state") and not hasattr(network, "head")
+    lacks = () if classes else ("ForSequenceClassification",)
+    if decodes and saved.endswith(("ForTokenClassification", "ForQuestionAnswering", *lacks)):
+        raise ConfigError(
+            f"{os.fspath(folder)} was saved from {saved}, whose head {type(network).__name__} does "
+            "not have; --feature gives what the trunk says: zoo predict NAME FOLDER TEXT --feature "
+            "last_hidden_state."
+        )
+    if saved.endswith("ForSequenceClassification") and classes == 1:
+        return None  # a number, such as a reward, and no class
+    return next((task for end, task in _FOLDERS.items() if saved.endswith(end)), None)
 
 
 _FOLDERS: dict[str, Task] = {
@@ -231,6 +233,7 @@ _FOLDERS: dict[str, Task] = {
     "ForMaskedLM": MaskedLanguageModelling(),
     "ForCausalLM": LanguageModelling(),
     "LMHeadModel": LanguageModelling(),
+    "DoubleHeadsModel": LanguageModelling(),
 }
 
 

@@ -288,11 +288,7 @@ class GPT2(decoder.PositionDecoder):
         out |= {f"layer{i}": x for i, x in enumerate(every)}
         norm = LayerNorm(epsilon=self.epsilon, use_bias=self.use_bias, name="norm", **types)
         x = out["last_hidden_state"] = norm(every[-1] if every else x)
-        if self.tie_embeddings:
-            x = embed.attend(x)
-        else:
-            x = Dense(self.vocab_size, use_bias=False, kernel_init=init, name="head", **types)(x)
-        out["logits"] = constrain(x, "batch", "length", "vocab")
+        out["logits"] = decoder.read_out(self, embed, x, context)
         return out, state
 
     def _scale(self, layer: int) -> float | None:
@@ -361,6 +357,7 @@ def _layout(
     return Rules(
         [
             Rule(untied, "head/kernel", linear),
+            Rule("score.weight", "class_head/kernel", linear),
             *([Rule(both, "embed/embedding", tied)] if head else []),
             *trunk_rules(prefix, maps=maps),
         ],
@@ -368,7 +365,8 @@ def _layout(
             f"{prefix}h.{{i}}.attn.bias": _causal_mask if masks else None,
             f"{prefix}h.{{i}}.attn.masked_bias": None,
         },
-        fresh=("head/kernel",),
+        unused=("score.weight",),
+        fresh=("head/kernel", "class_head/kernel"),
     )
 
 

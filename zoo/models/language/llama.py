@@ -154,9 +154,11 @@ def _huggingface(prefix: str = "model.", *, tie: bool = False) -> Rules:
         Rule(f"{theirs}.input_layernorm.weight", f"{ours}/norm1/scale"),
         Rule(f"{theirs}.post_attention_layernorm.weight", f"{ours}/norm2/scale"),
         Rule(f"{prefix}norm.weight", "norm/scale"),
+        Rule("score.weight", "class_head/kernel", linear),
     ]
     derived = {f"{theirs}.self_attn.rotary_emb.inv_freq": None, "model.rotary_emb.inv_freq": None}
-    return Rules(rules, derived=derived, fresh=("head/kernel",))
+    fresh = ("head/kernel", "class_head/kernel")
+    return Rules(rules, derived=derived, unused=("score.weight",), fresh=fresh)
 
 
 def _meta(*, tie: bool = False) -> Rules:

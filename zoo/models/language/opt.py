@@ -294,8 +294,7 @@ class OPT(decoder.PositionDecoder):
         if word_dim != self.embed_dim:
             x = project(word_dim, name="project_out")(x)
         out["last_hidden_state"] = x
-        x = embed.attend(x) if self.tie_embeddings else project(self.vocab_size, name="head")(x)
-        out["logits"] = constrain(x, "batch", "length", "vocab")
+        out["logits"] = decoder.read_out(self, embed, x, context)
         return out, state
 
 
@@ -328,7 +327,10 @@ def _layout(
     """
     theirs, ours = f"{prefix}layers.{{i}}", "layers_{i}"
     table, suffix = f"{prefix}embed_tokens.weight", "_dim" if metaseq else ""
-    rules = [Rule(head or "lm_head.weight", "head/kernel", linear)]
+    rules = [
+        Rule(head or "lm_head.weight", "head/kernel", linear),
+        Rule("score.weight", "class_head/kernel", linear),
+    ]
     if head:
         rules.append(Rule((table, head), "embed/embedding", tied))
     rules += [
@@ -351,7 +353,12 @@ def _layout(
     else:
         for a, b in zip("qkv", names, strict=True):
             rules += dense_rules(f"{theirs}.self_attn.{a}_proj", f"{ours}/attention/{b}")
-    return Rules(rules, derived={f"{prefix}version": None}, fresh=("head/kernel",))
+    return Rules(
+        rules,
+        derived={f"{prefix}version": None},
+        unused=("score.weight",),
+        fresh=("head/kernel", "class_head/kernel"),
+    )
 
 
 LAYOUTS = {
