@@ -441,9 +441,9 @@ def backward(
             w_kept, dw = w * factor, dw * factor
         else:
             w_kept = w
-        if selected:  # products with what is hidden may be infinite
-            dw = jnp.where(hidden, 0.0, dw)
         if score.clipped:
+            if selected:  # products with what is hidden may be infinite
+                dw = jnp.where(hidden, 0.0, dw)
             p, g = score.unclipped(s, lse_i, dw)
             delta_i = (p * g).sum(-1, keepdims=True) - blocks.rows(d_lse, i)
         else:

@@ -35,7 +35,7 @@ def _normalise(x, scale=None, bias=None, *, epsilon, statistics, dtype):
     wide = x.astype(statistics)
     mean = wide.mean(-1, keepdims=True)
     variance = jnp.square(wide - mean).mean(-1, keepdims=True)
-    factor = jax.lax.rsqrt(variance + epsilon)
-    factor = factor if scale is None else factor * scale
-    y = (x - mean) * factor
+    y = (x - mean) * jax.lax.rsqrt(variance + epsilon)
+    # not of the factor, which a gradient would spread over the channels to sum it again
+    y = y if scale is None else y * scale
     return (y if bias is None else y + bias).astype(dtype)

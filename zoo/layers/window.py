@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 import kernels_pallas
 from zoo.layers.attention import attention_weights
 from zoo.layers.dense import Dense
+from zoo.layers.materialize import materialized
 from zoo.layers.position import relative_position_index
 
 
@@ -80,7 +81,8 @@ def position_bias(
 ) -> Float[Array, "heads tokens tokens"]:
     """What a table of relative positions adds to the scores in a window, or its first `tokens`."""
     index = relative_position_index(window)[:tokens, :tokens]
-    return rearrange(table[index.reshape(-1)], "(q k) n -> n q k", q=len(index))
+    bias = rearrange(table[index.reshape(-1)], "(q k) n -> n q k", q=len(index))
+    return materialized(bias)  # read by every pass over the scores
 
 
 class WindowAttention(nn.Module):
