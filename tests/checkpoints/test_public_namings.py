@@ -59,6 +59,31 @@ def test_backbones_of_detectors_have_a_norm_of_each_stage(name):
     assert same(variables, whole) and "decode_head.conv_seg.weight" in report.aside
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("swin_test", (r"^layers\.", "layers_")), ("vit_test", (r"^", "model."))],
+)
+def test_timm_s_features_have_no_last_norm_which_starts_afresh(name, change):
+    model = zoo.create(name)
+    state = drawn(model, "timm")
+    held = {n: x for n, x in state.items() if not n.startswith(("norm.", "head."))}
+    variables, report = convert_with_report(
+        layouts(model), renamed(held, change), model, adapt=True
+    )
+    assert set(report.fresh) == {"norm/scale", "norm/bias", "head/kernel", "head/bias"}
+    whole = convert(layouts(model), state, model)
+    for part in ("norm", "head"):
+        del whole["params"][part], variables["params"][part]
+    assert same(variables, whole)
+
+
+def test_a_norm_behind_the_mean_is_no_other_name_of_the_last_one():
+    model = zoo.create("vit_test", pool="avg", depth=1)
+    token = zoo.create("vit_test", depth=1)
+    with pytest.raises(ValueError, match="The file fits with pool='avg'"):
+        convert(layouts(token), drawn(model, "timm"), token)
+
+
 def test_neighbourhoods_of_transformers_are_split_and_their_backbones_are_read():
     model = zoo.create("dinat_test", layer_scale=1e-5, **SHALLOW)
     state = {}

@@ -36,6 +36,7 @@ LEFTOVERS = (  # counters of profilers, heads and queues of a pretraining that i
 _WRAPPERS = re.compile(
     r"(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|_forward_module)\."
 )
+_FLAT = re.compile(r"(?:^|(?<=\.))(layers|stages|levels|blocks)_(\d+)(?=\.)")
 _PARTS = re.compile(r"[^./]*[./]?")
 _OLD_NORM = re.compile(r"(.*LayerNorm\.)(gamma|beta)")
 _MOST = 6  # prefixes that are tried in each layout
@@ -283,8 +284,11 @@ def _candidates(
 
 
 def _plain(name: str, layouts: Mapping[str, Rules]) -> str:
-    """A name without wrappers that say nothing, and with the norms' present names."""
+    """A name without wrappers that say nothing, and with the present names of norms and stages."""
     name = _WRAPPERS.sub("", name)
+    texts = (p.text for rules in layouts.values() for rule in rules.rules for p in rule.sources)
+    if _FLAT.search(name) and not any("s_{" in text for text in texts):
+        name = _FLAT.sub(r"\1.\2", name)  # timm's features_only
     old = _OLD_NORM.fullmatch(name)
     if old is not None and not any(
         p.text.endswith(f"LayerNorm.{old[2]}")

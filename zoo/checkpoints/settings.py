@@ -94,8 +94,10 @@ def _candidates(
     if "num_classes" in ints:
         heads = [old for path, old, _ in changes if rules.is_fresh(path) and old]
         yield from (("num_classes", old[-1]) for old in heads if old[-1] != ints["num_classes"])
-        if not heads and not any(rules.is_fresh(path) for path in has):
+        if not heads and not any(rules.is_fresh(p) and not p.startswith("norm/") for p in has):
             yield "num_classes", 0
+    if isinstance(fields.get("pool"), str):  # where the last norm is tells it
+        yield from (("pool", value) for value in ("avg", "map", "token"))
     size, patch = fields.get("image_size"), fields.get("patch_size")
     if isinstance(size, tuple) and type(patch) is int:
         for path, old, new in changes:

@@ -297,7 +297,7 @@ def _naming(
         tuple(rules),
         derived=recomputed,
         unused=unused,
-        fresh=("head/kernel", "head/bias"),
+        fresh=("head/kernel", "head/bias", "norm/scale", "norm/bias"),
         resize={
             "stages_{s}/layers_{b}/attention/relative_position_bias": _resize_bias,
             "position_embedding": _resize_position,

@@ -338,6 +338,8 @@ def _layout(*rules: Rule, unused: tuple[str, ...] = ()) -> Rules:
             "head/bias",
             "head_distillation/kernel",
             "head_distillation/bias",
+            "norm/scale",  # which timm's features_only leaves out
+            "norm/bias",
         ),
         resize={"position_embedding": _resize_position},
     )
