@@ -25,8 +25,8 @@ def run(case: golden.Case, model: Any) -> Callable[[dict], Mapping[str, Any]]:
     """All features, and what references call by other names, of `input_ids` and their padding."""
     arguments = inputs(case)
     taken = inspect.signature(model.features).parameters
-    if "token_types" in arguments and "token_types" not in taken:
-        raise golden.Unsupported("it has token_type_ids, which the zoo's model does not take")
+    if unknown := set(arguments) - set(taken):
+        raise golden.Unsupported(f"it has {', '.join(unknown)}, which the zoo's model has not")
     depth = model.depth
 
     def outputs(variables: dict) -> Mapping[str, Any]:
@@ -56,7 +56,8 @@ def as_filed(case: golden.Case, model: Any) -> Any:
 def inputs(case: golden.Case) -> dict[str, np.ndarray]:
     """Arguments of the model, by name; others in the file are refused."""
     names = {"input_ids": "tokens", "attention_mask": "mask", "position_ids": "positions",
-             "token_type_ids": "token_types"}  # fmt: skip
+             "token_type_ids": "token_types", "encoder_hidden_states": "memory",
+             "encoder_attention_mask": "memory_mask"}  # fmt: skip
     if unknown := set(case.names) - set(names):
         raise golden.Unsupported(f"it has the inputs {', '.join(sorted(unknown))}")
     arguments = {}
@@ -65,7 +66,9 @@ def inputs(case: golden.Case) -> dict[str, np.ndarray]:
             tokens = (case.uniform(name) + 1) / 2 * case.config.entries["vocab_size"]
             arguments["tokens"] = np.floor(tokens).astype(np.int32)
         else:
-            arguments[names[name]] = case.input(name).astype(np.int32)
+            given = case.input(name)
+            floats = name == "encoder_hidden_states"
+            arguments[names[name]] = given if floats else given.astype(np.int32)
     return arguments
 
 

@@ -29,7 +29,7 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     ):
         for name in theirs:
             fields |= config.rename(**{ours: name})
-    config.expect(add_cross_attention=False)
+    fields |= config.rename(cross_attention="add_cross_attention")
     config.ignore("reorder_and_upcast_attn", *_text.IGNORED)  # another order of the same numbers
     model = _text.as_filed(case, zoo.create("gpt2", **fields))
     return model, _text.run(case, model)

@@ -114,6 +114,27 @@ def test_options_change_what_they_say(small):
         model.clone(activation="gelo").apply(variables, x)
 
 
+def test_a_memory_is_seen_where_it_is_visible_in_steps_too():
+    model = zoo.create("gpt2_test", cross_attention=True, depth=1)
+    variables = filled(model)
+    x, memory = tokens(2, 6), np.random.default_rng(0).normal(size=(2, 4, model.embed_dim))
+    mask = np.array([[1, 1, 0, 1], [1, 1, 1, 1]])
+    run = jax.jit(lambda memory: model.apply(variables, x, memory=memory, memory_mask=mask))
+    hidden, seen = memory.copy(), memory.copy()
+    hidden[0, 2], seen[0, 1] = 7, 7
+    found = run(memory)
+    np.testing.assert_array_equal(found, run(hidden))
+    assert np.abs(found - run(seen))[0].max() > 1e-2
+    state = model.init_state(2, 6) | {"memory": memory, "memory_visible": mask != 0}
+    step = jax.jit(lambda s, x: model.apply(variables, s, x, method="step"))
+    state, first = step(state, x[:, :3])
+    _, last = step(state, x[:, 3:])
+    both = np.concatenate([first, last], 1)
+    np.testing.assert_allclose(both, found, atol=2e-5 * np.abs(found).max())
+    with pytest.raises(ValueError, match="cross_attention=False"):
+        zoo.create("gpt2_test").apply(variables, x, memory=memory)
+
+
 def test_logits_do_not_depend_on_later_tokens(small):
     _, variables, call = small
     x = tokens()

@@ -446,6 +446,7 @@ KINDS: dict[str, Kind] = {
             "scale_attn_weights": "scale_attention",
             "scale_attn_by_inverse_layer_idx": "scale_by_layer",
             "tie_word_embeddings": "tie_embeddings",
+            "add_cross_attention": "cross_attention",
         },
         {
             "vocab_size": "vocab_size",
@@ -454,8 +455,7 @@ KINDS: dict[str, Kind] = {
             "n_positions": "max_positions",
             "n_inner": "mlp_dim",
         },
-        {"add_cross_attention": (False, None)},
-        _gpt2,
+        more=_gpt2,
     ),
     "llama": Kind("llama2_7b", _LLAMA_FIELDS, _WIDE, {}, _llama),
     "mistral": Kind("mistral_7b", _LLAMA_FIELDS, _WIDE, {}, _mistral),

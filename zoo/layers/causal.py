@@ -39,12 +39,16 @@ class Context:
         continues, below its own; -1: it continues the state. None: they are a sequence.
       segments: of packed sequences: the number of each token's document. Attention stays within a
         document; only models that say so take them.
+      memory: what layers of cross-attention look at; None: they are passed over.
+      memory_visible: False for what of it is padding; None: all is there.
     """
 
     mask: Bool[Array, "batch length"] | None = None
     positions: Int[Array, "#batch length"] | None = None
     parents: Int[Array, "length"] | None = None
     segments: Int[Array, "batch length"] | None = None
+    memory: Float[Array, "batch keys width"] | None = None
+    memory_visible: Bool[Array, "batch keys"] | None = None
 
     def hide(self, x: Float[Array, "batch length *rest"]) -> Float[Array, "batch length *rest"]:
         """`x` with zeros at padding."""

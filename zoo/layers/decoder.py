@@ -653,9 +653,10 @@ def step(
         positions, count = jnp.broadcast_to(jnp.arange(length), tokens.shape), length
     else:
         positions, count = positions_of(mask), mask.sum(1, dtype=jnp.int32)
-    context = Context(mask, position[:, None] + positions)
+    memory = {name: state[name] for name in ("memory", "memory_visible") if name in state}
+    context = Context(mask, position[:, None] + positions, **memory)
     out, layers = model._run(tokens, state["layers"], False, context)
-    return {"position": position + count, "layers": layers}, out["logits"]
+    return {"position": position + count, "layers": layers} | memory, out["logits"]
 
 
 def branch(

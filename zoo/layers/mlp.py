@@ -1,5 +1,6 @@
 """The feed-forward block of transformers."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -38,6 +39,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     **dict.fromkeys(("silu", "swish"), jax.nn.silu),
     "mish": jax.nn.mish,
     "hardswish": jax.nn.hard_swish,
+    "laplace": lambda x: 0.5 * (1.0 + jax.lax.erf((x - 0.707107) / (0.282095 * math.sqrt(2.0)))),
     "tanh": jnp.tanh,
     "sigmoid": jax.nn.sigmoid,
     "linear": lambda x: x,

@@ -8,6 +8,9 @@ transformers, whose names we follow. DistilGPT2 is Sanh et al., arXiv 1910.01108
     x = x + attention(LN(x));   x = x + W2 gelu(W1 LN(x) + b1) + b2        causal; `depth` times
     logits = E LN(x)                                                       the embedding, no bias
 
+With `cross_attention` each block also attends to a memory between the two, behind a LayerNorm of
+its own: x = x + attention(LN(x), memory).
+
 `mask` hides padding at either side. Positions are 0, 1, ... with it, too, as in transformers; give
 `positions_of(mask)` where a padded text shall be what it is alone (`step` and `zoo.inference` do).
 
@@ -27,15 +30,18 @@ from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from zoo.checkpoints.rules import Rule, Rules, dense_rules, linear, norm_rules, tied
+from zoo.checkpoints.rules import Rule, Rules, dense_rules, linear, norm_rules, split, tied
 from zoo.layers import decoder
+from zoo.layers.attention import Attention
 from zoo.layers.causal import (
     Context,
     causal_attention,
+    check_memory,
     check_tokens,
     continue_attention,
     positions_in,
@@ -128,6 +134,8 @@ class GPT2Block(nn.Module):
       scale: see `CausalAttention`.
       use_bias: whether maps and norms have biases.
       epsilon: of the norms.
+
+    Where the context has a memory, there is a second attention, to that.
     """
 
     num_heads: int
@@ -165,6 +173,21 @@ class GPT2Block(nn.Module):
         )
         y, state = attention(norm(name="norm1")(x), state, train, context)
         x = constrain(x + drop(y), "batch", "length", "channels")
+        if context.memory is not None:
+            cross = Attention(
+                self.num_heads,
+                fused=False,
+                qkv_bias=self.use_bias,
+                out_bias=self.use_bias,
+                scale=self.scale,
+                attention_dropout=self.dropout,
+                blind="mean",
+                kernel_init=init,
+                name="cross_attention",
+                **types,
+            )
+            y = norm(name="cross_norm")(x)
+            x = x + drop(cross(y, context.memory_visible, train, context.memory))
         mlp = Mlp(
             self.mlp_dim or 4 * x.shape[-1],
             self.activation,
@@ -194,6 +217,9 @@ class GPT2(decoder.PositionDecoder):
       activation: of the MLP, a key of `zoo.layers.mlp.ACTIVATIONS`.
       scale_attention: whether scores are divided by the root of a head's width.
       scale_by_layer: whether those of layer i are also divided by i + 1 (Mistral's GPT-2).
+      cross_attention: blocks also look at the `memory` that a call gives, such as the hidden states
+        of an encoder; without one this is passed over. To step with one, put `memory` and
+        `memory_visible` into the state.
       tie_embeddings: read the logits off the embedding; otherwise off a matrix `head`.
       use_bias: whether maps and norms have biases; nanoGPT trains without.
       epsilon: of the norms.
@@ -213,6 +239,7 @@ class GPT2(decoder.PositionDecoder):
     activation: str = "gelu_new"
     scale_attention: bool = True
     scale_by_layer: bool = False
+    cross_attention: bool = False
     tie_embeddings: bool = True
     use_bias: bool = True
     epsilon: float = 1e-5
@@ -222,6 +249,34 @@ class GPT2(decoder.PositionDecoder):
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
+    def example_inputs(
+        self, batch_size: int = 1, length: int = 128
+    ) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of the arguments of `__call__` for sequences of `length` tokens."""
+        inputs = super().example_inputs(batch_size, length)
+        if self.cross_attention:
+            shape = (*inputs["tokens"].shape, self.embed_dim)
+            inputs["memory"] = jax.ShapeDtypeStruct(shape, self.dtype)
+        return inputs
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch length"],
+        mask: Array | None = None,
+        positions: Int[Array, "batch length"] | None = None,
+        train: bool = False,
+        segments: Int[Array, "batch length"] | None = None,
+        memory: Float[Array, "batch keys channels"] | None = None,
+        memory_mask: Array | None = None,
+    ) -> Float[Array, "batch length vocab_size"]:
+        """Logits of the next token at each position.
+
+        Arguments are those of `PositionDecoder`, and with `cross_attention` the `memory` with its
+        mask: 1 or True for what of it is there; None is all.
+        """
+        more = {"memory": memory, "memory_mask": memory_mask}
+        return self.features(tokens, mask, positions, train, segments, **more)["logits"]
+
     def features(
         self,
         tokens: Int[Array, "batch length"],
@@ -230,6 +285,8 @@ class GPT2(decoder.PositionDecoder):
         train: bool = False,
         segments: Int[Array, "batch length"] | None = None,
         token_types: Int[Array, "batch length"] | None = None,
+        memory: Float[Array, "batch keys channels"] | None = None,
+        memory_mask: Array | None = None,
     ) -> dict[str, Array]:
         """Every named intermediate (see the table above); arguments as those of `__call__`.
 
@@ -237,9 +294,16 @@ class GPT2(decoder.PositionDecoder):
         speakers (as in transformers); None: nothing is added.
         """
         tokens, mask = check_tokens(self, tokens, mask, positions)
+        check_memory(self, tokens, memory, memory_mask, optional=True)
         if positions is None and segments is not None:
             positions = positions_in(segments)
-        context = Context(mask, positions, segments=segments)
+        context = Context(
+            mask,
+            positions,
+            segments=segments,
+            memory=memory,
+            memory_visible=None if memory_mask is None else memory_mask != 0,
+        )
         return self._run(tokens, None, train, context, token_types)[0]
 
     @nn.compact
@@ -352,7 +416,7 @@ def _layout(
       head: the second name of the embedding, where the file has one.
       maps: the rules of a linear map.
     """
-    both = (f"{prefix}wte.weight", head)
+    both, theirs, ours = (f"{prefix}wte.weight", head), f"{prefix}h.{{i}}", "layers_{i}"
     untied = head or "lm_head.weight"
     return Rules(
         [
@@ -360,8 +424,23 @@ def _layout(
             Rule("score.weight", "class_head/kernel", linear),
             *([Rule(both, "embed/embedding", tied)] if head else []),
             *trunk_rules(prefix, maps=maps),
+            *norm_rules(f"{theirs}.ln_cross_attn", f"{ours}/cross_norm"),
+            *maps(f"{theirs}.crossattention.q_attn", f"{ours}/cross_attention/query"),
+            Rule(
+                f"{theirs}.crossattention.c_attn.weight",
+                tuple(f"{ours}/cross_attention/{name}/kernel" for name in ("key", "value")),
+                split(1),
+            ),
+            Rule(
+                f"{theirs}.crossattention.c_attn.bias",
+                tuple(f"{ours}/cross_attention/{name}/bias" for name in ("key", "value")),
+                split(0),
+            ),
+            *maps(f"{theirs}.crossattention.c_proj", f"{ours}/cross_attention/out"),
         ],
         derived={
+            f"{theirs}.crossattention.bias": None,
+            f"{theirs}.crossattention.masked_bias": None,
             f"{prefix}h.{{i}}.attn.bias": _causal_mask if masks else None,
             f"{prefix}h.{{i}}.attn.masked_bias": None,
         },
