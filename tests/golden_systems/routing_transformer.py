@@ -1,5 +1,6 @@
 """The Routing Transformer of lucidrains."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,7 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
         cross_attention="receives_context",
         memory_shared_qk="context_shared_qk",
         encodes="return_embeddings",
+        weight_tied="weight_tie",
     )
     for name, value in (("local_heads", 0), ("local_window", None), ("memory_slots", 0)):
         fields.setdefault(name, value)
@@ -49,7 +51,7 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
                   "ff_dropout", "attn_layer_dropout", "layer_dropout", "_register_kmeans_update",
                   "pkm_num_keys", "moe_num_experts", "moe_loss_coef", "context_window_size",
                   "use_absolute_pos_emb")  # fmt: skip
-    config.expect(weight_tie=False, pkm_layers=([], None), moe_layers=([], None))  # fmt: skip
+    config.expect(pkm_layers=([], None), moe_layers=([], None))  # fmt: skip
     activation = str(config.take("ff_activation") or "gelu").rpartition(".")[2].strip("'>")
     if activation.lower() not in KERNELS:
         raise golden.Unsupported(f"its config has ff_activation={activation!r}")
@@ -60,6 +62,15 @@ def build(case: golden.Case) -> tuple[Any, Callable[[dict], golden.Outputs]]:
     )
     if "out.tensor" in case.shapes:
         case.filled_as["token_emb.weight"] = "out.tensor"
+    if model.weight_tied:  # of the names of one tensor, the last is what it was filled as
+        last = model.depth * (1 + model.cross_attention) - 1
+        for name in case.shapes:
+            at = re.search(r"\.(layers|blocks)\.(\d+)\.(0|1|f|g)\..*?fn\.", name)
+            if at:
+                layer = (
+                    last if int(at[2]) % 2 == last % 2 or not model.cross_attention else last - 1
+                )
+                case.filled_as[name] = f"{name[: at.start(2)]}{layer}{name[at.end(2) :]}"
     given = inputs(
         case,
         tokens=("input_ids", "x"),

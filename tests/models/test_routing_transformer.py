@@ -195,6 +195,28 @@ def test_what_does_not_fit_is_one_sentence(fields, sentence):
         jax.eval_shape(lambda: model.init(jax.random.key(0), tokens()))
 
 
+def test_tied_layers_are_copies_of_the_first():
+    fields = dict(vocab_size=13, embed_dim=8, num_heads=2, head_dim=4, local_heads=1)
+    model = zoo.create("routing_transformer_test", **fields, weight_tied=True)
+    variables = filled(model)
+    assert set(variables["params"]["layers_1"]) == {"norm1", "norm2"}
+    first, second = (variables["params"][f"layers_{i}"] for i in (0, 1))
+    copies = {
+        "params": {**variables["params"], "layers_1": {**first, **second}},
+        "batch_stats": dict.fromkeys(
+            ("layers_0", "layers_1"), variables["batch_stats"]["layers_0"]
+        ),
+    }
+    x = tokens(1, 64) % 13
+    plain = zoo.create("routing_transformer_test", **fields)
+    found, wanted = (jax.jit(m.apply)(v, x) for m, v in ((model, variables), (plain, copies)))
+    np.testing.assert_allclose(found, wanted, atol=2e-6 * np.abs(wanted).max())
+    with pytest.raises(ValueError, match="one number of local_heads"):
+        zoo.create("routing_transformer_test", weight_tied=True, local_heads=(1, 2)).apply(
+            variables, x
+        )
+
+
 def test_a_decoder_reads_what_of_its_memory_is_there():
     model = zoo.create("routing_transformer_test", depth=1, local_heads=0, cross_attention=True)
     variables, tokens = filled(model), np.arange(2 * 64).reshape(2, 64) % 97

@@ -289,7 +289,10 @@ def place(x: Heads, clusters: int, steps: int = 10) -> Means:
 
 
 class RoutingLayer(nn.Module):
-    """Attention and MLP, each behind a norm; what either adds, and the loss of the means."""
+    """Attention and MLP, each behind a norm; what either adds, and the loss of the means.
+
+    Both are those of `owner`, a layer that may be another one.
+    """
 
     mixer: RoutingAttention  # a template: its copy is the parameter group `attention`
     embed_dim: int
@@ -316,18 +319,20 @@ class RoutingLayer(nn.Module):
             self.gate1 = self.param("gate1", nn.initializers.zeros, (1,), self.param_dtype)
             self.gate2 = self.param("gate2", nn.initializers.zeros, (1,), self.param_dtype)
 
-    def attend(self, x: Array, context: dict, train: bool) -> tuple[Array, Array]:
+    def attend(
+        self, x: Array, context: dict, train: bool, owner: "RoutingLayer"
+    ) -> tuple[Array, Array]:
         """What attention adds, and the loss."""
         y = x if self.norm is None else self.norm1(x)
         y = shift_tokens(y, self.shifts) if self.shifts else y
-        y, loss = self.attention(y, context, train)
+        y, loss = owner.attention(y, context, train)
         y = self.drop(y, deterministic=not train)
         return (y if self.norm is not None else y * self.gate1.astype(self.dtype)), loss
 
-    def feed(self, x: Array, train: bool) -> Array:
+    def feed(self, x: Array, train: bool, owner: "RoutingLayer") -> Array:
         """What the MLP adds."""
         y = x if self.norm is None else self.norm2(x)
-        y = self.mlp(shift_tokens(y, self.shifts) if self.shifts else y, train)
+        y = owner.mlp(shift_tokens(y, self.shifts) if self.shifts else y, train)
         return y if self.norm is not None else y * self.gate2.astype(self.dtype)
 
 
@@ -352,6 +357,9 @@ class RoutingTransformer(WholeTexts):
       memory_slots: learned keys and values of each cluster; at least one if causal and not shared.
       decay: of the moving average of the means.
       commitment: factor of the loss of the means.
+      weight_tied: all layers share the attention and the MLP of the first, and those that attend to
+        a memory the second's; each has its own norms. Published files repeat these tensors for each
+        layer: the first are read, and alone written.
       norm: "layer", "scale" (one learned length) or "rezero" (none, a learned factor instead).
       gated: whether the MLPs are.
       activation: of the MLPs.
@@ -384,6 +392,7 @@ class RoutingTransformer(WholeTexts):
     memory_slots: int = 0
     decay: float = 0.999
     commitment: float = 1e-4
+    weight_tied: bool = False
     norm: str = "layer"
     gated: bool = False
     activation: Callable[[Array], Array] = gelu
@@ -475,19 +484,20 @@ class RoutingTransformer(WholeTexts):
         out, loss = {"embed": x}, jnp.zeros(())
         context = {"visible": mask, "place": place, "memory": memory}
         context["memory_visible"] = None if memory_mask is None else memory_mask != 0
-        streams = [x, x]
-        for i in range(self.depth * (1 + self.cross_attention)):
-            layer = self._layer(i)(name=f"layers_{i}")
+        streams, kinds = [x, x], 1 + self.cross_attention
+        layers = [self._layer(i)(name=f"layers_{i}") for i in range(self.depth * kinds)]
+        for i, layer in enumerate(layers):
+            owner = layers[i % kinds] if self.weight_tied else layer
             source = streams[1] if self.reversible else x
-            y, cost = layer.attend(source, context, train)
+            y, cost = layer.attend(source, context, train, owner)
             loss = loss + cost
             if self.reversible:
                 streams[0] = streams[0] + y
-                streams[1] = streams[1] + layer.feed(streams[0], train)
+                streams[1] = streams[1] + layer.feed(streams[0], train, owner)
                 x = (streams[0] + streams[1]) / 2
             else:
                 x = x + y
-                x = x + layer.feed(x, train)
+                x = x + layer.feed(x, train, owner)
             x = out[f"layer{i}"] = constrain(x, "batch", "length", "channels")
         if width != self.embed_dim:
             x = dense(width, name="project_out")(x)
@@ -563,6 +573,8 @@ class RoutingTransformer(WholeTexts):
                 f"local_heads={self.local_heads} should be 0 to {self.num_heads} heads for each of "
                 f"{self.depth} layers."
             )
+        if self.weight_tied and len(set(local)) > 1:
+            raise ValueError(f"weight_tied=True needs one number of local_heads, not {local}.")
         if self.norm not in NORMS:
             raise ValueError(f"norm={self.norm!r} is none of {', '.join(map(repr, NORMS))}.")
 
@@ -577,7 +589,9 @@ NORMS: dict[str, Callable[..., nn.Module] | None] = {
 # ---------------------------------------------------------------------------- checkpoints
 
 
-def _layout(root: str, attention: str, mlp: str, shifted: str, repeated: bool) -> Rules:
+def _layout(
+    root: str, attention: str, mlp: str, shifted: str, repeated: bool, tied_layers: bool
+) -> Rules:
     """Rules of one naming.
 
     Args:
@@ -586,16 +600,21 @@ def _layout(root: str, attention: str, mlp: str, shifted: str, repeated: bool) -
       mlp: the second.
       shifted: what stands between where tokens shift.
       repeated: whether the embedding has a second name, that of the word head.
+      tied_layers: whether the tensors of the first layers are repeated in the others.
     """
     ours, inner = "layers_{i}", f"{root}{attention}.fn{shifted}"
     attention, mlp = f"{root}{attention}", f"{root}{mlp}"
     local = tuple(f"{ours}/attention/local_{name}" for name in ("query", "key", "value"))
+
+    def suits(model: RoutingTransformer) -> bool:
+        return model.weight_tied == tied_layers
+
     routed = f"{ours}/attention"
     return Rules(
         [
-            Rule(("token_emb.weight", "out.tensor"), "embed/embedding", tied)
+            Rule(("token_emb.weight", "out.tensor"), "embed/embedding", tied, when=suits)
             if repeated
-            else Rule("token_emb.weight", "embed/embedding"),
+            else Rule("token_emb.weight", "embed/embedding", when=suits),
             *dense_rules("routing_transformer.project_in", "project_in"),
             *dense_rules("routing_transformer.project_out", "project_out"),
             *(
@@ -629,6 +648,22 @@ def _layout(root: str, attention: str, mlp: str, shifted: str, repeated: bool) -
             f"{inner}.local_attn.rel_pos.inv_freq": _frequencies,
             f"{inner}.global_attn.kmeans.initted": _placed,
         },
+        unused=(
+            tuple(
+                name.replace("{i}", "*") + ".*"
+                for name in (
+                    f"{inner}.to_q",
+                    f"{inner}.to_k",
+                    f"{inner}.to_v",
+                    f"{inner}.to_out",
+                    f"{inner}.local_to_qkv",
+                    f"{inner}.global_attn",
+                    f"{mlp}.fn{shifted}",
+                )
+            )
+            if tied_layers
+            else ()
+        ),
         fresh=("head/*",),
     )
 
@@ -646,7 +681,10 @@ _HALVES = {"": ("layers.layers.{i}.0", "layers.layers.{i}.1"),
            "_reversible": ("layers.blocks.{i}.f.net", "layers.blocks.{i}.g.net")}  # fmt: skip
 
 LAYOUTS = {
-    f"lucidrains{factored}{name}{suffix}{end}": _layout(root, *halves, shifted, bool(end))
+    f"lucidrains{factored}{name}{suffix}{end}{same}": _layout(
+        root, *halves, shifted, bool(end), bool(same)
+    )
+    for same in ("", "_tied_layers")
     for end in ("", "_tied")
     for factored, root in (("", "routing_transformer."), ("_factored", "routing_transformer.fn."))
     for suffix, shifted in (("", ""), ("_shifted", ".fn"))
