@@ -85,10 +85,10 @@ def _model(
     """The module that a folder's settings and the caller's fields make, and what to say of it."""
     if name is None and beside.base is None:
         kinds = ", ".join(hub_config.KINDS)
-        said = f" (it says {beside.model_type!r})" if beside.model_type else ""
+        word = f" (it says {beside.model_type!r})" if beside.model_type else ""
         raise ValueError(
             f"{path} does not say which model it is: it has no config.json with a model_type that "
-            f"is known here{said}; known are {kinds}. Give the name: zoo.load(NAME, {str(path)!r})."
+            f"is known here{word}; known are {kinds}. Give the name: zoo.load(NAME, {str(path)!r})."
         )
     variant = registry.info(str(name if name is not None else beside.base))
     known = {f.name for f in dataclasses.fields(variant.module)}
