@@ -84,14 +84,18 @@ def zoo_runs(peer: Peer, model: Any, variables: dict, batch: dict[str, Any]) -> 
     import jax.numpy as jnp
     import optax
 
+    from zoo.training import Optimizer
+    from zoo.training.optimizer import make_optimizer
+
     others = {name: tree for name, tree in variables.items() if name != "params"}
     batch = jax.tree.map(jnp.asarray, batch)
-    optimizer = optax.adamw(1e-4, weight_decay=0.05)
+    optimizer = make_optimizer(Optimizer(name="adamw", weight_decay=0.05), model)
     loss = zoo_loss(peer, model)
 
     def update(params: Any, opt_state: Any) -> Any:
         grads = jax.grad(loss)(params, others, batch)
         updates, opt_state = optimizer.update(grads, opt_state, params)
+        updates = jax.tree.map(lambda u: -1e-4 * u, updates)
         return optax.apply_updates(params, updates), opt_state
 
     # the step uses its arguments up: it gets copies

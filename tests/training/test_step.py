@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from training import tiny
 
@@ -14,7 +15,7 @@ from zoo.training import Checkpointing, Model, Optimizer, Partition, train
 from zoo.training.groups import decays
 from zoo.training.guard import watched
 from zoo.training.logbook import read_rows
-from zoo.training.optimizer import make_optimizer, make_schedule
+from zoo.training.optimizer import make_optimizer, make_schedule, scale_by_adam
 from zoo.training.program import make_program
 from zoo.training.step import turns
 from zoo.training.tree import from_dict, to_dict
@@ -61,9 +62,39 @@ def test_matrices_decay_and_norms_biases_and_tables_do_not(program):
     assert not any(jax.tree.leaves(decays(stacked)))
 
 
-@pytest.mark.parametrize(
-    "name", ["adamw", "adam", "sgd", "lamb", "lion", "adafactor", "nadamw", "rmsprop"]
-)
+RULES = ["adamw", "adam", "sgd", "lamb", "lion", "adafactor", "nadamw", "rmsprop"]
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_bad_step_leaves_the_state_of_every_rule(name):
+    rule = make_optimizer(Optimizer(name=name, clip=1.0))
+    params = {"a": jnp.full((3, 4), 2.0), "b": jnp.ones(4)}
+    grads = jax.tree.map(jnp.sin, params)
+    _, state = rule.update(grads, rule.init(params), params, bad=jnp.int32(-1))
+    _, kept = rule.update(jax.tree.map(jnp.log, params), state, params, bad=jnp.int32(1))
+    jax.tree.map(np.testing.assert_array_equal, kept, state)
+    _, gone = rule.update(grads, state, params)
+    moved = [
+        bool((a != b).any()) for a, b in zip(*map(jax.tree.leaves, (gone, state)), strict=True)
+    ]
+    assert any(moved)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_adam_is_that_of_optax(nesterov):
+    ours, theirs = (
+        of(0.8, 0.95, 1e-6, nesterov=nesterov) for of in (scale_by_adam, optax.scale_by_adam)
+    )
+    params = {"a": jnp.full((3, 4), 2.0), "b": jnp.ones(4)}
+    states = [rule.init(params) for rule in (ours, theirs)]
+    for step in range(4):
+        grads = jax.tree.map(lambda p, step=step: jnp.sin(p * (step + 1)), params)
+        found = [rule.update(grads, s) for rule, s in zip((ours, theirs), states, strict=True)]
+        jax.tree.map(np.testing.assert_array_equal, *found)
+        states = [state for _, state in found]
+
+
+@pytest.mark.parametrize("name", RULES)
 def test_every_rule_goes_down_hill(name):
     rule = make_optimizer(Optimizer(name=name, weight_decay=0.01, clip=1.0))
     params = {"a": {"kernel": jnp.full((4, 4), 2.0)}}

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from zoo.errors import NonFiniteError
@@ -15,6 +16,11 @@ from zoo.training.reductions import first_not_finite
 def first_bad(loss: Float[Array, ""], grads: Any) -> Int[Array, ""]:
     """Index in `watched` of the first that is not finite, or -1 if all is."""
     return first_not_finite([loss, *jax.tree.leaves(grads)])
+
+
+def unless(bad: Int[Array, ""] | int, new: Any, old: Any) -> Any:
+    """The new tree, or the old one if something was not finite."""
+    return jax.tree.map(lambda n, o: jnp.where(bad < 0, n, o), new, old)
 
 
 def watched(phases: Sequence[tuple[str, Phase]], assigned: Mapping[str, str | None]) -> list[str]:

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
+from zoo.training.guard import unless
 from zoo.training.optimizer import clip_by_global_norm
 from zoo.training.step import scaled
 
@@ -27,7 +27,7 @@ def on_host(places: Any, shapes: Any) -> Any:
 
 
 def leaf_by_leaf(
-    optimizer: optax.GradientTransformation, clip: float | None, places: Any
+    optimizer: optax.GradientTransformationExtraArgs, clip: float | None, places: Any
 ) -> Callable[[Any, Any, Any, Any, Any], tuple[Any, Any]]:
     """The update of a group's leaves, one after the other; see `zoo.training.step.Update`.
 
@@ -64,15 +64,11 @@ def leaf_by_leaf(
             if i:  # behind the barrier, which else would wait for nothing
                 new_params[-1], states[-1] = before
             old = jax.device_put(old, take(i, here))
-            steps, new = optimizer.update(only(i, grads), old, only(i, params))
+            steps, new = optimizer.update(only(i, grads), old, only(i, params), bad=bad)
             (param,) = jax.tree.leaves(only(i, params))
             (step,) = jax.tree.leaves(steps)
             (rate,) = jax.tree.leaves(only(i, rates))
-            param, new = jax.tree.map(
-                lambda n, o: jnp.where(bad < 0, n, o),
-                (param + scaled(step, rate), new),
-                (param, old),
-            )
+            param = unless(bad, param + scaled(step, rate), param)
             before = param, jax.device_put(new, take(i, places))
             new_params.append(before[0])
             states.append(before[1])

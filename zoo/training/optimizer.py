@@ -12,6 +12,7 @@ from zoo.layers.materialize import materialized
 from zoo.tasks.task import Networks
 from zoo.training import groups
 from zoo.training.config import Optimizer
+from zoo.training.guard import unless
 from zoo.training.reductions import norm
 
 
@@ -55,31 +56,34 @@ def _cosine(start: float, end: float, steps: int) -> Callable[[Any], Any]:
 
 def make_optimizer(
     config: Optimizer, networks: Networks | None = None
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Clipping, the rule and decoupled weight decay; the learning rate is the step's.
 
     The state is a dict by the names of these parts, so that a run can go on with another clip or
     decay.
+
+    Given `bad=`, the index of what was not finite or -1, its `update` leaves the state as it was
+    after a bad step; the updates themselves are of no use then.
 
     Args:
       config: which rule, and its numbers.
       networks: whose systems say which leaves decay.
     """
     b1, b2, eps = config.b1, config.b2, config.eps
-    adam = lambda: optax.scale_by_adam(b1, b2, eps)  # noqa: E731
+    adam = lambda: scale_by_adam(b1, b2, eps)  # noqa: E731
     rules: dict[str, Callable[[], optax.GradientTransformation]] = {
         "adamw": adam,
         "adam": adam,
-        "nadamw": lambda: optax.scale_by_adam(b1, b2, eps, nesterov=True),
+        "nadamw": lambda: scale_by_adam(b1, b2, eps, nesterov=True),
         "lamb": adam,
-        "lion": lambda: optax.scale_by_lion(b1, b2),
-        "sgd": lambda: optax.trace(b1, nesterov=config.nesterov) if b1 else optax.identity(),
+        "lion": lambda: _kept(optax.scale_by_lion(b1, b2)),
+        "sgd": lambda: _kept(optax.trace(b1, config.nesterov) if b1 else optax.identity()),
         "rmsprop": lambda: optax.named_chain(
-            ("scale", optax.scale_by_rms(b2, eps)),
-            ("momentum", optax.trace(b1) if b1 else optax.identity()),
+            ("scale", _kept(optax.scale_by_rms(b2, eps))),
+            ("momentum", _kept(optax.trace(b1) if b1 else optax.identity())),
         ),
         "adafactor": lambda: optax.named_chain(
-            ("scale", optax.scale_by_factored_rms(decay_rate=0.8)),
+            ("scale", _kept(optax.scale_by_factored_rms(decay_rate=0.8))),
             ("clip", optax.clip_by_block_rms(1.0)),
         ),
     }
@@ -94,6 +98,46 @@ def make_optimizer(
 
 STATES = {"adamw": "adam", "nadamw": "adam", "lamb": "adam"}
 """Rules that keep the same moments as another, under one name."""
+
+
+def scale_by_adam(
+    b1: float, b2: float, eps: float, *, nesterov: bool = False
+) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_adam`, whose moments are written where they were before they are used.
+
+    What XLA for CPU fuses, it computes again: with optax's the update of a parameter reads the old
+    moments, which are copied first, so that a step of AdamW takes twice the time.
+    """
+
+    def update(grads: Any, state: Any, params: Any = None, *, bad: Any = -1, **_: Any) -> Any:
+        del params
+        mu = unless(bad, optax.tree.update_moment(grads, state.mu, b1, 1), state.mu)
+        nu = optax.tree.update_moment_per_elem_norm(grads, state.nu, b2, 2)
+        nu = unless(bad, optax.tree.cast_like(nu, state.nu), state.nu)
+        mu, nu = jax.tree.map(materialized, (mu, nu))
+        count = optax.safe_increment(state.count)
+        if nesterov:
+            ahead = optax.tree.bias_correction(mu, b1, optax.safe_increment(count))
+            now = optax.tree.bias_correction(grads, b1, count)
+            top = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, ahead, now)
+        else:
+            top = optax.tree.bias_correction(mu, b1, count)
+        below = optax.tree.bias_correction(nu, b2, count)
+        updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), top, below)
+        return updates, optax.ScaleByAdamState(unless(bad, count, state.count), mu, nu)
+
+    init = optax.scale_by_adam(b1, b2, eps).init
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _kept(rule: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """A rule whose state stays as it was after a bad step."""
+
+    def update(grads: Any, state: Any, params: Any = None, *, bad: Any = -1, **_: Any) -> Any:
+        updates, new = rule.update(grads, state, params)
+        return updates, unless(bad, new, state)
+
+    return optax.GradientTransformationExtraArgs(rule.init, update)
 
 
 def clip_by_global_norm(limit: float) -> optax.GradientTransformation:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from zoo.layers.materialize import materialized
 from zoo.tasks.metrics import Mean
 from zoo.tasks.task import Batch, Networks, Phase, Task
-from zoo.training.guard import first_bad
+from zoo.training.guard import first_bad, unless
 from zoo.training.precision import Precision
 from zoo.training.reductions import norm
 from zoo.training.state import State
@@ -246,9 +246,9 @@ def make_train_step(
         new, old = (collections, carry, ema), (state.collections, state.carry, state.ema)
         if len(phases) > 1:  # a good phase is taken back, too, if another was bad
             new, old = (*new, params, opt_state), (*old, state.params, dict(state.opt_state))
-            *new, params, opt_state = _unless(bad, new, old)
+            *new, params, opt_state = unless(bad, new, old)
         else:
-            new = _unless(bad, new, old)
+            new = unless(bad, new, old)
         collections, carry, ema = new
         grad_norm = norms[""] if len(norms) == 1 else norm(norms)
         rate = groups[phases[0][1].groups[0]].schedule(state.step)
@@ -261,13 +261,13 @@ def make_train_step(
     return train_step
 
 
-def whole_update(optimizer: optax.GradientTransformation) -> Update:
+def whole_update(optimizer: optax.GradientTransformationExtraArgs) -> Update:
     """The update of all leaves of a group at once."""
 
     def update(grads: Any, state: Any, params: Any, bad: Array, rates: Any) -> tuple[Any, Any]:
-        updates, new_state = optimizer.update(grads, state, params)
+        updates, state = optimizer.update(grads, state, params, bad=bad)
         updates = jax.tree.map(scaled, updates, rates)
-        return _unless(bad, (optax.apply_updates(params, updates), new_state), (params, state))
+        return unless(bad, optax.apply_updates(params, updates), params), state
 
     return update
 
@@ -275,10 +275,6 @@ def whole_update(optimizer: optax.GradientTransformation) -> Update:
 def scaled(update: Array, rate: Any) -> Array:
     """An update times a rate, in the type of the update."""
     return update * jnp.asarray(rate, update.dtype)
-
-
-def _unless(bad: Array, new: Any, old: Any) -> Any:
-    return jax.tree.map(lambda n, o: jnp.where(bad < 0, n, o), new, old)
 
 
 def make_eval_step(
