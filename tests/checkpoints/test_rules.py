@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from zoo import registry
 from zoo.checkpoints import leaves as leaves_module
 from zoo.checkpoints.files import open_checkpoint, save_safetensors
 from zoo.checkpoints.leaves import flat_leaves
@@ -523,9 +524,19 @@ def test_wildcards_only_filter():
 
 def test_a_rule_needs_the_same_indices_everywhere():
     with pytest.raises(ValueError, match="same indices"):
-        Rule("a.{i}", "b_{j}")
+        Rule("a.{i}", "b_{j}").sources  # noqa: B018
     with pytest.raises(ValueError, match=r"'\*'"):
-        Rule("a.*", "b")
+        Rule("a.*", "b").targets  # noqa: B018
+
+
+def test_every_rule_of_every_system_is_well_formed():
+    layouts = (
+        rules for name in registry.list_models() for rules in registry.layouts(name).values()
+    )
+    for rules in {id(rules): rules for rules in layouts}.values():
+        for rule in rules.rules:
+            assert rule.sources
+            assert rule.targets
 
 
 @pytest.mark.parametrize(
