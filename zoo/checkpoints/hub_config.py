@@ -37,9 +37,14 @@ class Kind:
     more: Callable[[Config], dict[str, Any]] | None = None
 
 
+def _architecture(config: Config, default: str = "") -> str:
+    """The class that was saved (several in one text), or `default` where the folder names none."""
+    return " ".join(config.get("architectures") or [default])
+
+
 def _classes(config: Config, head: str = "ImageClassification") -> int:
     """How many classes a folder's model has: 0 without a head."""
-    architecture = " ".join(config.get("architectures") or [""])
+    architecture = _architecture(config)
     if head not in architecture:
         return 0
     labels = config.get("id2label")
@@ -61,7 +66,7 @@ def _vit(config: Config) -> dict[str, Any]:
 
 
 def _deit(config: Config) -> dict[str, Any]:
-    architecture = " ".join(config.get("architectures") or [""])
+    architecture = _architecture(config)
     return {**_vit(config), "distilled": True, "distilled_head": "WithTeacher" in architecture}
 
 
@@ -95,7 +100,7 @@ _BERT_HEADS = {
 
 
 def _bert(config: Config) -> dict[str, Any]:
-    architecture = " ".join(config.get("architectures") or [""])
+    architecture = _architecture(config)
     fields: dict[str, Any] = {}
     for end, head in _BERT_HEADS.items():
         if end in architecture:
@@ -123,7 +128,7 @@ def _longformer(config: Config) -> dict[str, Any]:
     fields = {"window": windows[0] if same else windows}
     names = {"token_classes": "token_classification", "span": "question_answering"}
     head = _bert(config)
-    if "head" in head and "ForMultipleChoice" not in " ".join(config["architectures"]):
+    if "head" in head and "ForMultipleChoice" not in _architecture(config):
         fields |= head | {"head": names.get(head["head"], head["head"]), "pooler": False}
     return fields
 
@@ -174,7 +179,7 @@ def _llama(config: Config) -> dict[str, Any]:
 
 def _without_head(config: Config) -> dict[str, Any]:
     """A trunk, or a classifier, has no matrix of logits: the embedding is in its place."""
-    architecture = " ".join(config.get("architectures") or [""])
+    architecture = _architecture(config)
     classes = _classes(config, "ForSequenceClassification")
     if classes:
         return {"tie_embeddings": True, "num_classes": classes}
@@ -236,20 +241,26 @@ _REFORMER_HEADS = {
 
 
 def _reformer(config: Config) -> dict[str, Any]:
-    architecture = " ".join(config.get("architectures") or ["ReformerModelWithLMHead"])
-    heads = [head for end, head in _REFORMER_HEADS.items() if end in architecture]
+    head = _head(config, _REFORMER_HEADS, "ReformerModelWithLMHead")
     buckets = config.get("num_buckets")
     fields = {
-        "head": heads[0] if heads else None,
+        "head": head,
         "num_buckets": tuple(buckets) if isinstance(buckets, list) else buckets,
         "position": "axial" if config.get("axial_pos_embds", True) else "absolute",
         "causal": config.get("is_decoder", False),
     }
-    if "classification" in heads:
+    if head == "classification":
         fields["num_classes"] = len(config.get("id2label") or (0, 1))
     return fields
 
 
+def _head(config: Config, heads: dict[str, str], default: str) -> str | None:
+    """The head of the class that was saved, by the end of its name; None: a trunk."""
+    saved = _architecture(config, default)
+    return next((head for end, head in heads.items() if end in saved), None)
+
+
+_PATCHTST = "PatchTSTForPrediction"
 _PATCHTST_HEADS = {
     "ForPrediction": "forecast",
     "ForPretraining": "patches",
@@ -259,14 +270,13 @@ _PATCHTST_HEADS = {
 
 
 def _patchtst(config: Config) -> dict[str, Any]:
-    architecture = " ".join(config.get("architectures") or ["PatchTSTForPrediction"])
-    heads = [head for end, head in _PATCHTST_HEADS.items() if end in architecture]
-    head = heads[0] if heads else "none"
+    head = _head(config, _PATCHTST_HEADS, _PATCHTST) or "none"
     if head in ("forecast", "numbers") and config.get("loss", "mse") != "mse":
         raise ValueError(
-            f"config.json says loss={config['loss']!r}: this {architecture} gives a distribution "
-            f"({config.get('distribution_output', 'student_t')}), and the zoo's PatchTST gives "
-            "numbers. Run it with transformers, or bring one that was trained with loss='mse'."
+            f"config.json says loss={config['loss']!r}: this {_architecture(config, _PATCHTST)} "
+            f"gives a distribution ({config.get('distribution_output', 'student_t')}), and the "
+            "zoo's PatchTST gives numbers. Run it with transformers, or bring one that was trained "
+            "with loss='mse'."
         )
     scaling = config.get("scaling", "std")
     reach = config.get("output_range")
