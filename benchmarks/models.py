@@ -164,6 +164,7 @@ def start(name: str, rows: int, folder: str) -> dict[str, float]:
     from zoo.training import Model, TrainConfig
     from zoo.training.directory import use_compilation_cache
     from zoo.training.program import make_program
+    from zoo.training.start import first_state
 
     use_compilation_cache(folder)
     peer = PEERS[name]
@@ -178,7 +179,7 @@ def start(name: str, rows: int, folder: str) -> dict[str, float]:
     program = make_program(config)
     with program.context():
         placed = program.place(batch)
-        jax.block_until_ready(program.step(program.init(0), placed))
+        jax.block_until_ready(program.step(first_state(program, placed), placed))
     return {"seconds": time.perf_counter() - begun, "cpu_seconds": cpu_seconds() - used}
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from concurrent.futures import wait
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from zoo.planning.collectives import grouped
 from zoo.planning.hlo import Module
 from zoo.training import Model, Partition
 from zoo.training.program import make_program
+from zoo.training.start import first_state
 
 STEPS = 4
 WAYS = {
@@ -24,6 +26,13 @@ WAYS = {
     "accumulate": (Partition(fsdp=2, fsdp_min_size=64), {"accumulate": 2}, 4),
     "offload": (Partition(fsdp=2, fsdp_min_size=64, offload="optimizer"), {}, 4),
 }
+COMPILED = []  # an entry for each program, from whatever thread
+
+
+@jax.monitoring.register_event_duration_secs_listener
+def count(event, seconds, **more):
+    if event.endswith("/backend_compile_duration"):
+        COMPILED.append(seconds)
 
 
 def run(partition, optimizer, devices, dropout, steps=STEPS):
@@ -37,10 +46,16 @@ def run(partition, optimizer, devices, dropout, steps=STEPS):
     program = make_program(config, jax.devices()[:devices])
     batches = train_iterator(config.data, config.seed)
     with program.context():
-        state = program.init(config.seed)
-        losses = []
-        for _ in range(steps):
-            state, output = program.step(state, program.place(next(batches)))
+        batch = program.place(next(batches))
+        state = first_state(program, batch)
+        if program._compiling is not None:
+            wait([program._compiling])
+        losses, before, again = [], len(COMPILED), 0
+        for step in range(steps):
+            state, output = program.step(state, batch)
+            if step == 0:
+                again = len(COMPILED) - before
+            batch = program.place(next(batches))
             output = program.fetch(output)
             losses.append(float(output.means["loss"].compute()))
         held_out = program.evaluate(state.variables())
@@ -70,6 +85,7 @@ def run(partition, optimizer, devices, dropout, steps=STEPS):
         "held out": held_out,
         "weights": weights,
         "specs": specs,
+        "compiled in the first step": again,
         "optimizer in": sorted(kinds),
         "collectives": collectives,
         "constraints": lowered.count("sdy.sharding_constraint"),

@@ -52,6 +52,14 @@ def test_losses_parameters_and_metrics_do_not_depend_on_the_devices(results, way
         np.testing.assert_allclose(spread["held out"][name], value, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "way", ["one device", "fsdp", *(pytest.param(way, marks=pytest.mark.slow) for way in SELDOM)]
+)
+def test_the_step_is_compiled_ahead_once(results, way):
+    assert results[way]["compiled in the first step"] == 0
+    assert results["pmap"]["compiled in the first step"] >= 1  # which is not compiled ahead
+
+
 @pytest.mark.slow
 def test_dropout_draws_the_same_masks_on_every_mesh(results):
     alone, spread = results["one device, dropout"]["losses"], results["tensor, dropout"]["losses"]

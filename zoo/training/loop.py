@@ -145,7 +145,7 @@ class Loop:
         restored = self.restore()
         if restored is None:
             self.step = self.begun_with = 0
-            self.state = first_state(program)
+            self.state: State | None = None  # made in `try_out`, when all else is known to fit
         else:
             self.state, extra = restored
             self.step = self.saved = extra["step"]
@@ -187,11 +187,11 @@ class Loop:
         self.batches.close()
 
     def try_out(self) -> None:
-        """One batch to train on and one held-out batch, before anything is written.
+        """One batch to train on and one held-out batch, and the first state, before any writing.
 
         Raises:
-          ConfigError: if model, task and data do not fit together, or `checkpoint.metric` is no
-            metric of theirs.
+          ConfigError: if model, task and data do not fit together, `checkpoint.metric` is no
+            metric of theirs, or a checkpoint to begin with is not there or does not fit.
         """
         program, config = self.program, self.config
         self.first = next(self.batches)
@@ -202,13 +202,15 @@ class Loop:
             raise DataError(f"{config.data.eval!r} has no examples to evaluate on.")
         batches = program.held_out(config.data)
         with contextlib.closing(batches), fitting("The model, the task and the held-out data"):
-            found = program.fetch(program.eval_step(self.state.variables(), next(batches)))
+            found = program.measures(next(batches))
         metric = config.checkpoint.metric
         if metric is not None and metric not in found and not config.evaluators:
             raise ConfigError(
                 f"checkpoint.metric is {metric!r}; the metrics of this task are "
                 f"{', '.join(sorted(found))}."
             )
+        if self.state is None:
+            self.state = first_state(program, self.first)
 
     def run_to_end(self) -> Result:
         """The loop itself."""

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import flax.linen as nn
@@ -108,6 +109,7 @@ class Program:
     """
 
     axis: str | None = None
+    _compiling: Future | None = None
 
     def __init__(self, config: TrainConfig, mesh: Mesh) -> None:
         """Check everything that shapes alone can tell, and set up the functions."""
@@ -347,9 +349,29 @@ class Program:
         """Trace the training step for a placed batch, without compiling it."""
         self.train_step.eval_shape(self.abstract, batch)
 
+    def compile_ahead(self, batch: Any) -> None:
+        """Begin to compile the training step for a placed batch, in another thread.
+
+        The first state can be made meanwhile; `step` waits. An error is raised by `step`, which
+        compiles once more. Of several processes none compiles ahead, as all must go in step.
+        """
+        if jax.process_count() > 1:
+            return
+        lowered = self.train_step.lower(self.abstract, batch)
+        thread = ThreadPoolExecutor(1)
+        self._compiling = thread.submit(lowered.compile)
+        thread.shutdown(wait=False)
+
     def step(self, state: State, batch: Any) -> tuple[State, Any]:
         """One training step; the state given is used up."""
+        if self._compiling is not None:
+            wait([self._compiling])
+            self._compiling = None
         return self.train_step(state, batch)
+
+    def measures(self, batch: Any) -> dict[str, jax.ShapeDtypeStruct]:
+        """Names and shapes of what evaluation measures, for a placed batch; nothing is run."""
+        return self.eval_step.eval_shape(self.abstract.variables(), batch)
 
     def evaluate(
         self,
@@ -482,6 +504,17 @@ class PmapProgram(Program):
 
     def trace(self, batch: Any) -> None:
         """Not done ahead: what does not fit is said when the first step is compiled."""
+
+    def compile_ahead(self, batch: Any) -> None:
+        """Not done ahead."""
+
+    def measures(self, batch: Any) -> dict[str, jax.ShapeDtypeStruct]:
+        """Names and shapes of what evaluation measures, for the parts of a batch."""
+        variables = jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct((len(self.local), *s.shape), s.dtype),
+            self.abstract.variables(),
+        )
+        return jax.eval_shape(self.eval_step, variables, batch)
 
     def context(self) -> contextlib.AbstractContextManager:
         """No mesh: each replica is a program of its own."""

@@ -22,8 +22,10 @@ from zoo.training.program import METHODS, Program, build_model
 from zoo.training.state import State
 
 
-def first_state(program: Program) -> State:
+def first_state(program: Program, batch: Any = None) -> State:
     """The state that a new run begins with.
+
+    With a placed batch the training step is compiled for it meanwhile.
 
     With `model.checkpoint`, parameters (their running mean too) and collections are those of that
     file or run, in the types and places of the program's state: each leaf goes straight to where it
@@ -34,9 +36,13 @@ def first_state(program: Program) -> State:
     """
     config = program.config
     models = {"": config.model} if isinstance(config.model, Model) else config.model
-    if not any(model.checkpoint for model in models.values()) and not _calibrates(program):
+    fresh = not any(model.checkpoint for model in models.values()) and not _calibrates(program)
+    variables = None if fresh else first_variables(program)
+    if batch is not None:
+        program.compile_ahead(batch)
+    if variables is None:
         return program.init(config.seed)
-    return program.init_with(first_variables(program), config.seed)
+    return program.init_with(variables, config.seed)
 
 
 def first_variables(program: Program) -> dict[str, Any]:
