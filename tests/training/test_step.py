@@ -89,7 +89,8 @@ def test_adam_is_that_of_optax(nesterov):
     states = [rule.init(params) for rule in (ours, theirs)]
     for step in range(4):
         grads = jax.tree.map(lambda p, step=step: jnp.sin(p * (step + 1)), params)
-        found = [rule.update(grads, s) for rule, s in zip((ours, theirs), states, strict=True)]
+        with jax.disable_jit():  # compiled, products and sums may become one rounding
+            found = [rule.update(grads, s) for rule, s in zip((ours, theirs), states, strict=True)]
         jax.tree.map(np.testing.assert_array_equal, *found)
         states = [state for _, state in found]
 

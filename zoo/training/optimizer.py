@@ -1,11 +1,13 @@
 """Update rules of optax by name and their schedules."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float, Int
 
 from zoo.errors import ConfigError
 from zoo.layers.materialize import materialized
@@ -111,23 +113,46 @@ def scale_by_adam(
 
     def update(grads: Any, state: Any, params: Any = None, *, bad: Any = -1, **_: Any) -> Any:
         del params
-        mu = unless(bad, optax.tree.update_moment(grads, state.mu, b1, 1), state.mu)
-        nu = optax.tree.update_moment_per_elem_norm(grads, state.nu, b2, 2)
-        nu = unless(bad, optax.tree.cast_like(nu, state.nu), state.nu)
-        mu, nu = jax.tree.map(materialized, (mu, nu))
         count = optax.safe_increment(state.count)
-        if nesterov:
-            ahead = optax.tree.bias_correction(mu, b1, optax.safe_increment(count))
-            now = optax.tree.bias_correction(grads, b1, count)
-            top = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, ahead, now)
-        else:
-            top = optax.tree.bias_correction(mu, b1, count)
-        below = optax.tree.bias_correction(nu, b2, count)
-        updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), top, below)
+        ahead = optax.safe_increment(count)
+        rest = (1 - b1**count, 1 - b1**ahead if nesterov else None, 1 - b2**count, jnp.asarray(bad))
+        leaves, tree = jax.tree.flatten(grads)
+        moments = zip(tree.flatten_up_to(state.mu), tree.flatten_up_to(state.nu), strict=True)
+        each = [
+            _adam(g, *moment, *rest, b1, b2, eps)
+            for g, moment in zip(leaves, moments, strict=True)
+        ]  # fmt: skip
+        updates, mu, nu = (tree.unflatten([parts[i] for parts in each]) for i in range(3))
         return updates, optax.ScaleByAdamState(unless(bad, count, state.count), mu, nu)
 
     init = optax.scale_by_adam(b1, b2, eps).init
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+@partial(jax.jit, static_argnames=("b1", "b2", "eps"))  # traced once for leaves of one shape
+def _adam(
+    grad: Float[Array, "*shape"],
+    mu: Float[Array, "*shape"],
+    nu: Float[Array, "*shape"],
+    now: Float[Array, ""],
+    ahead: Float[Array, ""] | None,
+    squares: Float[Array, ""],
+    bad: Int[Array, ""],
+    b1: float,
+    b2: float,
+    eps: float,
+) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"], Float[Array, "*shape"]]:
+    """The update and moments of a leaf; the sums of their weights are `now`, `ahead`, `squares`.
+
+    With `ahead` the mean looks a step further (Nesterov).
+    """
+    mu = materialized(unless(bad, optax.tree.update_moment(grad, mu, b1, 1), mu))
+    new = optax.tree.update_moment_per_elem_norm(grad, nu, b2, 2)
+    nu = materialized(unless(bad, new.astype(nu.dtype), nu))
+    mean = mu / now.astype(mu.dtype)
+    if ahead is not None:
+        mean = b1 * (mu / ahead.astype(mu.dtype)) + (1 - b1) * (grad / now.astype(grad.dtype))
+    return mean / (jnp.sqrt(nu / squares.astype(nu.dtype)) + eps), mu, nu
 
 
 def _kept(rule: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

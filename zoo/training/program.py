@@ -353,9 +353,10 @@ class Program:
         """Begin to compile the training step for a placed batch, in another thread.
 
         The first state can be made meanwhile; `step` waits. An error is raised by `step`, which
-        compiles once more. Of several processes none compiles ahead, as all must go in step.
+        compiles once more. Of several processes none compiles ahead, as all must go in step; nor
+        does one with a GPU, whose compiler measures kernels, which the first state would disturb.
         """
-        if jax.process_count() > 1:
+        if jax.process_count() > 1 or self.mesh.devices.flat[0].platform == "gpu":
             return
         lowered = self.train_step.lower(self.abstract, batch)
         thread = ThreadPoolExecutor(1)
