@@ -114,14 +114,11 @@ def scale_by_adam(
     def update(grads: Any, state: Any, params: Any = None, *, bad: Any = -1, **_: Any) -> Any:
         del params
         count = optax.safe_increment(state.count)
-        ahead = optax.safe_increment(count)
-        rest = (1 - b1**count, 1 - b1**ahead if nesterov else None, 1 - b2**count, jnp.asarray(bad))
+        ahead = 1 - b1 ** optax.safe_increment(count) if nesterov else None
+        shared = (1 - b1**count, ahead, 1 - b2**count, jnp.asarray(bad), b1, b2, eps)
         leaves, tree = jax.tree.flatten(grads)
-        moments = zip(tree.flatten_up_to(state.mu), tree.flatten_up_to(state.nu), strict=True)
-        each = [
-            _adam(g, *moment, *rest, b1, b2, eps)
-            for g, moment in zip(leaves, moments, strict=True)
-        ]  # fmt: skip
+        moments = (tree.flatten_up_to(state.mu), tree.flatten_up_to(state.nu))
+        each = [_adam(*parts, *shared) for parts in zip(leaves, *moments, strict=True)]
         updates, mu, nu = (tree.unflatten([parts[i] for parts in each]) for i in range(3))
         return updates, optax.ScaleByAdamState(unless(bad, count, state.count), mu, nu)
 
